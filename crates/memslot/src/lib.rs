@@ -1,0 +1,34 @@
+//! KVM's guest-memory core: memory slots with lock-free readers, transactions, and KVM's own rules.
+//!
+//! A hypervisor must answer, millions of times a second and while other threads change the answer: *which memory
+//! backs this guest page, and may it be written?* In Linux that is the job of KVM's memory slots. This crate is
+//! that machinery as a library, for VMMs in user space and, without the standard library, for hypervisors and
+//! kernels.
+//!
+//! * [`SlotTable`] owns the slots and changes them, singly or many in one [`Transaction`].
+//! * [`Reader`], [`Pinned`] and [`Snapshot`] look things up without a lock: [`View`] has every lookup.
+//! * [`Listener`]s follow every change exactly: page tables, `/dev/kvm`, VFIO, vhost.
+//! * [`rules`] is the front end with KVM's arguments, order of checks and errnos.
+//!
+//! The library depends on an allocator and on nothing else; it knows no thread, no libc and no KVM header.
+//!
+#![cfg_attr(not(feature = "std"), no_std)]
+
+extern crate alloc;
+
+pub mod addr;
+mod error;
+pub mod listener;
+pub mod rules;
+pub mod slot;
+mod sync;
+pub mod table;
+
+pub use addr::{Gfn, GfnRange, Gpa, GpaRange, Hva, HvaRange, PageSize};
+pub use error::{LimitsError, OutOfMemory, Reason, TransactionError};
+pub use listener::{Listener, ListenerError, Piece, PieceKind, SlotChange, Update};
+pub use slot::{AddressSpaceId, Backing, MAX_PAGES_PER_SLOT, Slot, SlotFlags, SlotId, SlotSpec};
+pub use table::{
+    Handle, HvaHit, Limits, MAX_ADDRESS_SPACES, Pinned, Reader, SlotPiece, SlotTable, Snapshot, Stats,
+    Transaction, Translation, View,
+};

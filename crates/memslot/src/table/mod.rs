@@ -1,0 +1,568 @@
+//! The slot table: one writer, any number of readers, and nobody waits.
+//!
+//! [`SlotTable`] is the writer. It is not shared: whoever has it mutably may change the table, and the borrow
+//! checker is the lock (put it into a mutex where several threads write). Every change publishes a new, complete
+//! [`View`]; an old one lives for as long as somebody looks at it.
+//!
+//! Readers hold a version in one of two ways:
+//!
+//! | | taken by | costs | may be held | may move to another thread |
+//! |---|---|---|---|---|
+//! | [`Pinned`] | [`Reader::pin`] | an exchange in a private cache line | any time; meant for short | with its reader |
+//! | [`Snapshot`] | [`Reader::snapshot`], [`Pinned::snapshot`], [`SlotTable::snapshot`] | an atomic increment of a shared word | for ever | yes, and be shared |
+//!
+//! Both keep exactly the memory of their version alive and never delay the writer.
+//!
+//! What is where: `view.rs` answers questions, `transaction.rs` makes the next version, three indexes
+//! (`gfn_index.rs`, `hva_index.rs`, `id_index.rs`) are made of nodes (`node.rs`), and `versions.rs` publishes
+//! versions and decides when an old one can go.
+
+mod gfn_index;
+mod hva_index;
+mod id_index;
+mod node;
+mod radix;
+mod transaction;
+mod versions;
+mod view;
+
+#[cfg(all(test, not(loom)))]
+mod tests;
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::cell::Cell;
+use core::ops::Deref;
+use core::ptr::NonNull;
+
+pub use self::transaction::Transaction;
+pub use self::view::{HvaHit, SlotPiece, Translation, View};
+
+use self::gfn_index::Mapping;
+use self::node::{AnyNode, Arena};
+use self::transaction::{Lists, abandon};
+use self::versions::{Held, Owner, Seat, Version, VersionList, share};
+use self::view::translation;
+use crate::addr::{Gfn, Gpa, PageSize};
+use crate::error::{LimitsError, OutOfMemory, Reason, TransactionError};
+use crate::listener::{Listener, Piece, Update, cut};
+use crate::slot::{AddressSpaceId, MAX_PAGES_PER_SLOT, SlotFlags, SlotId, SlotSpec};
+
+/// The most address spaces a table can have.
+pub const MAX_ADDRESS_SPACES: usize = 16;
+
+/// After this many generations the writer looks for versions that nobody holds any more.
+const RECLAIM_EVERY: u32 = 16;
+
+/// What a table may hold. Nothing is allocated for a limit; the default is KVM's on x86-64.
+///
+/// ```
+/// use memslot::{Limits, SlotTable};
+/// let table = SlotTable::new(Limits { slots: 4_000_000, ..Limits::default() })?;
+/// assert!(table.stats().bytes < 64 << 10);
+/// # Ok::<(), memslot::LimitsError>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// The size of a page; 4 KiB.
+    pub page_size: PageSize,
+    /// How many address spaces there are; 2 (normal and SMM), at most [`MAX_ADDRESS_SPACES`].
+    pub address_spaces: u8,
+    /// Slot ids of an address space are below this; 32764, at most 2^32 - 1.
+    pub slots: u32,
+    /// The most pages a slot can have; 2^31 - 1, at most [`MAX_PAGES_PER_SLOT`].
+    pub pages_per_slot: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            page_size: PageSize::K4,
+            address_spaces: 2,
+            slots: 32764,
+            pages_per_slot: MAX_PAGES_PER_SLOT,
+        }
+    }
+}
+
+/// What a table costs at the moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Bytes of heap memory held for indexes, slots, versions and lists, free reserves included.
+    pub bytes: usize,
+    /// Nodes of all indexes of all versions that are kept.
+    pub nodes: usize,
+    /// Versions that are kept: the current one, those somebody holds, and those not yet looked at.
+    pub versions: usize,
+    /// Nodes that the current version no longer has.
+    pub dead_nodes: usize,
+}
+
+/// What only the writer uses. It lives with what is shared, because nodes outlive the table while somebody has
+/// a snapshot.
+struct Writer {
+    versions: VersionList<View, AnyNode>,
+    arena: Arena,
+    lists: Lists,
+    pieces: Vec<Piece>,
+    until_reclaim: u32,
+}
+
+type Shared = Owner<View, Writer>;
+
+/// The table of a guest's memory slots, and the only place where it changes. See the [module](self).
+///
+/// ```
+/// use memslot::*;
+///
+/// let mut table = SlotTable::new(Limits::default())?;
+/// let ram = SlotSpec {
+///     address_space: AddressSpaceId::NORMAL,
+///     id: SlotId::new(0),
+///     gfns: GfnRange::with_len(Gfn::new(0), 256).unwrap(),
+///     backing: Backing::Host { hva: Hva::new(0x7f00_0000_0000) },
+///     flags: SlotFlags::empty(),
+/// };
+/// table.create(ram)?;
+///
+/// // The last 16 pages become read-only, in one step, and stay where they are in the host.
+/// let before = table.snapshot();
+/// table.transaction(|tx| {
+///     tx.split(ram.address_space, ram.id, Gfn::new(240), SlotId::new(1))?;
+///     tx.set_read_only(ram.address_space, SlotId::new(1), true)
+/// })?;
+/// let at = |view: &View| view.translate(ram.address_space, Gpa::new(0xf_0000)).unwrap();
+/// assert_eq!(at(table.view()).hva, at(&before).hva);
+/// assert_eq!(at(table.view()).flags, SlotFlags::READONLY);
+/// assert_eq!(at(&before).flags, SlotFlags::empty());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct SlotTable {
+    shared: Shared,
+    listeners: Vec<Box<dyn Listener + Send>>,
+}
+
+impl SlotTable {
+    /// An empty table, at generation 0.
+    ///
+    /// # Errors
+    /// [`LimitsError`] where the limits are beyond what a table can do.
+    pub fn new(limits: Limits) -> Result<Self, LimitsError> {
+        Self::starting_at(limits, 0)
+    }
+
+    /// An empty table at a generation of the caller's choice, so that tests can go through the wrap.
+    pub(crate) fn starting_at(limits: Limits, generation: u64) -> Result<Self, LimitsError> {
+        if !(1..=MAX_ADDRESS_SPACES).contains(&usize::from(limits.address_spaces)) {
+            return Err(LimitsError::AddressSpaces { asked: limits.address_spaces, max: MAX_ADDRESS_SPACES });
+        }
+        if !(1..=MAX_PAGES_PER_SLOT).contains(&limits.pages_per_slot) {
+            let asked = limits.pages_per_slot;
+            return Err(LimitsError::PagesPerSlot { asked, max: MAX_PAGES_PER_SLOT });
+        }
+        let mut versions = VersionList::new();
+        versions.reserve(1)?;
+        let mut shared = share(Writer {
+            versions,
+            arena: Arena::new(generation.wrapping_add(1)),
+            lists: Lists::new(),
+            pieces: Vec::new(),
+            until_reclaim: RECLAIM_EVERY,
+        })?;
+        let (owner, writer) = split(&mut shared);
+        writer.versions.publish(owner, View::empty(limits, generation), generation, &mut Vec::new());
+        Ok(Self { shared, listeners: Vec::new() })
+    }
+
+    /// The current version.
+    #[inline]
+    #[must_use]
+    pub fn view(&self) -> &View {
+        // SAFETY: publishing needs `&mut self`.
+        unsafe { &self.shared.current().payload }
+    }
+
+    /// The current version, to be kept.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        // SAFETY: publishing needs `&mut self`, so the current version stays during the call.
+        unsafe { Snapshot { held: Held::new(&self.shared, NonNull::from(self.shared.current())) } }
+    }
+
+    /// A handle for other threads to make readers from.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle { shared: self.shared.clone() }
+    }
+
+    /// A reader.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn reader(&self) -> Result<Reader, OutOfMemory> {
+        self.handle().reader()
+    }
+
+    /// Adds a listener. It hears of every later change, after those added before it.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn add_listener(&mut self, listener: Box<dyn Listener + Send>) -> Result<(), OutOfMemory> {
+        self.listeners.try_reserve(1).map_err(|_| OutOfMemory)?;
+        self.listeners.push(listener);
+        Ok(())
+    }
+
+    /// What the table costs at the moment.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        // SAFETY: this is the one writer, and it has nothing mutably while `&self` lives.
+        let writer = unsafe { self.shared.writer_ref() };
+        let lists = writer.lists.bytes() + writer.pieces.capacity() * size_of::<Piece>();
+        Stats {
+            bytes: writer.arena.pool.bytes()
+                + writer.versions.bytes()
+                + lists
+                + writer.arena.dead.capacity() * size_of::<AnyNode>(),
+            nodes: writer.arena.pool.live_nodes(),
+            versions: writer.versions.len(),
+            dead_nodes: writer.versions.dead(),
+        }
+    }
+
+    /// Lets go of every version that nobody holds any more. The table does so by itself every few generations.
+    pub fn reclaim(&mut self) {
+        let (owner, writer) = split(&mut self.shared);
+        writer.reclaim(owner);
+    }
+
+    /// Creates one slot. Returns the new generation.
+    ///
+    /// # Errors
+    /// As [`Transaction::create`], and [`Reason::Overlap`], [`Reason::Listener`].
+    pub fn create(&mut self, spec: SlotSpec) -> Result<u64, TransactionError> {
+        single(self.transaction(|tx| tx.create(spec)))
+    }
+
+    /// Deletes one slot. Returns the new generation.
+    ///
+    /// # Errors
+    /// As [`Transaction::delete`], and [`Reason::Listener`].
+    pub fn delete(&mut self, space: AddressSpaceId, id: SlotId) -> Result<u64, TransactionError> {
+        single(self.transaction(|tx| tx.delete(space, id)))
+    }
+
+    /// Moves one slot. Returns the new generation.
+    ///
+    /// # Errors
+    /// As [`Transaction::move_to`], and [`Reason::Overlap`], [`Reason::Listener`].
+    pub fn move_to(&mut self, space: AddressSpaceId, id: SlotId, to: Gfn) -> Result<u64, TransactionError> {
+        single(self.transaction(|tx| tx.move_to(space, id, to)))
+    }
+
+    /// Gives one slot other flags. Returns the new generation.
+    ///
+    /// # Errors
+    /// As [`Transaction::set_flags`], and [`Reason::Listener`].
+    pub fn set_flags(
+        &mut self,
+        space: AddressSpaceId,
+        id: SlotId,
+        flags: SlotFlags,
+    ) -> Result<u64, TransactionError> {
+        single(self.transaction(|tx| tx.set_flags(space, id, flags)))
+    }
+
+    /// Runs `operations` and publishes what they did as one generation, or does nothing at all.
+    ///
+    /// Returns the generation of the table afterwards; a transaction that changes nothing publishes nothing.
+    ///
+    /// # Errors
+    /// The error of the closure, or of the first operation that failed; [`Reason::Overlap`] where two slots
+    /// would cover the same frame in the end; [`Reason::Listener`]; [`Reason::OutOfMemory`]. In every case all
+    /// is as it was before.
+    pub fn transaction(
+        &mut self,
+        operations: impl FnOnce(&mut Transaction<'_>) -> Result<(), TransactionError>,
+    ) -> Result<u64, TransactionError> {
+        let (owner, writer) = split(&mut self.shared);
+        // SAFETY: this is the one writer; `base` is not used after the next version is published, except
+        // while that version's successor cannot be reclaimed (below).
+        let base = unsafe { &owner.current().payload };
+        writer.arena.private = 0;
+        let mut transaction = Transaction::new(base, &mut writer.arena, &mut writer.lists);
+        operations(&mut transaction)?;
+        let Some(next) = transaction.finish()? else {
+            return Ok(base.generation);
+        };
+        let prepared = writer
+            .reserve(!self.listeners.is_empty())
+            .map_err(TransactionError::from)
+            .and_then(|()| prepare(&mut self.listeners, base, &next, writer));
+        if let Err(error) = prepared {
+            abandon(&next, &mut writer.arena);
+            writer.arena.dead.clear();
+            return Err(error);
+        }
+        let mut generation = writer.publish(owner, next);
+        let committed = if self.listeners.is_empty() {
+            Ok(())
+        } else {
+            // SAFETY: as above; versions are reclaimed further down only.
+            let after = unsafe { &owner.current().payload };
+            let committed = commit(&mut self.listeners, base, after, writer);
+            if committed.is_err() {
+                generation = writer.take_back(owner, base, after);
+            }
+            committed
+        };
+        writer.until_reclaim -= 1;
+        if writer.until_reclaim == 0 {
+            writer.reclaim(owner);
+        }
+        committed.map(|()| generation)
+    }
+}
+
+/// The error of a transaction of one operation need not say which.
+fn single(result: Result<u64, TransactionError>) -> Result<u64, TransactionError> {
+    result.map_err(|error| TransactionError { operation: None, ..error })
+}
+
+/// The writer's part, and what it shares with the readers.
+fn split(shared: &mut Shared) -> (&Shared, &mut Writer) {
+    // SAFETY: only `SlotTable` has a `Shared` mutably (readers and handles never call this), and there is one.
+    let writer = unsafe { shared.writer() };
+    (shared, writer)
+}
+
+impl Writer {
+    fn reserve(&mut self, may_be_taken_back: bool) -> Result<(), OutOfMemory> {
+        self.versions.reserve(if may_be_taken_back { 2 } else { 1 })?;
+        if may_be_taken_back {
+            cut(&self.lists.changes, &mut self.pieces)?;
+        }
+        Ok(())
+    }
+
+    fn publish(&mut self, owner: &Shared, next: View) -> u64 {
+        let generation = next.generation;
+        self.versions.publish(owner, next, generation, &mut self.arena.dead);
+        self.arena.stamp = generation.wrapping_add(1);
+        generation
+    }
+
+    /// Publishes what was before, as a new generation: `after` did not come to be.
+    ///
+    /// The nodes that the step to `after` left behind live again, so they are taken off the list of the dead;
+    /// those that it made are dead now.
+    fn take_back(&mut self, owner: &Shared, base: &View, after: &View) -> u64 {
+        self.versions.revive_last();
+        self.arena.stamp = after.generation;
+        self.arena.burying = true;
+        abandon(after, &mut self.arena);
+        self.arena.burying = false;
+        core::mem::swap(&mut self.arena.dead, &mut self.arena.buried);
+        self.publish(owner, base.fork(after.generation.wrapping_add(1)))
+    }
+
+    fn reclaim(&mut self, owner: &Shared) {
+        self.until_reclaim = RECLAIM_EVERY;
+        let pool = &mut self.arena.pool;
+        // SAFETY: nodes on a list of the dead are alive until they are freed here, and freed once nobody holds
+        // a version that has them.
+        self.versions.reclaim(owner, |node| unsafe { node.birth() }, |node| unsafe { pool.free(node) });
+    }
+}
+
+fn prepare(
+    listeners: &mut [Box<dyn Listener + Send>],
+    before: &View,
+    after: &View,
+    writer: &mut Writer,
+) -> Result<(), TransactionError> {
+    if listeners.is_empty() {
+        return Ok(());
+    }
+    // Should the change be taken back, its nodes go to the list of the dead, which must not fail then.
+    writer.arena.reserve_burial()?;
+    let update = Update { before, after, slots: &writer.lists.changes, pieces: &writer.pieces };
+    for i in 0..listeners.len() {
+        if let Err(error) = listeners[i].prepare(&update) {
+            let listener = listeners[i].name().into();
+            for prepared in listeners[..i].iter_mut().rev() {
+                prepared.abort(&update);
+            }
+            return Err(Reason::Listener { listener, error }.into());
+        }
+    }
+    Ok(())
+}
+
+fn commit(
+    listeners: &mut [Box<dyn Listener + Send>],
+    before: &View,
+    after: &View,
+    writer: &Writer,
+) -> Result<(), TransactionError> {
+    let update = Update { before, after, slots: &writer.lists.changes, pieces: &writer.pieces };
+    for i in 0..listeners.len() {
+        if let Err(error) = listeners[i].commit(&update) {
+            let listener = listeners[i].name().into();
+            for waiting in listeners[i + 1..].iter_mut().rev() {
+                waiting.abort(&update);
+            }
+            for committed in listeners[..i].iter_mut().rev() {
+                committed.undo(&update);
+            }
+            return Err(Reason::Listener { listener, error }.into());
+        }
+    }
+    Ok(())
+}
+
+impl core::fmt::Debug for SlotTable {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.view().fmt(f)
+    }
+}
+
+/// Makes readers and snapshots of a table, on any thread, whether or not the table still exists.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Shared,
+}
+
+impl Handle {
+    /// A reader.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn reader(&self) -> Result<Reader, OutOfMemory> {
+        Ok(Reader { seat: self.shared.reader()?, last_used: Cell::new(LastUsed::NONE) })
+    }
+
+    /// The current version, to be kept. A [`Reader`] does this without looking for a cell first.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn snapshot(&self) -> Result<Snapshot, OutOfMemory> {
+        Ok(self.reader()?.snapshot())
+    }
+}
+
+/// A thread's (a vCPU's) own access to the table. Make one per thread and keep it.
+pub struct Reader {
+    seat: Seat<View, Writer>,
+    last_used: Cell<LastUsed>,
+}
+
+/// The mapping that the last lookup found. Valid in its generation only; it holds values and no pointer.
+#[derive(Clone, Copy)]
+struct LastUsed {
+    generation: u64,
+    base: u64,
+    mapping: Mapping,
+    space: AddressSpaceId,
+}
+
+impl LastUsed {
+    /// A mapping of no pages: nothing lies in it, whatever the generation.
+    const NONE: Self =
+        Self { generation: 0, base: 0, mapping: Mapping::NONE, space: AddressSpaceId::NORMAL };
+}
+
+impl Reader {
+    /// Holds the current version until the result is dropped.
+    #[inline]
+    pub fn pin(&mut self) -> Pinned<'_> {
+        let version = self.seat.enter();
+        Pinned { reader: self, version }
+    }
+
+    /// The current version, to be kept.
+    pub fn snapshot(&mut self) -> Snapshot {
+        self.pin().snapshot()
+    }
+
+    /// Pins, translates and leaves: for a single lookup.
+    #[inline]
+    pub fn translate(&mut self, space: AddressSpaceId, gpa: Gpa) -> Option<Translation> {
+        self.pin().translate(space, gpa)
+    }
+}
+
+/// A version that a [`Reader`] holds; dereferences to [`View`].
+///
+/// Its own [`translate`](Self::translate) remembers the slot that was used last.
+pub struct Pinned<'a> {
+    reader: &'a mut Reader,
+    version: NonNull<Version<View>>,
+}
+
+impl Pinned<'_> {
+    /// As [`View::translate`], quick when the same slot is asked for again.
+    #[inline]
+    #[must_use]
+    pub fn translate(&self, space: AddressSpaceId, gpa: Gpa) -> Option<Translation> {
+        let view: &View = self;
+        let page = view.page_size();
+        let gfn = gpa.gfn(page);
+        let last = self.reader.last_used.get();
+        let into = gfn.get().wrapping_sub(last.base);
+        if last.generation == view.generation && into < u64::from(last.mapping.pages) && last.space == space {
+            #[expect(clippy::cast_possible_truncation, reason = "below the slot's 32-bit number of pages")]
+            return translation(&last.mapping, into as u32, gpa, page);
+        }
+        let (&mapping, into) = view.find(space, gfn)?;
+        let base = gfn.get() - u64::from(into);
+        self.reader.last_used.set(LastUsed { generation: view.generation, base, mapping, space });
+        translation(&mapping, into, gpa, page)
+    }
+
+    /// The same version, to be kept.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        // SAFETY: the version is pinned, and belongs to the seat's owner.
+        Snapshot { held: unsafe { Held::new(self.reader.seat.owner(), self.version) } }
+    }
+}
+
+impl Deref for Pinned<'_> {
+    type Target = View;
+
+    #[inline]
+    fn deref(&self) -> &View {
+        // SAFETY: the version stays while it is announced, which is until the drop.
+        unsafe { &self.version.as_ref().payload }
+    }
+}
+
+impl Drop for Pinned<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.reader.seat.leave();
+    }
+}
+
+/// A version kept for as long as one likes; dereferences to [`View`].
+#[derive(Clone)]
+pub struct Snapshot {
+    held: Held<View, Writer>,
+}
+
+impl Deref for Snapshot {
+    type Target = View;
+
+    #[inline]
+    fn deref(&self) -> &View {
+        self.held.payload()
+    }
+}
+
+impl core::fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.held.payload().fmt(f)
+    }
+}
