@@ -1,0 +1,136 @@
+//! `cargo xtask deep`: proofs that are too slow for every run.
+
+use std::fs;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::run::Report;
+use crate::step::{self, Step};
+use crate::{test, tools};
+
+/// Run the slow proofs: the real kernel, deep loom models, Miri, sanitizers, many random cases, mutants.
+///
+/// Takes minutes to hours. What needs a tool that is missing (a nightly toolchain, Miri, cargo-mutants) is skipped and
+/// says so; `cargo xtask setup` lists them. Each proof that needs other compiler flags builds in its own folder below
+/// the target directory, so the ordinary build stays warm.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Run this proof only; may be given several times.
+    #[arg(long, value_name = "NAME")]
+    only: Vec<Proof>,
+    /// How many operations to try against the real kernel.
+    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    operations: u64,
+    /// How many times loom may preempt a thread in one execution; the time grows steeply.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    preemptions: u8,
+    /// How many random programs to try for each property.
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    cases: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Proof {
+    /// Random programs against the real kernel, errno for errno (needs /dev/kvm)
+    Oracle,
+    /// The models of publish, pin, snapshot and reclaim, with more preemptions
+    Loom,
+    /// The core's tests in an interpreter that sees undefined behaviour (needs nightly with miri)
+    Miri,
+    /// The core's tests under AddressSanitizer, leaks included (needs nightly)
+    Asan,
+    /// The core's tests under ThreadSanitizer (needs nightly)
+    Tsan,
+    /// The properties, with many cases each
+    Proptest,
+    /// Changes the core on purpose and lists the changes that no test notices (needs cargo-mutants)
+    Mutants,
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let mut report = Report::new()?;
+    let chosen = if args.only.is_empty() { Proof::value_variants() } else { &args.only };
+    for proof in chosen {
+        match proof {
+            Proof::Oracle => report.run(&oracle(args.operations)),
+            Proof::Loom => report.run(&test::loom(args.preemptions)),
+            Proof::Miri => miri(&mut report),
+            Proof::Asan => sanitizer(&mut report, "asan", "-Zsanitizer=address"),
+            // The standard library that rustup ships is not built for TSan; the second flag lets it link all the same.
+            Proof::Tsan => {
+                sanitizer(&mut report, "tsan", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer");
+            }
+            Proof::Proptest => report.run(&proptest(args.cases)),
+            Proof::Mutants => mutants(&mut report),
+        }
+    }
+    Ok(report.finish())
+}
+
+fn oracle(operations: u64) -> Step {
+    Step::cargo("oracle", ["test", "--quiet", "--release", "-p", "memslot", "--test", "oracle"])
+        .env("MEMSLOT_ORACLE_OPS", operations.to_string())
+        .tests()
+}
+
+fn miri(report: &mut Report) {
+    if !tools::has_miri() {
+        return report.skip("miri", "miri is not installed for nightly");
+    }
+    // Without isolation, tests may say in a file what they skipped. Miri is some hundred times slower: few cases.
+    report.run(
+        &Step::cargo("miri", ["+nightly", "miri", "test", "-p", "memslot", "--no-fail-fast"])
+            .env("MIRIFLAGS", "-Zmiri-disable-isolation")
+            .env("PROPTEST_CASES", "4")
+            .own_target("miri")
+            .tests(),
+    );
+}
+
+fn sanitizer(report: &mut Report, name: &str, flags: &str) {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    if !tools::has_nightly() {
+        return report.skip(name, "no nightly toolchain");
+    }
+    if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
+        return report.skip(name, "sanitizers are set up for x86-64 Linux only");
+    }
+    let arguments = [
+        "+nightly",
+        "test",
+        "--quiet",
+        "-p",
+        "memslot",
+        "--lib",
+        "--tests",
+        "--no-fail-fast",
+        "--target",
+        TARGET,
+    ];
+    report.run(&Step::cargo(name, arguments).rustflags(flags).own_target(name).tests());
+}
+
+fn proptest(cases: u32) -> Step {
+    let arguments = ["test", "--quiet", "--release", "-p", "memslot", "--lib", "--tests", "--no-fail-fast"];
+    Step::cargo("proptest", arguments).env("PROPTEST_CASES", cases.to_string()).tests()
+}
+
+/// A mutant that survives is a question to a person (is it a hole in the tests, or the same program?), not a failure.
+fn mutants(report: &mut Report) {
+    if !tools::has_mutants() {
+        return report.skip("mutants", "cargo-mutants is not installed");
+    }
+    let output = step::target_directory().join("mutants");
+    let step = Step::cargo("mutants", ["mutants", "--package", "memslot", "--no-shuffle", "--output"])
+        .arg(output.display().to_string());
+    // cargo-mutants ends with 2 if mutants survived, with 3 if some ran into the time limit.
+    report.run(&step.accepts(&[2, 3]));
+    for (list, title) in [("missed.txt", "survived"), ("timeout.txt", "ran into the time limit")] {
+        let found = fs::read_to_string(output.join("mutants.out").join(list)).unwrap_or_default();
+        println!("{} mutants {title}", found.lines().count());
+        for mutant in found.lines() {
+            println!("  {mutant}");
+        }
+    }
+}

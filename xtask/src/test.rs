@@ -1,0 +1,70 @@
+//! `cargo xtask test`: everything that is quick enough to run before each commit.
+
+use anyhow::Result;
+
+use crate::run::Report;
+use crate::step::Step;
+use crate::tools;
+
+/// Run the tests: units, properties, doctests, the core without std, and shallow loom models.
+///
+/// Steps, in this order: the tests of all crates (cargo-nextest if it is installed, else cargo test); the examples in
+/// the documentation; the core without the standard library; the loom models with at most 2 preemptions. A failing
+/// step does not stop the others. Tests that need what this machine lacks, /dev/kvm for instance, are listed at the
+/// end with the reason and count as skipped.
+///
+/// While working on one thing, name it: `cargo xtask test -- transaction`. Then only the first step runs, and what
+/// follows `--` goes to nextest or cargo test.
+///
+/// Two variables reach the tests: MEMSLOT_ORACLE_OPS (operations to try against the real kernel) and PROPTEST_CASES
+/// (random programs for each property).
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Try more: a million operations against the real kernel, 4096 cases a property, 3 preemptions in loom.
+    #[arg(long)]
+    full: bool,
+    /// Arguments for nextest or cargo test, such as a part of a test's name.
+    #[arg(last = true, value_name = "EXTRA")]
+    extra: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let mut report = Report::new()?;
+    report.run(&workspace_tests(args));
+    if args.extra.is_empty() {
+        report.run(
+            &Step::cargo("doctests", ["test", "--quiet", "--workspace", "--doc", "--no-fail-fast"]).tests(),
+        );
+        report.run(&Step::cargo("core without std", ["check", "-p", "memslot", "--no-default-features"]));
+        report.run(&loom(if args.full { 3 } else { 2 }));
+    }
+    Ok(report.finish())
+}
+
+fn workspace_tests(args: &Args) -> Step {
+    const NEXTEST: &[&str] =
+        &["nextest", "run", "--workspace", "--no-fail-fast", "--status-level=slow", "--cargo-quiet"];
+    const LIBTEST: &[&str] =
+        &["test", "--quiet", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
+    let name = "workspace tests";
+    let mut step = if tools::has_nextest() {
+        Step::cargo(name, NEXTEST.iter().copied()).nextest()
+    } else {
+        Step::cargo(name, LIBTEST.iter().copied()).tests()
+    };
+    for argument in &args.extra {
+        step = step.arg(argument.as_str());
+    }
+    if args.full { step.env("MEMSLOT_ORACLE_OPS", "1000000").env("PROPTEST_CASES", "4096") } else { step }
+}
+
+/// The loom models: the core's tests named `loom_…`, which exist only under `--cfg loom`.
+///
+/// In release mode, because loom runs each model thousands of times.
+pub(crate) fn loom(preemptions: u8) -> Step {
+    Step::cargo("loom", ["test", "--quiet", "-p", "memslot", "--release", "--lib", "loom_"])
+        .rustflags("--cfg loom")
+        .env("LOOM_MAX_PREEMPTIONS", preemptions.to_string())
+        .own_target("loom")
+        .tests()
+}
