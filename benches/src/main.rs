@@ -1,0 +1,61 @@
+//! `memslot-bench`: memslot beside its peers, in one process, as ratios. `cargo xtask bench` runs it.
+
+mod layout;
+mod measure;
+mod report;
+mod slots;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Measures memslot beside its peers in one process. Every row is printed, good or bad.
+#[derive(Parser)]
+#[command(version, about)]
+struct Options {
+    #[command(subcommand)]
+    family: Family,
+    /// More rounds, and the slow sizes for every row.
+    #[arg(long, global = true)]
+    long: bool,
+    /// A few rounds at small sizes: shows that the benchmark runs, not how fast anything is.
+    #[arg(long, global = true, conflicts_with = "long")]
+    smoke: bool,
+    /// Also writes the rows as JSON to this file.
+    #[arg(long, global = true, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Only the rows whose name contains this.
+    #[arg(long, global = true, value_name = "TEXT")]
+    only: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Family {
+    /// The slot engine: lookups, updates, transactions, memory.
+    Slots,
+}
+
+/// How much to measure.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// Shows that it runs.
+    Smoke,
+    /// Under a minute.
+    Normal,
+    /// As long as it takes.
+    Long,
+}
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let effort = match (options.smoke, options.long) {
+        (true, _) => Effort::Smoke,
+        (_, true) => Effort::Long,
+        _ => Effort::Normal,
+    };
+    let mut report = report::Report::new(options.only);
+    match options.family {
+        Family::Slots => slots::run(effort, &mut report)?,
+    }
+    report.finish(options.json.as_deref())
+}

@@ -1,0 +1,177 @@
+//! Lookups: each depends on the result of the last one, so that latency is measured, not throughput.
+
+use std::hint::black_box;
+
+use iset::IntervalMap;
+use memslot::{Gpa, Hva};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend};
+
+use super::vm_memory_peer::collection;
+use super::{table_of, target};
+use crate::Effort;
+use crate::layout::{PAGE, Piece, Random, SPACE, layout};
+use crate::measure::{time, versus};
+use crate::report::Report;
+
+pub(crate) fn run(sizes: &[usize], effort: Effort, report: &mut Report) -> anyhow::Result<()> {
+    let (rounds, queries) = match effort {
+        Effort::Smoke => (3, 4096),
+        Effort::Normal => (11, 1 << 16),
+        Effort::Long => (41, 1 << 18),
+    };
+    for &n in sizes {
+        if report.wants("gfn lookup") || report.wants("last-used") {
+            gfn(n, rounds, queries, report)?;
+        }
+        if report.wants("hva") {
+            hva(n, rounds, queries / 4, report)?;
+        }
+    }
+    Ok(())
+}
+
+fn addresses(pieces: &[Piece], queries: usize) -> Vec<u64> {
+    let mut random = Random::new(777);
+    (0..queries)
+        .map(|_| {
+            let piece = &pieces[random.below(pieces.len())];
+            piece.gpa + random.below(usize::try_from(piece.size).unwrap_or(1)) as u64
+        })
+        .collect()
+}
+
+fn gfn(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::Result<()> {
+    let pieces = layout(n);
+    let table = table_of(&pieces)?;
+    let peer = collection(&pieces)?;
+    let atomic = GuestMemoryAtomic::new(collection(&pieces)?);
+    let mut reader = table.reader()?;
+    let addresses = addresses(&pieces, queries);
+    // Zero, but the compiler does not know: it chains each query to the last answer.
+    let zero = black_box(0);
+
+    for &gpa in addresses.iter().take(4096) {
+        let ours = table.view().translate(SPACE, Gpa::new(gpa)).map(|found| found.hva.get());
+        let theirs = peer.find_region(GuestAddress(gpa));
+        let theirs = theirs.map(|region| region.hva + (gpa - vm_memory::GuestMemoryRegion::start_addr(region).0));
+        anyhow::ensure!(ours == theirs, "both sides must find the same");
+    }
+
+    let find = |gpa: u64| peer.find_region(GuestAddress(gpa)).map_or(0, |region| region.hva);
+    let chain = |lookup: &mut dyn FnMut(&[u64])| time(queries, || lookup(&addresses));
+
+    let pinned = reader.pin();
+    let times = versus(
+        rounds,
+        || {
+            chain(&mut |addresses| {
+                let view: &memslot::View = &pinned;
+                let mut last = 0;
+                for gpa in addresses {
+                    let found = view.translate(SPACE, Gpa::new(gpa + (last & zero)));
+                    last = found.map_or(0, |found| found.hva.get());
+                }
+                black_box(last);
+            })
+        },
+        || {
+            chain(&mut |addresses| {
+                let mut last = 0;
+                for gpa in addresses {
+                    last = find(gpa + (last & zero));
+                }
+                black_box(last);
+            })
+        },
+    );
+    report.times("gfn lookup, random", n, "vm-memory find_region", times, target(n, [2.0, 3.0, 4.5, 10.0]));
+
+    let times = versus(
+        rounds,
+        || {
+            chain(&mut |addresses| {
+                let mut last = 0;
+                for gpa in addresses.iter().map(|_| addresses[0]) {
+                    let found = pinned.translate(SPACE, Gpa::new(gpa + (last & zero)));
+                    last = found.map_or(0, |found| found.hva.get());
+                }
+                black_box(last);
+            })
+        },
+        || {
+            chain(&mut |addresses| {
+                let mut last = 0;
+                for gpa in addresses.iter().map(|_| addresses[0]) {
+                    last = find(gpa + (last & zero));
+                }
+                black_box(last);
+            })
+        },
+    );
+    report.times("last-used slot again", n, "vm-memory find_region", times, target(n, [5.0, 10.0, 15.0, 15.0]));
+    drop(pinned);
+
+    let times = versus(
+        rounds,
+        || {
+            chain(&mut |addresses| {
+                let mut last = 0;
+                for gpa in addresses {
+                    let found = reader.translate(SPACE, Gpa::new(gpa + (last & zero)));
+                    last = found.map_or(0, |found| found.hva.get());
+                }
+                black_box(last);
+            })
+        },
+        || {
+            chain(&mut |addresses| {
+                let mut last = 0;
+                for gpa in addresses {
+                    let memory = atomic.memory();
+                    let found = memory.find_region(GuestAddress(gpa + (last & zero)));
+                    last = found.map_or(0, |region| region.hva);
+                }
+                black_box(last);
+            })
+        },
+    );
+    let targets = target(n, [2.0, 3.0, 4.5, 10.0]);
+    report.times("gfn lookup + entering", n, "GuestMemoryAtomic + find", times, targets);
+    Ok(())
+}
+
+fn hva(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::Result<()> {
+    let pieces = layout(n);
+    let table = table_of(&pieces)?;
+    let mut reader = table.reader()?;
+    let mut peer = IntervalMap::new();
+    for piece in crate::layout::creation_order(&pieces) {
+        peer.insert(piece.hva..piece.hva + piece.size, piece.id);
+    }
+    let mut random = Random::new(999);
+    let pages: Vec<u64> = (0..queries)
+        .map(|_| {
+            let piece = &pieces[random.below(n)];
+            piece.hva + random.below(usize::try_from(piece.size / PAGE).unwrap_or(1)) as u64 * PAGE
+        })
+        .collect();
+    let zero = black_box(0);
+    let pinned = reader.pin();
+    let ours = |hva: u64| pinned.slot_ids_at_hva(SPACE, Hva::new(hva)).map(|id| u64::from(id.get())).sum::<u64>();
+    let theirs = |hva: u64| peer.values(hva..hva + PAGE).map(|&id| u64::from(id)).sum::<u64>();
+    for &page in pages.iter().take(4096) {
+        anyhow::ensure!(ours(page) == theirs(page), "both sides must find the same");
+    }
+    let chain = |lookup: &dyn Fn(u64) -> u64| {
+        time(queries, || {
+            let mut last = 0;
+            for hva in &pages {
+                last = lookup(hva + (last & zero));
+            }
+            black_box(last);
+        })
+    };
+    let times = versus(rounds, || chain(&ours), || chain(&theirs));
+    report.times("hva → slots, one page", n, "iset", times, target(n, [5.0; 4]));
+    Ok(())
+}
