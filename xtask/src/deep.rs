@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::Result;
 use clap::ValueEnum;
 
-use crate::run::Report;
+use crate::run::{Report, say};
 use crate::step::{self, Step};
 use crate::{test, tools};
 
@@ -128,9 +128,9 @@ fn mutants(report: &mut Report) {
     report.run(&step.accepts(&[2, 3]));
     for (list, title) in [("missed.txt", "survived"), ("timeout.txt", "ran into the time limit")] {
         let found = fs::read_to_string(output.join("mutants.out").join(list)).unwrap_or_default();
-        println!("{} mutants {title}", found.lines().count());
+        say(&format!("{} mutants {title}", found.lines().count()));
         for mutant in found.lines() {
-            println!("  {mutant}");
+            say(&format!("  {mutant}"));
         }
     }
 }

@@ -45,7 +45,7 @@ impl Report {
 
     /// Runs a step; a failure is remembered, not returned.
     pub(crate) fn run(&mut self, step: &Step) {
-        println!("\n== {}: {}", step.name, step.command_line());
+        say(&format!("\n== {}: {}", step.name, step.command_line()));
         let started = Instant::now();
         let (verdict, counts) = match self.spawn(step) {
             Ok(outcome) => judge(step, &outcome),
@@ -53,16 +53,16 @@ impl Report {
         };
         let took = started.elapsed();
         if let Verdict::Failed(why) = &verdict {
-            println!("== {}: FAILED, {why} ({})", step.name, seconds(took));
+            say(&format!("== {}: FAILED, {why} ({})", step.name, seconds(took)));
         } else {
-            println!("== {}: passed ({})", step.name, seconds(took));
+            say(&format!("== {}: passed ({})", step.name, seconds(took)));
         }
         self.steps.push(Finished { name: step.name.clone(), verdict, counts, took });
     }
 
     /// Records a step that cannot run on this machine.
     pub(crate) fn skip(&mut self, name: &str, why: &str) {
-        println!("\n== {name}\nskipped: {why}");
+        say(&format!("\n== {name}\nskipped: {why}"));
         let verdict = Verdict::Skipped(why.to_owned());
         self.steps.push(Finished {
             name: name.to_owned(),
@@ -77,7 +77,7 @@ impl Report {
         let said = fs::read_to_string(&self.skipped_file).unwrap_or_default();
         let _ = fs::remove_file(&self.skipped_file);
         let (total, summary) = summarise(&self.steps, &said, &self.inherited);
-        print!("\n{summary}{total}\n");
+        say(&format!("\n{summary}{total}"));
         total.failed == 0
     }
 
@@ -105,7 +105,7 @@ impl Report {
         let status = child.wait().with_context(|| format!("cannot wait for {}", step.program))?;
         let passed = status.code().is_some_and(|code| step.accepts.contains(&code));
         if step.quiet && !passed {
-            print!("{}{}", out.text, err.text);
+            say(&format!("{}{}", out.text, err.text));
         }
         let mut counts = out.counts;
         counts += err.counts;
@@ -148,4 +148,9 @@ fn follow(pipe: impl Read, reads: Reads, mut echo: Option<impl Write>) -> Follow
         }
     }
     followed
+}
+
+/// Prints a line. If whoever read us has gone away (`| head`), the steps go on and the exit status still counts.
+pub(crate) fn say(text: &str) {
+    let _ = writeln!(io::stdout(), "{text}");
 }

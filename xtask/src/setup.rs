@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use crate::run::say;
 use crate::tools;
 
 /// Install what the tests need from the system, which is nothing so far, and list the optional tools.
@@ -11,7 +12,7 @@ use crate::tools;
 pub(crate) struct Args {}
 
 pub(crate) fn run(_: &Args) -> Result<bool> {
-    println!("Nothing to install: the tests need cargo and the crates it fetches.\n\nOptional:");
+    say("Nothing to install: the tests need cargo and the crates it fetches.\n\nOptional:");
     let optional = [
         (tools::has_kvm(), "/dev/kvm", "tests and benchmarks against the real kernel"),
         (
@@ -33,7 +34,7 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
     ];
     for (present, name, purpose) in optional {
         let state = if present { "present" } else { "missing" };
-        println!("  {state}  {name:<14} {purpose}");
+        say(&format!("  {state}  {name:<14} {purpose}"));
     }
     Ok(true)
 }

@@ -122,9 +122,13 @@ fn quoted(argument: &str) -> String {
 }
 
 /// The workspace's root: the folder above this crate.
-pub(crate) fn workspace_root() -> &'static Path {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.parent().unwrap_or(here)
+///
+/// Asked of the environment first, because a program built in a target directory that two checkouts share may have been
+/// compiled in the other one.
+pub(crate) fn workspace_root() -> PathBuf {
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let here = PathBuf::from(here);
+    here.parent().map_or_else(|| here.clone(), Path::to_path_buf)
 }
 
 /// Where cargo builds: `CARGO_TARGET_DIR`, or `target` at the workspace's root.
