@@ -1,2 +1,215 @@
-//! x
-fn main() {}
+//! `memslot`: replays, checks and draws what a VMM does to its guest's memory.
+//!
+//! The way through the program: [`trace`] turns a file into KVM calls, [`replay`] applies them through
+//! [`engine`] (the one module that touches the slot table) and keeps a [`history`]; [`warnings`], [`report`],
+//! [`text`], [`map`] and [`svg`] say what came of it.
+
+#![forbid(unsafe_code)]
+
+mod cli;
+mod engine;
+mod history;
+mod layout;
+mod map;
+mod replay;
+mod report;
+mod style;
+mod svg;
+mod text;
+mod trace;
+mod units;
+mod warnings;
+
+use std::fs::File;
+use std::io::{self, BufReader, IsTerminal, Read, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use cli::{Cli, Command, Input};
+use replay::Replay;
+use report::Report;
+use trace::TraceReader;
+
+/// What the exit status says. Of several files the worst counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Status {
+    Agrees = 0,
+    Disagrees = 1,
+    Unreadable = 2,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let status = match &cli.command {
+        Command::Replay(args) => run(&args.input, args.svg.as_deref(), Output::Report),
+        Command::Map(args) => run(&args.input, None, Output::Map),
+    };
+    ExitCode::from(match status {
+        Status::Agrees => 0,
+        Status::Disagrees => 1,
+        Status::Unreadable => 2,
+    })
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Output {
+    Report,
+    Map,
+}
+
+fn run(input: &Input, svg: Option<&Path>, output: Output) -> Status {
+    if input.files.len() > 1 && (input.at.is_some() || svg.is_some()) {
+        let message = "--at and --svg are about one trace, but several were given";
+        Cli::command().error(ErrorKind::ArgumentConflict, message).exit();
+    }
+    let mut status = Status::Agrees;
+    let mut documents = Vec::new();
+    for (nth, path) in input.files.iter().enumerate() {
+        let name = if path.as_os_str() == "-" { "<stdin>".to_owned() } else { path.display().to_string() };
+        let replay = match read(path, input.at) {
+            Ok(replay) => replay,
+            Err(message) => {
+                complain(&name, &message);
+                status = Status::Unreadable;
+                continue;
+            }
+        };
+        if !replay.disagreements.is_empty() {
+            status = status.max(Status::Disagrees);
+        }
+        if let Some(file) = svg {
+            let picture = svg::draw(&name, &replay);
+            if let Err(error) = std::fs::write(file, picture) {
+                complain(&file.display().to_string(), &error.to_string());
+                status = Status::Unreadable;
+            }
+        }
+        let report = Report::new(&name, input.at, &replay);
+        if input.json {
+            let document = match output {
+                Output::Report => serde_json::to_value(&report),
+                Output::Map => serde_json::to_value(report.map()),
+            };
+            documents.extend(document);
+            continue;
+        }
+        let mut text = if nth > 0 { "\n".to_owned() } else { String::new() };
+        let written = match output {
+            Output::Report => text::write(&mut text, &report),
+            Output::Map => {
+                let maps: Vec<_> = replay.vms.iter().map(replay::Vm::map).collect();
+                map::write(&mut text, &report, &maps, width())
+            }
+        };
+        if written.is_err() || !print(&text) {
+            return status;
+        }
+    }
+    if input.json && !(documents.is_empty() && input.files.len() == 1) {
+        let document = match (input.files.len(), documents.pop()) {
+            (1, Some(document)) => document,
+            (_, last) => {
+                documents.extend(last);
+                serde_json::Value::Array(documents)
+            }
+        };
+        print(&format!("{document:#}\n"));
+    }
+    status
+}
+
+/// Prints, and says whether anybody is still there to read: a closed pipe is no failure.
+fn print(text: &str) -> bool {
+    let mut out = anstream::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
+}
+
+fn complain(name: &str, message: &str) {
+    let error = style::paint(style::BAD, "error");
+    _ = writeln!(anstream::stderr(), "{error}: {name}: {message}");
+}
+
+/// Columns to draw in.
+fn width() -> usize {
+    let asked = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse::<usize>().ok());
+    let terminal = || io::stdout().is_terminal().then(terminal_size::terminal_size).flatten();
+    let width = asked.or_else(|| terminal().map(|(width, _)| usize::from(width.0)));
+    width.unwrap_or(80).clamp(40, 400)
+}
+
+/// Opens and replays one file.
+fn read(path: &Path, until: Option<u64>) -> Result<Replay, String> {
+    let (input, size): (Box<dyn Read>, Option<u64>) = if path.as_os_str() == "-" {
+        (Box::new(io::stdin().lock()), None)
+    } else {
+        let file = File::open(path).map_err(|error| plain(&error))?;
+        let about = file.metadata().map_err(|error| plain(&error))?;
+        if about.is_dir() {
+            return Err("is a directory, not a trace".to_owned());
+        }
+        (Box::new(file), about.is_file().then(|| about.len()))
+    };
+    let mut reader = TraceReader::new(BufReader::with_capacity(1 << 16, input));
+    let mut progress = Progress::new(size);
+    let replay = replay::replay(&mut reader, until, |bytes, line| progress.at(bytes, line));
+    progress.done();
+    let replay = replay.map_err(|error| match error {
+        trace::TraceError::Io(error) => plain(&error),
+        other => other.to_string(),
+    })?;
+    match until {
+        Some(line) if reader.line() < line => {
+            Err(format!("has {}; --at {line} is beyond its end", units::count(reader.line(), "line")))
+        }
+        _ => Ok(replay),
+    }
+}
+
+/// The error without "(os error 2)".
+fn plain(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "no such file".to_owned(),
+        io::ErrorKind::PermissionDenied => "no permission to read it".to_owned(),
+        io::ErrorKind::IsADirectory => "is a directory, not a trace".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// A progress bar that appears only if reading takes over a second, and only on a terminal.
+struct Progress {
+    size: Option<u64>,
+    began: Instant,
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    fn new(size: Option<u64>) -> Self {
+        Progress { size, began: Instant::now(), bar: None }
+    }
+
+    fn at(&mut self, bytes: u64, line: u64) {
+        if self.bar.is_none() && (line % 256 != 0 || self.began.elapsed() < Duration::from_secs(1)) {
+            return;
+        }
+        let bar = self.bar.get_or_insert_with(|| match self.size {
+            Some(size) => {
+                let template = "{bytes:>10} of {total_bytes} [{wide_bar}] {percent}% {eta} left";
+                let style = ProgressStyle::with_template(template);
+                ProgressBar::new(size).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            }
+            None => ProgressBar::new_spinner(),
+        });
+        bar.set_position(bytes);
+    }
+
+    fn done(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

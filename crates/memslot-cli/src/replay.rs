@@ -1,0 +1,365 @@
+//! The replay itself: every recorded change goes to the engine, and every answer is held against the recorded one.
+//!
+//! The *recorded* answer decides how the replay goes on. Where the engine accepts what the kernel refused, the
+//! change is taken back; where the engine refuses what the kernel accepted, the map cannot follow, and the
+//! report says so. Either way one disagreement does not breed a hundred.
+//!
+//! Not every recorded refusal can be judged. The engine knows the rules of the map, hence `EINVAL` and `EEXIST`;
+//! it does not know the host's memory, signals or file descriptors (`ENOMEM`, `EINTR`, `EFAULT`, …). Such calls
+//! are listed apart and not applied.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::io::BufRead;
+
+use crate::engine::{Capabilities, Change, Engine};
+use crate::history::{GUEST_MEMFD, History, MapSlot, Moment, flag_names};
+use crate::trace::{
+    Answer, CAP_GUEST_MEMFD, CAP_MULTI_ADDRESS_SPACE, CAP_NR_MEMSLOTS, CAP_READONLY_MEM, Call, Format,
+    GuestMemfd, Ignored, Record, Region, TraceError, TraceReader,
+};
+use crate::units;
+use crate::warnings::AliasLog;
+
+/// How many changes of each class.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct Changes {
+    pub(crate) create: u64,
+    pub(crate) delete: u64,
+    #[serde(rename = "move")]
+    pub(crate) moved: u64,
+    pub(crate) flags: u64,
+    pub(crate) nothing: u64,
+    pub(crate) refused: u64,
+}
+
+/// One VM of the trace.
+pub(crate) struct Vm {
+    pub(crate) fd: i64,
+    pub(crate) opened_at: u64,
+    pub(crate) changes: Changes,
+    pub(crate) history: History,
+    pub(crate) aliases: AliasLog,
+    engine: Engine,
+}
+
+/// The engine and the kernel answered differently.
+#[derive(Clone, Debug, serde::Serialize)]
+pub(crate) struct Disagreement {
+    pub(crate) line: u64,
+    pub(crate) fd: i64,
+    pub(crate) call: String,
+    pub(crate) recorded: String,
+    pub(crate) came: String,
+    pub(crate) why: String,
+}
+
+/// A recorded answer that depends on what the engine cannot know.
+#[derive(Clone, Debug, serde::Serialize)]
+pub(crate) struct Unjudged {
+    pub(crate) line: u64,
+    pub(crate) fd: i64,
+    pub(crate) call: String,
+    pub(crate) recorded: String,
+    pub(crate) why: String,
+}
+
+/// What a trace came to.
+pub(crate) struct Replay {
+    pub(crate) format: Option<Format>,
+    /// The last line read.
+    pub(crate) lines: u64,
+    /// From the first call to the last, if the trace has times.
+    pub(crate) span_ns: Option<u64>,
+    pub(crate) ioctls: Vec<(Cow<'static, str>, u64)>,
+    pub(crate) ignored: Ignored,
+    pub(crate) compared: u64,
+    pub(crate) agreed: u64,
+    pub(crate) dirty_log_calls: u64,
+    pub(crate) disagreements: Vec<Disagreement>,
+    pub(crate) unjudged: Vec<Unjudged>,
+    pub(crate) vms: Vec<Vm>,
+}
+
+/// Replays a trace, up to and including line `until` if there is one. `progress` hears of every record.
+pub(crate) fn replay<R: BufRead>(
+    reader: &mut TraceReader<R>,
+    until: Option<u64>,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<Replay, TraceError> {
+    let mut run = Run::default();
+    let until = until.unwrap_or(u64::MAX);
+    while reader.line() < until {
+        let Some(record) = reader.next_record()? else { break };
+        // A record's line can lie beyond `until` if lines before it were passed over.
+        if record.line > until {
+            break;
+        }
+        run.apply(record)?;
+        progress(reader.bytes(), reader.line());
+    }
+    Ok(run.finish(reader, until))
+}
+
+#[derive(Default)]
+struct Run {
+    capabilities: Capabilities,
+    vms: Vec<Vm>,
+    by_fd: HashMap<i64, usize>,
+    ioctls: HashMap<Cow<'static, str>, u64>,
+    first_ns: Option<u64>,
+    now_ns: u64,
+    untimed: bool,
+    compared: u64,
+    dirty_log_calls: u64,
+    disagreements: Vec<Disagreement>,
+    unjudged: Vec<Unjudged>,
+}
+
+impl Run {
+    fn apply(&mut self, record: Record) -> Result<(), TraceError> {
+        self.clock(&record);
+        match self.ioctls.get_mut(&record.name) {
+            Some(count) => *count += 1,
+            None => _ = self.ioctls.insert(record.name.clone(), 1),
+        }
+        match &record.call {
+            Call::CreateVm => {
+                if let Answer::Value(fd) = record.answer {
+                    self.open_vm(fd, record.line)?;
+                }
+            }
+            Call::CheckExtension(Some(capability)) => self.learn(*capability, &record.answer),
+            Call::SetRegion(region) => self.set(&record, region)?,
+            Call::SetRegionUnprinted => {
+                let why = match record.answer {
+                    Answer::Value(_) => {
+                        "the trace shows only a pointer for the region: the map may differ from here on"
+                    }
+                    _ => "the trace shows only a pointer for the region",
+                };
+                self.unjudged.push(Unjudged {
+                    line: record.line,
+                    fd: record.fd,
+                    call: record.name.into_owned(),
+                    recorded: record.answer.to_string(),
+                    why: why.to_owned(),
+                });
+            }
+            Call::DirtyLog => self.dirty_log_calls += 1,
+            Call::CheckExtension(None) | Call::Other => {}
+        }
+        Ok(())
+    }
+
+    /// Threads' clocks are read before their calls, so neighbouring lines may be out of order by a little.
+    fn clock(&mut self, record: &Record) {
+        match record.start_ns {
+            Some(ns) => {
+                let first = *self.first_ns.get_or_insert(ns);
+                self.now_ns = self.now_ns.max(ns.saturating_sub(first));
+            }
+            None => self.untimed = true,
+        }
+    }
+
+    fn open_vm(&mut self, fd: i64, line: u64) -> Result<usize, TraceError> {
+        let engine = Engine::new(self.capabilities).map_err(|what| TraceError::Line { line, what })?;
+        let (history, aliases) = (History::default(), AliasLog::default());
+        self.vms.push(Vm { fd, opened_at: line, changes: Changes::default(), history, aliases, engine });
+        self.by_fd.insert(fd, self.vms.len() - 1);
+        Ok(self.vms.len() - 1)
+    }
+
+    /// The kernel's own limits, where the VMM asked for them, are the ones to replay with. A VM that is still
+    /// empty is set up anew, for VMMs ask both before and after they create it.
+    fn learn(&mut self, capability: u32, answer: &Answer) {
+        let Answer::Value(value) = *answer else { return };
+        let number = u32::try_from(value).ok();
+        let known = &mut self.capabilities;
+        match capability {
+            CAP_NR_MEMSLOTS => known.slots = number.filter(|&slots| slots > 0),
+            CAP_MULTI_ADDRESS_SPACE => known.address_spaces = number.map(|spaces| spaces.max(1)),
+            CAP_READONLY_MEM => known.readonly_mem = Some(value > 0),
+            CAP_GUEST_MEMFD => known.guest_memfd = Some(value > 0),
+            _ => return,
+        }
+        for vm in &mut self.vms {
+            if vm.changes == Changes::default() {
+                if let Ok(engine) = Engine::new(self.capabilities) {
+                    vm.engine = engine;
+                }
+            }
+        }
+    }
+
+    fn set(&mut self, record: &Record, region: &Region) -> Result<(), TraceError> {
+        let at = match self.by_fd.get(&record.fd) {
+            Some(&at) => at,
+            None => self.open_vm(record.fd, record.line)?,
+        };
+        let call = || describe(&record.name, region);
+        let accepted = match &record.answer {
+            Answer::Value(_) => true,
+            Answer::Errno(name) if name == "EINVAL" || name == "EEXIST" => false,
+            other => {
+                self.unjudged.push(Unjudged {
+                    line: record.line,
+                    fd: record.fd,
+                    call: call(),
+                    recorded: other.to_string(),
+                    why: unknowable(other).to_owned(),
+                });
+                return Ok(());
+            }
+        };
+        self.compared += 1;
+        let vm = &mut self.vms[at];
+        let now = Moment { line: record.line, ns: if self.untimed { record.line } else { self.now_ns } };
+        let before = vm.engine.slot(region.address_space(), region.id());
+        let disagreement = |came: String, why: String| Disagreement {
+            line: record.line,
+            fd: record.fd,
+            call: call(),
+            recorded: record.answer.to_string(),
+            came,
+            why,
+        };
+        match (vm.engine.set(region), accepted) {
+            (Ok(change), true) => vm.note(region, change, now),
+            (Ok(change), false) => {
+                let why = format!(
+                    "no rule forbids it: it would {}. The change is taken back, as the kernel refused it",
+                    effect(change, region, before.as_ref())
+                );
+                vm.changes.refused += 1;
+                vm.engine.restore(region, before);
+                self.disagreements.push(disagreement("0".to_owned(), why));
+            }
+            (Err(refusal), true) => {
+                let why = format!("{}. From here on the map lacks this change", refusal.why);
+                vm.changes.refused += 1;
+                self.disagreements.push(disagreement(refusal.errno.to_owned(), why));
+            }
+            (Err(refusal), false) => {
+                vm.changes.refused += 1;
+                if record.answer != Answer::Errno(Cow::Borrowed(refusal.errno)) {
+                    self.disagreements.push(disagreement(refusal.errno.to_owned(), refusal.why));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish<R: BufRead>(self, reader: &TraceReader<R>, until: u64) -> Replay {
+        let mut ioctls: Vec<_> = self.ioctls.into_iter().collect();
+        ioctls.sort_by(|(a, n), (b, m)| m.cmp(n).then_with(|| a.cmp(b)));
+        let mut vms = self.vms;
+        // A descriptor probed and closed again is of no interest unless nothing else is there.
+        if vms.iter().any(|vm| vm.changes != Changes::default()) {
+            vms.retain(|vm| vm.changes != Changes::default());
+        }
+        Replay {
+            format: reader.format(),
+            lines: reader.line().min(until),
+            span_ns: self.first_ns.filter(|_| !self.untimed).map(|_| self.now_ns),
+            ioctls,
+            ignored: reader.ignored(),
+            compared: self.compared,
+            agreed: self.compared - u64::try_from(self.disagreements.len()).unwrap_or(0),
+            dirty_log_calls: self.dirty_log_calls,
+            disagreements: self.disagreements,
+            unjudged: self.unjudged,
+            vms,
+        }
+    }
+}
+
+impl Vm {
+    fn note(&mut self, region: &Region, change: Change, now: Moment) {
+        match change {
+            Change::Create => self.changes.create += 1,
+            Change::Delete => self.changes.delete += 1,
+            Change::Move => self.changes.moved += 1,
+            Change::FlagsOnly => self.changes.flags += 1,
+            Change::Nothing => {
+                self.changes.nothing += 1;
+                return;
+            }
+        }
+        let key = (region.address_space(), region.id());
+        let slot = self.engine.slot(key.0, key.1);
+        if let (Change::Create, Some(slot)) = (change, &slot) {
+            self.aliases.created(slot, &self.engine.aliases_of(slot), now);
+        }
+        self.history.record(key, slot, now);
+    }
+
+    /// Slots alive now, by address space and gpa.
+    pub(crate) fn map(&self) -> Vec<MapSlot> {
+        self.history.alive()
+    }
+}
+
+/// The region that would bring a slot back to what it was.
+pub(crate) fn region_of(slot: &MapSlot, second: bool) -> Region {
+    let memfd = slot.guest_memfd.unwrap_or(GuestMemfd { file: 0, offset: 0 });
+    Region {
+        slot: slot.address_space << 16 | slot.id,
+        flags: slot.flags,
+        gpa: slot.gpa,
+        size: slot.size,
+        hva: slot.hva,
+        second: (second || slot.flags & GUEST_MEMFD != 0).then_some(memfd),
+    }
+}
+
+fn describe(name: &str, region: &Region) -> String {
+    let mut text = format!(
+        "{name} {{slot={:#x}, flags={}, gpa={:#x}, size={:#x} ({}), hva={:#x}",
+        region.slot,
+        flag_names(region.flags).replace('-', "0"),
+        region.gpa,
+        region.size,
+        units::size(region.size),
+        region.hva
+    );
+    if let Some(memfd) = region.second {
+        text += &format!(", guest_memfd={}, guest_memfd_offset={:#x}", memfd.file, memfd.offset);
+    }
+    text.replacen("slot=0x0,", "slot=0,", 1) + "}"
+}
+
+fn effect(change: Change, region: &Region, before: Option<&MapSlot>) -> String {
+    let after = crate::history::range(region.gpa, region.size);
+    match (change, before) {
+        (Change::Create, _) => format!("create slot {} {after}", region.id()),
+        (Change::Delete, Some(slot)) => format!("delete {}", slot.describe()),
+        (Change::Move, Some(slot)) => format!("move {} to {:#x}", slot.describe(), region.gpa),
+        (Change::FlagsOnly, Some(slot)) => {
+            format!(
+                "change the flags of {} from {} to {}",
+                slot.describe(),
+                flag_names(slot.flags),
+                flag_names(region.flags)
+            )
+        }
+        _ => "change nothing".to_owned(),
+    }
+}
+
+fn unknowable(answer: &Answer) -> &'static str {
+    match answer {
+        Answer::Unknown => "the process ended inside the call",
+        Answer::Errno(name) => match name.as_ref() {
+            "ENOMEM" => "it depends on the host's free memory",
+            "EINTR" | "EAGAIN" => "it depends on signals and timing",
+            "EFAULT" => "it depends on the VMM's own address space",
+            "EBADF" => "it depends on which file descriptors are open",
+            "EIO" => "KVM gives it when the VM is dead or bugged",
+            "ENOTTY" | "ENOSYS" => "the kernel does not have this call",
+            _ => "it depends on something other than the map",
+        },
+        Answer::Value(_) => "",
+    }
+}

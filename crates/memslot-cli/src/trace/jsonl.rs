@@ -1,0 +1,163 @@
+//! JSON lines: one object a call, as a logger preloaded into the VMM writes them.
+//!
+//! Only the fields a replay needs are looked at; others (thread, duration, the dirty bitmap itself) may be there
+//! or not. Numbers may be JSON numbers or strings, decimal or `0x…`, because 64-bit addresses do not survive
+//! every JSON writer as numbers.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Visitor};
+
+use super::{Answer, Call, GuestMemfd, Line, Record, Region, ioctl, number};
+
+/// A number between the smallest i64 and the largest u64, however it was spelt.
+#[derive(Clone, Copy, Debug)]
+struct Number(i128);
+
+impl<'de> Deserialize<'de> for Number {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Spelling;
+        impl Visitor<'_> for Spelling {
+            type Value = Number;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a whole number, or a string with one (decimal or 0x…)")
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Number, E> {
+                Ok(Number(value.into()))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Number, E> {
+                Ok(Number(value.into()))
+            }
+
+            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Number, E> {
+                Err(E::custom(format!("number out of range: {value} is no whole number of at most 64 bits")))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Number, E> {
+                match number(text) {
+                    Some(value) => Ok(Number(value.into())),
+                    None => Err(E::custom(format!(
+                        "number out of range or misspelt: \"{}\"",
+                        super::excerpt(text)
+                    ))),
+                }
+            }
+        }
+        deserializer.deserialize_any(Spelling)
+    }
+}
+
+/// The fields of a line that matter; every other is skipped without being built.
+#[derive(Deserialize)]
+struct Fields<'a> {
+    #[serde(borrow)]
+    op: Cow<'a, str>,
+    fd: Option<Number>,
+    t_ns: Option<Number>,
+    ret: Option<Number>,
+    errno: Option<Number>,
+    cap: Option<Number>,
+    slot: Option<Number>,
+    flags: Option<Number>,
+    gpa: Option<Number>,
+    size: Option<Number>,
+    hva: Option<Number>,
+    guest_memfd: Option<Number>,
+    guest_memfd_offset: Option<Number>,
+}
+
+/// Parses one line. The error is in words, without the line's number.
+pub(super) fn parse(text: &str, line: u64) -> Result<Line, String> {
+    let fields: Fields<'_> = serde_json::from_str(text).map_err(|error| explain(&error))?;
+    let fd = fields.fd.map_or(Ok(-1), |fd| narrow("fd", fd))?;
+    let start_ns = fields.t_ns.map(|t| narrow("t_ns", t)).transpose()?;
+    let (name, call) = match fields.op.as_ref() {
+        "create_vm" => (ioctl::name(0x01), Call::CreateVm),
+        "check_ext" => {
+            let cap = fields.cap.map(|cap| narrow("cap", cap)).transpose()?;
+            (ioctl::name(0x03), Call::CheckExtension(cap))
+        }
+        "enable_cap" => (ioctl::name(0xa3), Call::Other),
+        "create_vcpu" => (ioctl::name(0x41), Call::Other),
+        "coal_add" => (ioctl::name(0x67), Call::Other),
+        "coal_del" => (ioctl::name(0x68), Call::Other),
+        "get_dirty" => (ioctl::name(0x42), Call::DirtyLog),
+        "clear_dirty" => (ioctl::name(0xc0), Call::DirtyLog),
+        "reset_rings" => (ioctl::name(0xc7), Call::DirtyLog),
+        "set" => (ioctl::name(0x46), Call::SetRegion(region(&fields, false)?)),
+        "set2" => (ioctl::name(0x49), Call::SetRegion(region(&fields, true)?)),
+        op => match op.strip_prefix("req_").map(|hex| (hex, u8::from_str_radix(hex, 16))) {
+            Some((_, Ok(0x46 | 0x49))) => (ioctl::name(0x46), Call::SetRegionUnprinted),
+            Some((_, Ok(number))) => (ioctl::name(number), Call::Other),
+            Some((hex, Err(_))) => (Cow::Owned(format!("KVM request {}", super::excerpt(hex))), Call::Other),
+            None => return Err(unknown_op(op)),
+        },
+    };
+    Ok(Line::Record(Record { line, start_ns, fd, name, call, answer: answer(&fields)? }))
+}
+
+fn region(fields: &Fields<'_>, second: bool) -> Result<Region, String> {
+    let second = match second {
+        false => None,
+        true => Some(GuestMemfd {
+            file: fields.guest_memfd.map_or(Ok(0), |file| narrow("guest_memfd", file))?,
+            offset: fields.guest_memfd_offset.map_or(Ok(0), |at| narrow("guest_memfd_offset", at))?,
+        }),
+    };
+    Ok(Region {
+        slot: required("slot", fields.slot)?,
+        flags: required("flags", fields.flags)?,
+        gpa: required("gpa", fields.gpa)?,
+        size: required("size", fields.size)?,
+        hva: required("hva", fields.hva)?,
+        second,
+    })
+}
+
+/// `ret` as the libc wrapper has it (-1 and `errno` beside it) or as the kernel has it (-errno).
+fn answer(fields: &Fields<'_>) -> Result<Answer, String> {
+    let ret: i64 = required("ret", fields.ret)?;
+    if ret >= 0 {
+        return Ok(Answer::Value(ret));
+    }
+    let errno: u64 = fields.errno.map_or(Ok(0), |errno| narrow("errno", errno))?;
+    Ok(Answer::Errno(ioctl::errno(if errno == 0 { ret.unsigned_abs() } else { errno })))
+}
+
+fn required<T: TryFrom<i128>>(field: &str, value: Option<Number>) -> Result<T, String> {
+    narrow(field, value.ok_or_else(|| format!("field `{field}` is missing"))?)
+}
+
+fn narrow<T: TryFrom<i128>>(field: &str, Number(value): Number) -> Result<T, String> {
+    T::try_from(value).map_err(|_| {
+        let bits = 8 * size_of::<T>();
+        format!("number out of range: `{field}` is {value}, which does not fit its {bits} bits")
+    })
+}
+
+fn unknown_op(op: &str) -> String {
+    format!(
+        "unknown op \"{}\" (known: create_vm, check_ext, enable_cap, create_vcpu, set, set2, get_dirty, \
+         clear_dirty, reset_rings, coal_add, coal_del, and req_NN with a request number in hexadecimal)",
+        super::excerpt(op)
+    )
+}
+
+/// serde_json's message, without its "at line 1", which is never the file's line.
+fn explain(error: &serde_json::Error) -> String {
+    let column = error.column();
+    if error.is_eof() {
+        return format!("the JSON object is cut short at column {column}");
+    }
+    let text = error.to_string();
+    let text = text.split(" at line ").next().unwrap_or_default();
+    match error.is_data() {
+        true => text.to_owned(),
+        false => format!("not a JSON object: {text} at column {column}"),
+    }
+}
