@@ -23,6 +23,14 @@ pub enum LimitsError {
         /// [`MAX_ADDRESS_SPACES`](crate::MAX_ADDRESS_SPACES).
         max: usize,
     },
+    /// The number of slots of an address space is beyond `MAX_SLOTS`.
+    #[error("an address space has at most {max} slots, not {asked}")]
+    Slots {
+        /// What was asked for.
+        asked: u32,
+        /// [`MAX_SLOTS`](crate::MAX_SLOTS).
+        max: u32,
+    },
     /// The number of pages of a slot is not in `1..=MAX_PAGES_PER_SLOT`.
     #[error("a slot has 1 to {max} pages, not {asked}")]
     PagesPerSlot {

@@ -27,7 +27,7 @@ pub mod table;
 pub use addr::{Gfn, GfnRange, Gpa, GpaRange, Hva, HvaRange, PageSize};
 pub use error::{LimitsError, OutOfMemory, Reason, TransactionError};
 pub use listener::{Listener, ListenerError, Piece, PieceKind, SlotChange, Update};
-pub use slot::{AddressSpaceId, Backing, MAX_PAGES_PER_SLOT, Slot, SlotFlags, SlotId, SlotSpec};
+pub use slot::{AddressSpaceId, Backing, MAX_PAGES_PER_SLOT, MAX_SLOTS, Slot, SlotFlags, SlotId, SlotSpec};
 pub use table::{
     Handle, HvaHit, Limits, MAX_ADDRESS_SPACES, Pinned, Reader, SlotPiece, SlotTable, Snapshot, Stats,
     Transaction, Translation, View,

@@ -19,6 +19,11 @@ use crate::addr::{Gfn, GfnRange, Hva, HvaRange, PageSize};
 /// The gfn index keeps page offsets in 32 bits because of it (`table/gfn_index.rs`).
 pub const MAX_PAGES_PER_SLOT: u64 = (1 << 31) - 1;
 
+/// The most slots an address space can have: 2^28; their ids are below it.
+///
+/// The gfn index keeps a slot's flags in the bits above.
+pub const MAX_SLOTS: u32 = 1 << 28;
+
 /// Which of a guest's address spaces a slot belongs to; KVM calls it `as_id`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct AddressSpaceId(u8);

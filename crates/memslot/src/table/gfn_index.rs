@@ -2,7 +2,7 @@
 //!
 //! # Shape
 //!
-//! Inner nodes split the gfn space 64 ways (`radix.rs`). A leaf holds up to 16 slots, in ascending order: every
+//! Inner nodes split the gfn space 64 ways (`radix.rs`). A leaf holds up to 15 slots, in ascending order: every
 //! slot that touches the leaf's block of gfns. A slot that lies across the border of two blocks is in both
 //! leaves, so that one walk always suffices. Within an inner node a leaf may stand in 2, 4, 8 … neighbouring
 //! ways at once; when it overflows, its ways are halved (as in extendible hashing), and only when one way is
@@ -23,76 +23,137 @@
 //! when a later allocation fails, and [`GfnIndex::abandon`] finds it.
 
 use super::node::{Arena, NodePtr};
-use super::radix::{Entry, Inner, WAYS, Way, common_shift, region_last, way_of};
+use super::radix::{Entry, Inner, WAYS, WIDE, Way, common_shift, region_last, way_of};
+use super::search::{KEYS, Keys, key, offset, prefetch};
 use crate::error::OutOfMemory;
-use crate::slot::{Slot, SlotFlags};
+use crate::slot::{MAX_SLOTS, Slot, SlotFlags};
 
-/// Slots in a leaf, at most.
-const LEAF_SLOTS: usize = 16;
+/// Slots in a leaf, at most: one key is always above everything.
+const LEAF_SLOTS: usize = KEYS - 1;
 /// Two neighbouring leaves become one when this many slots or fewer remain in both.
 const MERGE_SLOTS: usize = 10;
-/// Key of a place in a leaf that holds no slot.
-const NO_KEY: u32 = u32::MAX;
+/// The key of a place in a leaf that holds no slot; no frame is that far from its leaf's base.
+const NO_OFFSET: u32 = u32::MAX;
 
 /// What a leaf says of one slot: all that translating an address needs.
 #[derive(Clone, Copy)]
-pub(super) struct Mapping {
-    /// The host address; a page's worth of low bits hold [`SlotFlags`] and [`Mapping::NO_HOST_MEMORY`].
-    address: u64,
-    pub(super) pages: u32,
-    pub(super) id: u32,
+struct Mapping {
+    /// The slot's host address minus its guest physical address.
+    delta: u64,
+    /// The first page behind the slot, counted from the leaf's base.
+    end: u32,
+    label: Label,
 }
 
-impl Mapping {
-    /// No pages at all.
-    pub(super) const NONE: Self = Self { address: Self::NO_HOST_MEMORY, pages: 0, id: 0 };
+/// A slot's id with, in the four highest bits, its [`SlotFlags`] and whether it has host memory.
+#[derive(Clone, Copy)]
+struct Label(u32);
 
-    const NO_HOST_MEMORY: u64 = 4;
-    const LOW_BITS: u64 = 0xfff;
+impl Label {
+    const NO_HOST_MEMORY: u32 = 1 << 31;
+    const FLAGS_AT: u32 = 28;
 
     fn of(slot: &Slot) -> Self {
-        let flags = u64::from(slot.flags().bits());
-        let address = match slot.hva() {
-            Some(_) => slot.address() | flags,
-            None => Self::NO_HOST_MEMORY | flags,
-        };
-        Self { address, pages: slot.pages32(), id: slot.id().get() }
-    }
-
-    /// The host address of the slot's first page, if it has one.
-    #[inline]
-    pub(super) fn hva(&self) -> Option<u64> {
-        (self.address & Self::NO_HOST_MEMORY == 0).then_some(self.address & !Self::LOW_BITS)
+        let no_memory = if slot.hva().is_none() { Self::NO_HOST_MEMORY } else { 0 };
+        Self(slot.id().get() | slot.flags().bits() << Self::FLAGS_AT | no_memory)
     }
 
     #[inline]
-    #[expect(clippy::cast_possible_truncation, reason = "the flags are the low bits")]
-    pub(super) fn flags(&self) -> SlotFlags {
-        SlotFlags::from_bits_truncate(self.address as u32)
+    fn id(self) -> u32 {
+        self.0 & (MAX_SLOTS - 1)
     }
 }
+
+const _: () = assert!(MAX_SLOTS == 1 << Label::FLAGS_AT);
 
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 pub(super) struct LeafHeader {
-    /// First gfn of the leaf's first slot; the keys count from here.
+    /// First gfn of the leaf's first slot; keys and mappings count from here.
     base: u64,
-    _line: u64,
-    keys: [u32; LEAF_SLOTS],
+    keys: Keys,
 }
 
 type Leaf = NodePtr<LeafHeader, Mapping>;
 
-/// A slot on its way from one leaf to another.
+/// What a lookup finds: a slot, and where the frame lies in it.
+#[derive(Clone, Copy)]
+pub(super) struct Found {
+    delta: u64,
+    /// Pages from the frame to the end of the slot.
+    pub(super) pages_left: u32,
+    /// Pages from the start of the slot to the frame.
+    pub(super) pages_before: u32,
+    label: Label,
+}
+
+impl Found {
+    /// No slot: no page is left.
+    pub(super) const NONE: Self =
+        Self { delta: 0, pages_left: 0, pages_before: 0, label: Label(Label::NO_HOST_MEMORY) };
+
+    /// The host address of a guest physical address in the slot, if the slot has host memory.
+    #[inline]
+    pub(super) fn hva(&self, gpa: u64) -> Option<u64> {
+        (self.label.0 & Label::NO_HOST_MEMORY == 0).then_some(gpa.wrapping_add(self.delta))
+    }
+
+    #[inline]
+    pub(super) fn id(&self) -> u32 {
+        self.label.id()
+    }
+
+    #[inline]
+    pub(super) fn flags(&self) -> SlotFlags {
+        SlotFlags::from_bits_truncate(self.label.0 >> Label::FLAGS_AT)
+    }
+
+    /// The same slot at its first frame.
+    pub(super) fn at_start(&self) -> Self {
+        Self { pages_left: self.pages_left + self.pages_before, pages_before: 0, ..*self }
+    }
+
+    /// The same slot, `pages` further on; fewer than are left.
+    #[inline]
+    pub(super) fn further(&self, pages: u32) -> Self {
+        Self { pages_left: self.pages_left - pages, pages_before: self.pages_before + pages, ..*self }
+    }
+}
+
+/// A slot on its way from one leaf to another: as [`Mapping`], but with its own start.
 #[derive(Clone, Copy)]
 struct Piece {
     start: u64,
-    mapping: Mapping,
+    delta: u64,
+    pages: u32,
+    label: Label,
 }
 
 impl Piece {
+    fn of(slot: &Slot) -> Self {
+        let start = slot.base_gfn().get();
+        let delta = slot.address().wrapping_sub(start << slot.page_size().shift());
+        Self { start, delta, pages: slot.pages32(), label: Label::of(slot) }
+    }
+
+    fn from_leaf(header: &LeafHeader, key: i32, mapping: &Mapping) -> Self {
+        let from = offset(key);
+        Self {
+            start: header.base + u64::from(from),
+            delta: mapping.delta,
+            pages: mapping.end - from,
+            label: mapping.label,
+        }
+    }
+
+    fn to_leaf(self, base: u64) -> (i32, Mapping) {
+        let from = u32::try_from(self.start - base).unwrap_or(NO_OFFSET);
+        let end = from.saturating_add(self.pages);
+        (key(from), Mapping { delta: self.delta, end, label: self.label })
+    }
+
     fn last(&self) -> u64 {
-        self.start + u64::from(self.mapping.pages) - 1
+        self.start + u64::from(self.pages) - 1
     }
 }
 
@@ -112,6 +173,10 @@ impl Block {
         Self { start, last: start + ((n as u64 - 1) << shift) + ((1 << shift) - 1) }
     }
 
+    fn is_all(&self) -> bool {
+        self.start == 0 && self.last == u64::MAX
+    }
+
     fn touches(&self, piece: &Piece) -> bool {
         piece.start <= self.last && piece.last() >= self.start
     }
@@ -125,7 +190,7 @@ struct Pieces {
 
 impl Pieces {
     fn new() -> Self {
-        let none = Piece { start: 0, mapping: Mapping { address: 0, pages: 1, id: 0 } };
+        let none = Piece { start: 0, delta: 0, pages: 1, label: Label(0) };
         Self { array: [none; 2 * LEAF_SLOTS + 1], len: 0 }
     }
 
@@ -145,10 +210,10 @@ impl Pieces {
     unsafe fn append(&mut self, leaf: Leaf) {
         // SAFETY: passed on.
         let (header, mappings) = unsafe { (leaf.header(), leaf.items()) };
-        for (&key, &mapping) in header.keys.iter().zip(mappings) {
-            let start = header.base + u64::from(key);
-            if self.len == 0 || self.array[self.len - 1].start < start {
-                self.push(Piece { start, mapping });
+        for (&key, mapping) in header.keys.0.iter().zip(mappings) {
+            let piece = Piece::from_leaf(header, key, mapping);
+            if self.len == 0 || self.array[self.len - 1].start < piece.start {
+                self.push(piece);
             }
         }
     }
@@ -180,31 +245,36 @@ pub(super) struct GfnIndex {
 impl GfnIndex {
     pub(super) const EMPTY: Self = Self { root: Entry::NOTHING };
 
-    /// The slot that covers `gfn`, and how many pages into it `gfn` lies.
+    /// The slot that covers `gfn`.
     ///
     /// # Safety
-    /// The index belongs to a version that is held for `'a`.
+    /// The index belongs to a version that is held.
     #[inline]
-    pub(super) unsafe fn find<'a>(&self, gfn: u64) -> Option<(&'a Mapping, u32)> {
+    pub(super) unsafe fn find(&self, gfn: u64) -> Option<Found> {
         // SAFETY: the version is held; the leaf is reachable from it.
         let leaf: Leaf = unsafe { self.root.walk(gfn)? };
+        // The search decides which line of the mappings is needed; by then it is there.
+        prefetch(leaf.raw(), 2..5);
         // SAFETY: as above.
         let header = unsafe { leaf.header() };
-        let offset = u32::try_from(gfn.wrapping_sub(header.base)).ok().filter(|&offset| offset != NO_KEY)?;
-        let before: u32 = header.keys.iter().map(|&key| u32::from(key <= offset)).sum();
-        // The first key is 0, so at least one is not above the offset; empty places are above every offset.
-        let at = (before as usize).wrapping_sub(1) & (LEAF_SLOTS - 1);
-        // SAFETY: as above; a key that is not NO_KEY has its mapping.
+        let wanted = u32::try_from(gfn.wrapping_sub(header.base)).ok().filter(|&wanted| wanted != NO_OFFSET)?;
+        // The first key is 0, so at least one is not above; places without a slot are above everything.
+        let at = header.keys.not_above(key(wanted)).wrapping_sub(1);
+        // SAFETY: as above; a key that is not above has its mapping.
         let mapping = unsafe { leaf.item(at) };
-        let into = offset - header.keys[at];
-        (into < mapping.pages).then_some((mapping, into))
+        (wanted < mapping.end).then(|| Found {
+            delta: mapping.delta,
+            pages_left: mapping.end - wanted,
+            pages_before: wanted - offset(header.keys.0[at % KEYS]),
+            label: mapping.label,
+        })
     }
 
     /// The first slot that covers a gfn of `[start, last]`.
     ///
     /// # Safety
     /// The index belongs to a version that is held.
-    pub(super) unsafe fn first_in(&self, start: u64, last: u64) -> Option<(u64, Mapping)> {
+    pub(super) unsafe fn first_in(&self, start: u64, last: u64) -> Option<u32> {
         // SAFETY: passed on.
         unsafe { Walk::new(*self, start, last).next() }
     }
@@ -214,9 +284,8 @@ impl GfnIndex {
     /// # Safety
     /// The index belongs to the writer's working version, whose stamp is the arena's.
     pub(super) unsafe fn insert(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), OutOfMemory> {
-        let piece = Piece { start: slot.base_gfn().get(), mapping: Mapping::of(slot) };
         // SAFETY: passed on; the root is the writer's own.
-        unsafe { edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece, insert: true }) }
+        unsafe { edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), insert: true }) }
     }
 
     /// Removes a slot that is there.
@@ -224,9 +293,8 @@ impl GfnIndex {
     /// # Safety
     /// As [`insert`](Self::insert).
     pub(super) unsafe fn remove(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), OutOfMemory> {
-        let piece = Piece { start: slot.base_gfn().get(), mapping: Mapping::of(slot) };
         // SAFETY: passed on; the root is the writer's own.
-        unsafe { edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece, insert: false }) }
+        unsafe { edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), insert: false }) }
     }
 
     /// Frees every private node: the change did not come to be.
@@ -252,20 +320,16 @@ unsafe fn edit_entry(
     unsafe {
         let (node, shift) = match (*place).way::<LeafHeader, Mapping>() {
             Way::Inner(node, shift) => {
-                let start = node.header().start;
+                let (start, last) = region(node, shift);
                 let low = change.piece.start.max(block.start);
                 let high = change.piece.last().min(block.last);
-                if start <= low && high <= region_last(start, shift) {
+                if start <= low && high <= last {
                     let node = arena.privately(node)?;
                     *place = Entry::inner(node, shift);
                     (node, shift)
                 } else {
-                    // The slot lies beside the node's region: one node above both.
-                    let above = common_shift(0, start.min(low), high.max(region_last(start, shift)));
-                    let parent = arena.alloc_inner(start, above)?;
-                    parent.items_mut()[way_of(start, above)] = *place;
-                    *place = Entry::inner(parent, above);
-                    (parent, above)
+                    // The slot lies beside the node's region: one node that holds both.
+                    widen(arena, place, node, shift, block, (start.min(low), last.max(high)))?
                 }
             }
             Way::Leaf(leaf) => {
@@ -284,7 +348,7 @@ unsafe fn edit_entry(
                 return Ok(());
             }
         };
-        edit_ways(arena, node, shift, 0, WAYS, change)?;
+        edit_ways(arena, node, shift, 0, node.items().len(), change)?;
         let ways = node.items();
         if is_one(ways) {
             // All that is left fits one leaf: the node has no work to do.
@@ -299,9 +363,108 @@ unsafe fn edit_entry(
                 arena.reserve_dead(1)?;
                 *place = only;
                 arena.discard(node);
+            } else if let Some((low, high)) = ways.split_at_checked(WAYS) {
+                // A wide root of which one half is empty need not be wide.
+                let all_nothing = |half: &[Entry]| half.iter().all(|way| way.is_nothing());
+                if all_nothing(high) && high.len() == WAYS {
+                    *place = narrow(arena, node, shift, 0)?;
+                    arena.free_private(node);
+                } else if all_nothing(low) {
+                    *place = narrow(arena, node, shift, WAYS)?;
+                    arena.free_private(node);
+                }
             }
         }
         Ok(())
+    }
+}
+
+/// The keys of a node's region: the first and the last.
+///
+/// # Safety
+/// The node is alive.
+unsafe fn region(node: Inner, shift: u32) -> (u64, u64) {
+    // SAFETY: passed on.
+    let (start, ways) = unsafe { (node.header().start, node.items().len()) };
+    (start, region_last(start, shift, ways))
+}
+
+/// How a node that holds the gfns from `low` to `high` looks: its shift and its ways. Only the root is wide.
+fn shape(block: Block, low: u64, high: u64) -> (u32, usize) {
+    let (narrow, wide) = (common_shift(0, low, high, WAYS), common_shift(0, low, high, WIDE));
+    if wide < narrow && block.is_all() { (wide, WIDE) } else { (narrow, WAYS) }
+}
+
+/// Replaces the node at `place` by a private one that holds its ways and all gfns from `low` to `high`.
+///
+/// # Safety
+/// As [`edit_entry`]; `node` is what `place` names.
+unsafe fn widen(
+    arena: &mut Arena,
+    place: *mut Entry,
+    node: Inner,
+    shift: u32,
+    block: Block,
+    (low, high): (u64, u64),
+) -> Result<(Inner, u32), OutOfMemory> {
+    // SAFETY: passed on; only private nodes are written.
+    unsafe {
+        let (above, ways) = shape(block, low, high);
+        let (start, old) = (node.header().start, node.items());
+        let parent = arena.alloc_inner(low, above, ways)?;
+        let at = way_of(start, above, ways);
+        if above == shift {
+            // The same level, but wide.
+            let reserved = arena.reserve_dead(1);
+            reserved.inspect_err(|_| arena.free_private(parent))?;
+            parent.items_mut()[at..at + old.len()].copy_from_slice(old);
+            *place = Entry::inner(parent, above);
+            arena.discard(node);
+        } else if old.len() == WAYS {
+            parent.items_mut()[at] = *place;
+            *place = Entry::inner(parent, above);
+        } else {
+            // A wide root becomes two ordinary nodes.
+            let halves = arena.reserve_dead(1).and_then(|()| {
+                let low = narrow(arena, node, shift, 0)?;
+                let high = narrow(arena, node, shift, WAYS).inspect_err(|_| free_half(arena, low))?;
+                Ok([low, high])
+            });
+            let halves = halves.inspect_err(|_| arena.free_private(parent))?;
+            parent.items_mut()[at..at + 2].copy_from_slice(&halves);
+            *place = Entry::inner(parent, above);
+            arena.discard(node);
+        }
+        Ok((parent, above))
+    }
+}
+
+/// Half of a wide node as a node of its own, or what all its ways lead to.
+///
+/// # Safety
+/// The node is alive and belongs to the working version.
+unsafe fn narrow(arena: &mut Arena, node: Inner, shift: u32, first: usize) -> Result<Entry, OutOfMemory> {
+    // SAFETY: passed on; the new node is private.
+    unsafe {
+        let half = &node.items()[first..first + WAYS];
+        if is_one(half) {
+            return Ok(half[0]);
+        }
+        let start = node.header().start + ((first as u64) << shift);
+        let new = arena.alloc_inner(start, shift, WAYS)?;
+        new.items_mut().copy_from_slice(half);
+        Ok(Entry::inner(new, shift))
+    }
+}
+
+/// Frees what [`narrow`] has just made, without what it leads to.
+///
+/// # Safety
+/// The entry comes from [`narrow`] and is used no more.
+unsafe fn free_half(arena: &mut Arena, half: Entry) {
+    if let Way::Inner(node, _) = half.way::<LeafHeader, Mapping>() {
+        // SAFETY: an inner node from `narrow` is new and private.
+        unsafe { arena.free_private(node) };
     }
 }
 
@@ -402,7 +565,7 @@ unsafe fn join(
 fn fits(pieces: &[Piece], block: Block) -> bool {
     match (pieces.first(), pieces.last()) {
         (Some(first), Some(last)) => {
-            pieces.len() <= LEAF_SLOTS && last.last().min(block.last) - first.start < u64::from(NO_KEY)
+            pieces.len() <= LEAF_SLOTS && last.last().min(block.last) - first.start < u64::from(NO_OFFSET)
         }
         _ => true,
     }
@@ -410,17 +573,20 @@ fn fits(pieces: &[Piece], block: Block) -> bool {
 
 fn alloc_leaf(arena: &mut Arena, pieces: &[Piece]) -> Result<Leaf, OutOfMemory> {
     let base = pieces[0].start;
-    let mut keys = [NO_KEY; LEAF_SLOTS];
-    let mut mappings = [pieces[0].mapping; LEAF_SLOTS];
+    let mut keys = [key(NO_OFFSET); KEYS];
+    let mut mappings = [Mapping { delta: 0, end: 0, label: Label(0) }; KEYS];
     for ((key, mapping), piece) in keys.iter_mut().zip(&mut mappings).zip(pieces) {
-        *key = u32::try_from(piece.start - base).unwrap_or(NO_KEY);
-        *mapping = piece.mapping;
+        (*key, *mapping) = piece.to_leaf(base);
     }
-    arena.alloc(LeafHeader { base, _line: 0, keys }, &mappings[..pieces.len()], pieces.len())
+    arena.alloc(LeafHeader { base, keys: Keys(keys) }, &mappings[..pieces.len()], pieces.len())
 }
 
 /// A new subtree for the slots of a block. On failure nothing of it is left.
-fn build(arena: &mut Arena, block: Block, pieces: &[Piece]) -> Result<Entry, OutOfMemory> {
+fn build(
+    arena: &mut Arena,
+    block: Block,
+    pieces: &[Piece],
+) -> Result<Entry, OutOfMemory> {
     let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else {
         return Ok(Entry::NOTHING);
     };
@@ -428,11 +594,11 @@ fn build(arena: &mut Arena, block: Block, pieces: &[Piece]) -> Result<Entry, Out
         return Ok(Entry::leaf(alloc_leaf(arena, pieces)?));
     }
     let low = first.start.max(block.start);
-    let shift = common_shift(0, low, last.last().min(block.last));
-    let node = arena.alloc_inner(low, shift)?;
+    let (shift, ways) = shape(block, low, last.last().min(block.last));
+    let node = arena.alloc_inner(low, shift, ways)?;
     // SAFETY: the node is new and private.
     unsafe {
-        fill(arena, node, shift, 0, WAYS, pieces)
+        fill(arena, node, shift, 0, ways, pieces)
             .inspect_err(|_| free_private(arena, Entry::inner(node, shift)))?;
     }
     Ok(Entry::inner(node, shift))
@@ -526,13 +692,13 @@ impl Walk {
     unsafe fn enter(&mut self, entry: Entry) {
         if let Way::Inner(node, shift) = entry.way::<LeafHeader, Mapping>() {
             // SAFETY: passed on.
-            let start = unsafe { node.header().start };
+            let ((start, last), ways) = unsafe { (region(node, shift), node.items().len()) };
             let first = if self.from <= start {
                 0
-            } else if self.from > region_last(start, shift) {
-                WAYS
+            } else if self.from > last {
+                ways
             } else {
-                way_of(self.from, shift)
+                way_of(self.from, shift, ways)
             };
             self.stack[self.depth] = (entry, first);
             self.depth += 1;
@@ -542,26 +708,27 @@ impl Walk {
         }
     }
 
-    /// The next slot: its first gfn and its mapping.
+    /// The id of the next slot.
     ///
     /// # Safety
     /// The version is held.
-    pub(super) unsafe fn next(&mut self) -> Option<(u64, Mapping)> {
+    pub(super) unsafe fn next(&mut self) -> Option<u32> {
         loop {
             if let Way::Leaf(leaf) = self.leaf.way::<LeafHeader, Mapping>() {
                 // SAFETY: passed on.
                 let (header, mappings) = unsafe { (leaf.header(), leaf.items()) };
-                while let Some(&mapping) = mappings.get(self.at) {
-                    let piece = Piece { start: header.base + u64::from(header.keys[self.at]), mapping };
+                while let Some(mapping) = mappings.get(self.at) {
+                    let start = header.base + u64::from(offset(header.keys.0[self.at]));
+                    let end = header.base + u64::from(mapping.end);
                     self.at += 1;
-                    if piece.last() >= self.from {
-                        if piece.start > self.last {
+                    if end > self.from {
+                        if start > self.last {
                             self.depth = 0;
                             self.leaf = Entry::NOTHING;
                             return None;
                         }
-                        self.from = piece.last() + 1;
-                        return Some((piece.start, mapping));
+                        self.from = end;
+                        return Some(mapping.label.id());
                     }
                 }
             }

@@ -102,7 +102,7 @@ unsafe fn set(arena: &mut Arena, place: *mut Entry, id: u64, slot: Option<Slot>)
             }
             Way::Inner(node, shift) => {
                 let start = node.header().start;
-                (start, region_last(start, shift), shift)
+                (start, region_last(start, shift, WAYS), shift)
             }
         };
         if id < node_start || id > node_last {
@@ -110,16 +110,16 @@ unsafe fn set(arena: &mut Arena, place: *mut Entry, id: u64, slot: Option<Slot>)
             if slot.is_none() {
                 return Ok(());
             }
-            let above = common_shift(LEAF_SHIFT, node_start.min(id), node_last.max(id));
-            let parent = arena.alloc_inner(id, above)?;
-            parent.items_mut()[way_of(node_start, above)] = *place;
+            let above = common_shift(LEAF_SHIFT, node_start.min(id), node_last.max(id), WAYS);
+            let parent = arena.alloc_inner(id, above, WAYS)?;
+            parent.items_mut()[way_of(node_start, above, WAYS)] = *place;
             *place = Entry::inner(parent, above);
-            return set(arena, &raw mut parent.items_mut()[way_of(id, above)], id, slot);
+            return set(arena, &raw mut parent.items_mut()[way_of(id, above, WAYS)], id, slot);
         }
         let Way::Inner(node, _) = (*place).way::<LeafHeader, Option<Slot>>() else { return Ok(()) };
         let node = arena.privately(node)?;
         *place = Entry::inner(node, shift);
-        set(arena, &raw mut node.items_mut()[way_of(id, shift)], id, slot)?;
+        set(arena, &raw mut node.items_mut()[way_of(id, shift, WAYS)], id, slot)?;
         if slot.is_none() {
             let mut left = node.items().iter().filter(|way| !way.is_nothing());
             let only = left.next().copied().unwrap_or(Entry::NOTHING);

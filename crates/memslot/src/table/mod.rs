@@ -22,6 +22,7 @@ mod hva_index;
 mod id_index;
 mod node;
 mod radix;
+mod search;
 mod transaction;
 mod versions;
 mod view;
@@ -38,7 +39,7 @@ use core::ptr::NonNull;
 pub use self::transaction::Transaction;
 pub use self::view::{HvaHit, SlotPiece, Translation, View};
 
-use self::gfn_index::Mapping;
+use self::gfn_index::Found;
 use self::node::{AnyNode, Arena};
 use self::transaction::{Lists, abandon};
 use self::versions::{Held, Owner, Seat, Version, VersionList, share};
@@ -46,7 +47,7 @@ use self::view::translation;
 use crate::addr::{Gfn, Gpa, PageSize};
 use crate::error::{LimitsError, OutOfMemory, Reason, TransactionError};
 use crate::listener::{Listener, Piece, Update, cut};
-use crate::slot::{AddressSpaceId, MAX_PAGES_PER_SLOT, SlotFlags, SlotId, SlotSpec};
+use crate::slot::{AddressSpaceId, MAX_PAGES_PER_SLOT, MAX_SLOTS, SlotFlags, SlotId, SlotSpec};
 
 /// The most address spaces a table can have.
 pub const MAX_ADDRESS_SPACES: usize = 16;
@@ -68,7 +69,7 @@ pub struct Limits {
     pub page_size: PageSize,
     /// How many address spaces there are; 2 (normal and SMM), at most [`MAX_ADDRESS_SPACES`].
     pub address_spaces: u8,
-    /// Slot ids of an address space are below this; 32764, at most 2^32 - 1.
+    /// Slot ids of an address space are below this; 32764, at most [`MAX_SLOTS`].
     pub slots: u32,
     /// The most pages a slot can have; 2^31 - 1, at most [`MAX_PAGES_PER_SLOT`].
     pub pages_per_slot: u64,
@@ -156,6 +157,9 @@ impl SlotTable {
     pub(crate) fn starting_at(limits: Limits, generation: u64) -> Result<Self, LimitsError> {
         if !(1..=MAX_ADDRESS_SPACES).contains(&usize::from(limits.address_spaces)) {
             return Err(LimitsError::AddressSpaces { asked: limits.address_spaces, max: MAX_ADDRESS_SPACES });
+        }
+        if limits.slots > MAX_SLOTS {
+            return Err(LimitsError::Slots { asked: limits.slots, max: MAX_SLOTS });
         }
         if !(1..=MAX_PAGES_PER_SLOT).contains(&limits.pages_per_slot) {
             let asked = limits.pages_per_slot;
@@ -458,19 +462,19 @@ pub struct Reader {
     last_used: Cell<LastUsed>,
 }
 
-/// The mapping that the last lookup found. Valid in its generation only; it holds values and no pointer.
+/// What the last lookup found. Valid in its generation only; it holds values and no pointer.
 #[derive(Clone, Copy)]
 struct LastUsed {
     generation: u64,
+    /// The slot's first frame.
     base: u64,
-    mapping: Mapping,
+    found: Found,
     space: AddressSpaceId,
 }
 
 impl LastUsed {
-    /// A mapping of no pages: nothing lies in it, whatever the generation.
-    const NONE: Self =
-        Self { generation: 0, base: 0, mapping: Mapping::NONE, space: AddressSpaceId::NORMAL };
+    /// No pages left: nothing lies in it, whatever the generation.
+    const NONE: Self = Self { generation: 0, base: 0, found: Found::NONE, space: AddressSpaceId::NORMAL };
 }
 
 impl Reader {
@@ -510,15 +514,22 @@ impl Pinned<'_> {
         let page = view.page_size();
         let gfn = gpa.gfn(page);
         let last = self.reader.last_used.get();
-        let into = gfn.get().wrapping_sub(last.base);
-        if last.generation == view.generation && into < u64::from(last.mapping.pages) && last.space == space {
+        let further = gfn.get().wrapping_sub(last.base);
+        if last.generation == view.generation
+            && further < u64::from(last.found.pages_left)
+            && last.space == space
+        {
             #[expect(clippy::cast_possible_truncation, reason = "below the slot's 32-bit number of pages")]
-            return translation(&last.mapping, into as u32, gpa, page);
+            return translation(&last.found.further(further as u32), gpa, page);
         }
-        let (&mapping, into) = view.find(space, gfn)?;
-        let base = gfn.get() - u64::from(into);
-        self.reader.last_used.set(LastUsed { generation: view.generation, base, mapping, space });
-        translation(&mapping, into, gpa, page)
+        let found = view.find(space, gfn)?;
+        self.reader.last_used.set(LastUsed {
+            generation: view.generation,
+            base: gfn.get() - u64::from(found.pages_before),
+            found: found.at_start(),
+            space,
+        });
+        translation(&found, gpa, page)
     }
 
     /// The same version, to be kept.

@@ -26,7 +26,7 @@ use crate::error::OutOfMemory;
 
 /// Nodes start at, and are a multiple of, a cache line; the low bits of a node pointer are free for a tag.
 pub(super) const LINE: usize = 64;
-const CLASSES: usize = 17;
+const CLASSES: usize = 18;
 /// Slabs grow with their class up to this size, so that a small table stays small.
 const SLAB_BYTES: usize = 32 << 10;
 const NONE: u32 = u32::MAX;

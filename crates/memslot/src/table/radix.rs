@@ -2,7 +2,7 @@
 //!
 //! Both indexes are radix trees, walked like a page table: an inner node at `shift` has 64 [`Entry`]s, and the
 //! next one is entry `(key >> shift) % 64`. Shifts are `first + 6 * level`; levels with only one way on are
-//! left out (path compression), so a walk may arrive somewhere although the key belongs nowhere. What the walk
+//! left out (path compression), and the root may be twice as wide, which saves a level more often than not. So a walk may arrive somewhere although the key belongs nowhere. What the walk
 //! finds decides: a leaf knows its keys.
 //!
 //! An entry is one word: the address of a node, which is a multiple of 64, and in its low six bits what that
@@ -15,11 +15,13 @@ use crate::error::OutOfMemory;
 
 /// Ways out of an inner node.
 pub(super) const WAYS: usize = 64;
+/// Ways out of a wide root.
+pub(super) const WIDE: usize = 128;
 const TAG: usize = 63;
 /// The tag of a leaf; no inner node has this shift.
 const LEAF: usize = 63;
 
-/// The smallest key that the node can hold; the region is `64 << shift` keys long.
+/// The smallest key that the node can hold; the region is `ways << shift` keys long.
 #[derive(Clone, Copy)]
 pub(super) struct Region {
     pub(super) start: u64,
@@ -75,51 +77,60 @@ impl Entry {
         }
     }
 
-    /// Walks to the leaf that would hold `key`.
+    /// Walks from the root to the leaf that would hold `key`.
     ///
     /// # Safety
-    /// The entry belongs to a version that is held for `'a`, in a tree whose leaves have this shape.
+    /// The entry is a root of a version that is held for `'a`, in a tree whose leaves have this shape.
     #[inline]
     pub(super) unsafe fn walk<H: Copy, T: Copy>(mut self, key: u64) -> Option<NodePtr<H, T>> {
-        loop {
-            match self.way() {
-                Way::Nothing => return None,
-                Way::Leaf(leaf) => return Some(leaf),
-                // SAFETY: the node is reachable from the held version; inner nodes have 64 items.
-                Way::Inner(node, shift) => self = unsafe { *node.item(way_of(key, shift)) },
+        // SAFETY: the nodes are reachable from the held version; the root says how many ways it has, and all
+        // others have 64. Both are powers of two.
+        unsafe {
+            if let Way::Inner(node, shift) = self.way::<H, T>() {
+                self = *node.item(way_of(key, shift, node.items().len()));
+            }
+            loop {
+                match self.way() {
+                    Way::Nothing => return None,
+                    Way::Leaf(leaf) => return Some(leaf),
+                    Way::Inner(node, shift) => self = *node.item(way_of(key, shift, WAYS)),
+                }
             }
         }
     }
 }
 
-/// Which way `key` goes out of a node at `shift`.
+/// Which way `key` goes out of a node at `shift` with so many ways, a power of two.
 #[inline]
-#[expect(clippy::cast_possible_truncation, reason = "the value is below 64")]
-pub(super) const fn way_of(key: u64, shift: u32) -> usize {
-    (key >> shift) as usize & (WAYS - 1)
+#[expect(clippy::cast_possible_truncation, reason = "the value is below the number of ways")]
+pub(super) const fn way_of(key: u64, shift: u32, ways: usize) -> usize {
+    (key >> shift) as usize & (ways - 1)
 }
 
-/// The first key of the region of a node at `shift` that holds `key`.
-pub(super) const fn region_start(key: u64, shift: u32) -> u64 {
-    if shift + 6 >= 64 { 0 } else { key >> (shift + 6) << (shift + 6) }
+/// Where a node at `shift` with so many ways that holds `key` starts.
+pub(super) const fn region_start(key: u64, shift: u32, ways: usize) -> u64 {
+    let bits = shift + ways.trailing_zeros();
+    if bits >= 64 { 0 } else { key >> bits << bits }
 }
 
-/// The last key of the region of a node at `shift` that starts at `start`.
-pub(super) const fn region_last(start: u64, shift: u32) -> u64 {
-    if shift + 6 >= 64 { u64::MAX } else { start + ((1 << (shift + 6)) - 1) }
+/// The last key of the region of a node at `shift` with so many ways that starts at `start`.
+pub(super) const fn region_last(start: u64, shift: u32, ways: usize) -> u64 {
+    let bits = shift + ways.trailing_zeros();
+    if bits >= 64 { u64::MAX } else { start + ((1 << bits) - 1) }
 }
 
-/// The smallest shift, of those that start with `first`, at which one node holds both keys.
-pub(super) const fn common_shift(first: u32, a: u64, b: u64) -> u32 {
+/// The smallest shift, of those that start with `first`, at which one node of so many ways holds both keys.
+pub(super) const fn common_shift(first: u32, a: u64, b: u64, ways: usize) -> u32 {
     let differ = 64 - (a ^ b).leading_zeros();
-    let above = differ.saturating_sub(first);
-    first + above.saturating_sub(1) / 6 * 6
+    let above = differ.saturating_sub(first + ways.trailing_zeros());
+    first + above.div_ceil(6) * 6
 }
 
 impl Arena {
     /// A new inner node at `shift` whose region holds `key`, all ways empty.
-    pub(super) fn alloc_inner(&mut self, key: u64, shift: u32) -> Result<Inner, OutOfMemory> {
-        self.alloc(Region { start: region_start(key, shift) }, &[Entry::NOTHING; WAYS], WAYS)
+    pub(super) fn alloc_inner(&mut self, key: u64, shift: u32, ways: usize) -> Result<Inner, OutOfMemory> {
+        let region = Region { start: region_start(key, shift, ways) };
+        self.alloc(region, &[Entry::NOTHING; WIDE][..ways], ways)
     }
 }
 
@@ -131,11 +142,14 @@ mod tests {
     fn the_common_shift_is_the_lowest_that_holds_both() {
         for first in [0, 4] {
             for (a, b) in [(0, 0), (0, 63), (0, 64), (5, 4095), (0, 4096), (1 << 51, 0), (u64::MAX, 0)] {
-                let shift = common_shift(first, a, b);
-                assert_eq!(region_start(a, shift), region_start(b, shift), "{a} {b} at {shift}");
-                assert_eq!((shift - first) % 6, 0);
-                if shift > first {
-                    assert_ne!(region_start(a, shift - 6), region_start(b, shift - 6), "{a} {b} at {shift}");
+                for ways in [WAYS, WIDE] {
+                    let shift = common_shift(first, a, b, ways);
+                    let start = |key, shift| region_start(key, shift, ways);
+                    assert_eq!(start(a, shift), start(b, shift), "{a} {b} at {shift}");
+                    assert_eq!((shift - first) % 6, 0);
+                    if shift > first {
+                        assert_ne!(start(a, shift - 6), start(b, shift - 6), "{a} {b} at {shift}");
+                    }
                 }
             }
         }

@@ -346,8 +346,8 @@ impl<'t> Transaction<'t> {
         unsafe {
             if !change.old.is_some_and(|old| looks_alike(&old, &new)) {
                 let gfns = new.gfns();
-                if let Some((_, other)) = space.gfns.first_in(gfns.start().get(), gfns.end().get() - 1) {
-                    let with = space.ids.find(other.id).copied().unwrap_or(new);
+                if let Some(other) = space.gfns.first_in(gfns.start().get(), gfns.end().get() - 1) {
+                    let with = space.ids.find(other).copied().unwrap_or(new);
                     return Err(Reason::Overlap { slot: new, with });
                 }
                 space.gfns.insert(self.arena, &new).map_err(|_| Reason::OutOfMemory)?;

@@ -1,6 +1,6 @@
 //! What one version says: every lookup.
 
-use super::gfn_index::{GfnIndex, Mapping, Walk};
+use super::gfn_index::{Found, GfnIndex, Walk};
 use super::hva_index::{HvaIndex, Search};
 use super::id_index::IdIndex;
 use super::{Limits, MAX_ADDRESS_SPACES};
@@ -147,13 +147,12 @@ impl View {
     #[must_use]
     pub fn translate(&self, space: AddressSpaceId, gpa: Gpa) -> Option<Translation> {
         let page = self.page_size();
-        let (mapping, into) = self.find(space, gpa.gfn(page))?;
-        translation(mapping, into, gpa, page)
+        translation(&self.find(space, gpa.gfn(page))?, gpa, page)
     }
 
-    /// The gfn index's answer: the mapping and how many pages into it the frame lies.
+    /// The gfn index's answer.
     #[inline]
-    pub(super) fn find(&self, space: AddressSpaceId, gfn: Gfn) -> Option<(&Mapping, u32)> {
+    pub(super) fn find(&self, space: AddressSpaceId, gfn: Gfn) -> Option<Found> {
         // SAFETY: whoever has `&self` holds the version.
         unsafe { self.space(space)?.gfns.find(gfn.get()) }
     }
@@ -170,8 +169,7 @@ impl View {
     #[inline]
     #[must_use]
     pub fn slot_at(&self, space: AddressSpaceId, gfn: Gfn) -> Option<&Slot> {
-        let (mapping, _) = self.find(space, gfn)?;
-        self.slot(space, SlotId::new(mapping.id))
+        self.slot(space, SlotId::new(self.find(space, gfn)?.id()))
     }
 
     /// All slots of an address space, in order of gfn.
@@ -212,10 +210,7 @@ impl View {
             let mut walk = unsafe { Walk::new(space.gfns, from, last) };
             core::iter::from_fn(move || {
                 // SAFETY: as above.
-                unsafe {
-                    let (_, mapping) = walk.next()?;
-                    space.ids.find(mapping.id)
-                }
+                unsafe { space.ids.find(walk.next()?) }
             })
         })
     }
@@ -284,15 +279,13 @@ impl View {
 }
 
 #[inline]
-pub(super) fn translation(mapping: &Mapping, into: u32, gpa: Gpa, page: PageSize) -> Option<Translation> {
-    let shift = page.shift();
+pub(super) fn translation(found: &Found, gpa: Gpa, page: PageSize) -> Option<Translation> {
     let within = gpa.offset_in_page(page);
     Some(Translation {
-        // No wrap: the table checked that the slot's host memory ends below 2^64.
-        hva: Hva::new(mapping.hva()? + (u64::from(into) << shift) + within),
-        bytes_left: (u64::from(mapping.pages - into) << shift) - within,
-        slot: SlotId::new(mapping.id),
-        flags: mapping.flags(),
+        hva: Hva::new(found.hva(gpa.get())?),
+        bytes_left: (u64::from(found.pages_left) << page.shift()) - within,
+        slot: SlotId::new(found.id()),
+        flags: found.flags(),
     })
 }
 

@@ -1,0 +1,85 @@
+//! Finding a key among 16: the one step of a lookup that is not a load.
+//!
+//! Sorted keys are compared all at once, and the first that is above gives the answer. SSE2 is part of x86-64,
+//! so nothing is detected at run time; elsewhere the compiler makes what it can of a loop.
+
+/// Keys that are compared; the last one is above everything, so that some key always is.
+pub(super) const KEYS: usize = 16;
+
+/// A 32-bit offset as SSE2 can compare it, which knows signed numbers only: the order is kept.
+#[inline]
+pub(super) const fn key(offset: u32) -> i32 {
+    i32::from_ne_bytes((offset ^ (1 << 31)).to_ne_bytes())
+}
+
+/// The offset of a key.
+#[inline]
+pub(super) const fn offset(key: i32) -> u32 {
+    u32::from_ne_bytes(key.to_ne_bytes()) ^ (1 << 31)
+}
+
+/// Sixteen keys in ascending order, at an address that SSE2 can load from.
+#[derive(Clone, Copy)]
+#[repr(C, align(16))]
+pub(super) struct Keys(pub(super) [i32; KEYS]);
+
+impl Keys {
+    /// How many keys are not above `wanted`.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    pub(super) fn not_above(&self, wanted: i32) -> usize {
+        use core::arch::x86_64::{
+            __m128i, _mm_cmpgt_epi32, _mm_load_si128, _mm_movemask_epi8, _mm_packs_epi16, _mm_packs_epi32,
+            _mm_set1_epi32,
+        };
+        let keys: *const __m128i = (&raw const self.0).cast();
+        // SAFETY: SSE2 is part of x86-64; the loads are of the 64 bytes of `self`, aligned to 16.
+        let above = unsafe {
+            let wanted = _mm_set1_epi32(wanted);
+            let quarter = |i| _mm_cmpgt_epi32(_mm_load_si128(keys.add(i)), wanted);
+            let low = _mm_packs_epi32(quarter(0), quarter(1));
+            let high = _mm_packs_epi32(quarter(2), quarter(3));
+            _mm_movemask_epi8(_mm_packs_epi16(low, high))
+        };
+        debug_assert!(above != 0, "the last key is above everything");
+        above.trailing_zeros() as usize
+    }
+
+    /// How many keys are not above `wanted`.
+    #[cfg(not(target_arch = "x86_64"))]
+    #[inline]
+    pub(super) fn not_above(&self, wanted: i32) -> usize {
+        self.0.iter().map(|&key| usize::from(key <= wanted)).sum()
+    }
+}
+
+/// Asks the processor to fetch the cache lines of a node before it is known which of them is needed.
+#[inline]
+pub(super) fn prefetch(node: core::ptr::NonNull<u8>, lines: core::ops::Range<usize>) {
+    #[cfg(target_arch = "x86_64")]
+    for line in lines {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: SSE is part of x86-64; a prefetch reads nothing and may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(node.as_ptr().wrapping_add(line * super::node::LINE).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (node, lines);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_is_the_number_of_keys_not_above() {
+        let mut keys = [key(u32::MAX); KEYS];
+        for (i, offset) in [0, 1, 5, 1 << 30, (1 << 31) - 1, 1 << 31, u32::MAX - 1].into_iter().enumerate() {
+            keys[i] = key(offset);
+        }
+        let keys = Keys(keys);
+        for wanted in [0, 1, 2, 4, 5, 6, 1 << 30, (1 << 31) - 1, 1 << 31, (1 << 31) + 1, u32::MAX - 1] {
+            let expected = keys.0.iter().filter(|&&key| offset(key) <= wanted).count();
+            assert_eq!(keys.not_above(key(wanted)), expected, "{wanted:#x}");
+        }
+    }
+}
