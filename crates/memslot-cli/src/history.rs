@@ -31,7 +31,7 @@ pub(crate) struct MapSlot {
 }
 
 /// What a slot is for, as far as its flags tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Kind {
     /// Guest memory.

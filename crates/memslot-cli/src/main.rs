@@ -38,9 +38,9 @@ use trace::TraceReader;
 /// What the exit status says. Of several files the worst counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Status {
-    Agrees = 0,
-    Disagrees = 1,
-    Unreadable = 2,
+    Agrees,
+    Disagrees,
+    Unreadable,
 }
 
 fn main() -> ExitCode {
@@ -92,8 +92,8 @@ fn run(input: &Input, svg: Option<&Path>, output: Output) -> Status {
         let report = Report::new(&name, input.at, &replay);
         if input.json {
             let document = match output {
-                Output::Report => serde_json::to_value(&report),
-                Output::Map => serde_json::to_value(report.map()),
+                Output::Report => serde_json::to_string_pretty(&report),
+                Output::Map => serde_json::to_string_pretty(&report.map()),
             };
             documents.extend(document);
             continue;
@@ -106,27 +106,45 @@ fn run(input: &Input, svg: Option<&Path>, output: Output) -> Status {
                 map::write(&mut text, &report, &maps, width())
             }
         };
-        if written.is_err() || !print(&text) {
-            return status;
+        match print(&text) {
+            _ if written.is_err() => return Status::Unreadable,
+            Printed::Whole => {}
+            Printed::NobodyReads => return status,
+            Printed::Failed => return Status::Unreadable,
         }
     }
-    if input.json && !(documents.is_empty() && input.files.len() == 1) {
-        let document = match (input.files.len(), documents.pop()) {
-            (1, Some(document)) => document,
-            (_, last) => {
-                documents.extend(last);
-                serde_json::Value::Array(documents)
-            }
+    if input.json {
+        let document = match (&documents[..], input.files.len()) {
+            ([], 1) => return status,
+            ([document], 1) => format!("{document}\n"),
+            _ => format!("[{}]\n", documents.join(",\n")),
         };
-        print(&format!("{document:#}\n"));
+        if print(&document) == Printed::Failed {
+            return Status::Unreadable;
+        }
     }
     status
 }
 
-/// Prints, and says whether anybody is still there to read: a closed pipe is no failure.
-fn print(text: &str) -> bool {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Printed {
+    Whole,
+    /// The pipe is closed (`| head`): no failure, but no reason to go on either.
+    NobodyReads,
+    /// A full disk, say. Has been complained about.
+    Failed,
+}
+
+fn print(text: &str) -> Printed {
     let mut out = anstream::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Printed::Whole,
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Printed::NobodyReads,
+        Err(error) => {
+            complain("<stdout>", &error.to_string());
+            Printed::Failed
+        }
+    }
 }
 
 fn complain(name: &str, message: &str) {
@@ -152,7 +170,7 @@ fn read(path: &Path, until: Option<u64>) -> Result<Replay, String> {
         if about.is_dir() {
             return Err("is a directory, not a trace".to_owned());
         }
-        (Box::new(file), about.is_file().then(|| about.len()))
+        (Box::new(file), about.is_file().then_some(about.len()))
     };
     let mut reader = TraceReader::new(BufReader::with_capacity(1 << 16, input));
     let mut progress = Progress::new(size);

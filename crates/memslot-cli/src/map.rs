@@ -58,13 +58,18 @@ pub(crate) fn write(out: &mut String, report: &Report, maps: &[Vec<MapSlot>], wi
     if report.vms.is_empty() {
         writeln!(out, "{}: no VM in this trace", paint(style::BOLD, &report.file))?;
     }
+    if !report.disagreements.is_empty() {
+        let text = format!("{} with the trace", units::count(report.disagreements.len(), "disagreement"));
+        writeln!(out, "{}: the map may be wrong; `memslot replay` lists them", paint(style::BAD, text))?;
+    }
     Ok(())
 }
 
 fn draw(out: &mut String, slots: &[MapSlot], width: usize) -> fmt::Result {
     let digits = units::digits(slots.iter().map(MapSlot::end).max().unwrap_or(0));
     let margin = digits + 2;
-    let cells = width.saturating_sub(margin + 1 + SCALE).max(8);
+    // Rows of a round number of cells begin at rounder addresses.
+    let cells = (width.saturating_sub(margin + 1 + SCALE) / 8 * 8).max(8);
     let ranges: Vec<(u64, u64)> = slots.iter().map(|slot| (slot.gpa, slot.end())).collect();
     let row = u64::try_from(cells).unwrap_or(u64::MAX);
     let segments = layout::segments(&layout::pieces(&ranges), row, MAX_ROWS);

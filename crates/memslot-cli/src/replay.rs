@@ -315,19 +315,25 @@ pub(crate) fn region_of(slot: &MapSlot, second: bool) -> Region {
 }
 
 fn describe(name: &str, region: &Region) -> String {
-    let mut text = format!(
-        "{name} {{slot={:#x}, flags={}, gpa={:#x}, size={:#x} ({}), hva={:#x}",
-        region.slot,
-        flag_names(region.flags).replace('-', "0"),
-        region.gpa,
-        region.size,
-        units::size(region.size),
-        region.hva
-    );
-    if let Some(memfd) = region.second {
-        text += &format!(", guest_memfd={}, guest_memfd_offset={:#x}", memfd.file, memfd.offset);
-    }
-    text.replacen("slot=0x0,", "slot=0,", 1) + "}"
+    let slot = match region.address_space() {
+        0 => region.slot.to_string(),
+        _ => format!("{:#x}", region.slot),
+    };
+    let flags = match region.flags {
+        0 => "0".to_owned(),
+        flags => flag_names(flags),
+    };
+    let size = match region.size {
+        0 => "0 (delete)".to_owned(),
+        size => format!("{size:#x} ({})", units::size(size)),
+    };
+    let memfd = region.second.map_or_else(String::new, |memfd| {
+        format!(", guest_memfd={}, guest_memfd_offset={:#x}", memfd.file, memfd.offset)
+    });
+    format!(
+        "{name} {{slot={slot}, flags={flags}, gpa={:#x}, size={size}, hva={:#x}{memfd}}}",
+        region.gpa, region.hva
+    )
 }
 
 fn effect(change: Change, region: &Region, before: Option<&MapSlot>) -> String {

@@ -5,10 +5,12 @@
 //! between, so time is compressed too: the width of a pause grows with its logarithm, and the labels below say
 //! the true time.
 
+use std::collections::HashSet;
+
 use svg::Document;
 use svg::node::element::{Group, Line, Path, Rectangle, Text, Title};
 
-use crate::history::{Kind, Lifetime};
+use crate::history::{Kind, Lifetime, MapSlot};
 use crate::layout::{self, Segment};
 use crate::replay::{Replay, Vm};
 use crate::units;
@@ -17,8 +19,10 @@ const PLOT_WIDTH: f64 = 900.0;
 const RIGHT: f64 = 24.0;
 const LABEL_HEIGHT: f64 = 12.0;
 const GAP_HEIGHT: f64 = 26.0;
+/// Between neighbouring segments of different scales.
+const SEAM: f64 = 6.0;
 /// Cells a one-line segment would have, and the most lines of one: sets how much is drawn to one scale.
-const CELLS: u64 = 48;
+const CELLS: u64 = 24;
 const MAX_ROWS: u64 = 48;
 
 const INK: &str = "#24292f";
@@ -64,7 +68,7 @@ pub(crate) fn draw(name: &str, replay: &Replay) -> String {
             y += 24.0;
             body = body.add(text(16.0, y, 13.0, INK, &track.title).set("font-weight", "bold"));
         }
-        y += 22.0;
+        y += 32.0;
         body = track.draw(body, left, digits.unwrap_or(1), &mut y, replay);
     }
     if tracks.is_empty() {
@@ -153,21 +157,27 @@ impl<'a> Track<'a> {
         let mut bands = Vec::new();
         for segment in self.segments.iter().rev() {
             let height = height(segment);
+            let seam =
+                bands.last().is_some_and(|above: &Band<'_>| above.scaled() && segment.cell_shift.is_some());
+            *y += if seam { SEAM } else { 0.0 };
             bands.push(Band { segment, top: *y, height });
+            if seam {
+                body = body.add(strokes(left, *y - SEAM / 2.0));
+            }
             *y += height;
         }
         let bottom = *y;
         body = body.add(axis_title(left, top));
-        for band in bands.iter().filter(|band| band.segment.cell_shift.is_some()) {
+        for band in bands.iter().filter(|band| band.scaled()) {
             let frame = Rectangle::new().set("x", left).set("y", round(band.top)).set("width", PLOT_WIDTH);
             body = body.add(frame.set("height", round(band.height)).set("fill", "#f6f8fa"));
         }
-        let (grid, labels) = self.time_axis(left, top, bottom);
+        let (grid, labels) = self.time_axis(left, top, bottom, replay.span_ns);
         body = body.add(grid);
         for band in &bands {
-            body = match band.segment.cell_shift {
-                None => body.add(break_mark(band, left)),
-                Some(_) => body.add(self.slots(band, left)),
+            body = match band.scaled() {
+                false => body.add(break_mark(band, left)),
+                true => body.add(self.slots(band, &bands, left)),
             };
         }
         body = body.add(self.address_axis(&bands, left, digits));
@@ -181,9 +191,11 @@ impl<'a> Track<'a> {
         body.add(labels)
     }
 
-    fn slots(&self, band: &Band<'_>, left: f64) -> Group {
+    fn slots(&self, band: &Band<'_>, bands: &[Band<'_>], left: f64) -> Group {
         let mut rectangles = Group::new();
         let mut labels = Group::new();
+        // In a trace of very many changes most rectangles fall on one another; one of each is enough.
+        let mut drawn = HashSet::new();
         for lifetime in &self.lifetimes {
             let slot = &lifetime.slot;
             let (start, end) = (slot.gpa.max(band.segment.start), slot.end().min(band.segment.end));
@@ -194,6 +206,10 @@ impl<'a> Track<'a> {
             let x = left + self.clock.x(lifetime.from.ns, lifetime.from.line);
             let until = lifetime.until.map_or(PLOT_WIDTH, |until| self.clock.x(until.ns, until.line));
             let (width, height) = ((left + until - x).max(0.6), (low - high).max(0.5));
+            let place = [x, high, width, height].map(|value| (value * 4.0).round().to_bits());
+            if !drawn.insert((place, slot.kind())) {
+                continue;
+            }
             // A white edge keeps neighbours apart, but would eat a thin rectangle.
             let edge = if height > 3.0 && width > 3.0 { 0.6 } else { 0.0 };
             let tip = format!(
@@ -220,7 +236,9 @@ impl<'a> Track<'a> {
             let short = slot.name();
             let room = width - 8.0;
             let label = [long, short].into_iter().find(|label| text_width(label, 10.0) <= room);
-            if let (Some(label), true) = (label, height >= LABEL_HEIGHT) {
+            // A slot across several segments is named once, where it is tallest.
+            let tallest = bands.iter().all(|other| other.extent(slot) <= band.extent(slot));
+            if let (Some(label), true) = (label, tallest && height >= LABEL_HEIGHT) {
                 let middle = (low + high) / 2.0 + 3.5;
                 labels = labels.add(text(x + 4.0, middle, 10.0, ink_on(slot.kind()), &label));
             }
@@ -264,17 +282,17 @@ impl<'a> Track<'a> {
         group
     }
 
-    fn time_axis(&self, left: f64, top: f64, bottom: f64) -> (Group, Group) {
+    fn time_axis(&self, left: f64, top: f64, bottom: f64, end_ns: Option<u64>) -> (Group, Group) {
         let (mut grid, mut labels) = (Group::new(), Group::new());
-        for (x, label) in self.clock.ticks() {
+        for (x, label) in self.clock.ticks(end_ns) {
             let x = left + x;
             grid = grid.add(line(x, top, x, bottom, RULE));
             labels = labels.add(line(x, bottom, x, bottom + 4.0, FAINT));
             labels = labels.add(text(x, bottom + 15.0, 10.0, INK, &label).set("text-anchor", "middle"));
         }
         let title = match self.clock.timed {
-            true => "time since the first call (pauses are compressed)",
-            false => "line of the trace",
+            true => "time since the first call, pauses compressed \u{b7} // the address scale changes",
+            false => "line of the trace \u{b7} // the address scale changes",
         };
         let title = text(left + PLOT_WIDTH / 2.0, bottom + 31.0, 11.0, FAINT, title);
         (grid, labels.add(title.set("text-anchor", "middle")))
@@ -289,6 +307,15 @@ struct Band<'a> {
 }
 
 impl Band<'_> {
+    fn scaled(&self) -> bool {
+        self.segment.cell_shift.is_some()
+    }
+
+    /// How tall a slot is in this band.
+    fn extent(&self, slot: &MapSlot) -> f64 {
+        self.y(slot.gpa) - self.y(slot.end())
+    }
+
     fn y(&self, address: u64) -> f64 {
         let (start, end) = (self.segment.start, self.segment.end);
         let part = (address.clamp(start, end) - start) as f64 / (end - start) as f64;
@@ -301,20 +328,26 @@ fn height(segment: &Segment) -> f64 {
     let Some(_) = segment.cell_shift else { return GAP_HEIGHT };
     let by_size = 2.5 * f64::from((segment.end - segment.start).max(4096).ilog2() - 12) + 22.0;
     let single = segment.len() <= CELLS;
-    let by_cells = if single { segment.len() as f64 } else { segment.len() as f64 * 6.0 };
-    by_size.max(by_cells.min(560.0))
+    let by_cells = if single { segment.len() as f64 } else { segment.len() as f64 * 7.0 };
+    by_size.max(by_cells.min(520.0))
 }
 
-/// Two slanted strokes on the axis and what is left out between them.
+/// What is left out of the axis.
 fn break_mark(band: &Band<'_>, left: f64) -> Group {
     let middle = band.top + band.height / 2.0;
+    let label = format!("hole {}", units::size(band.segment.end - band.segment.start));
+    strokes(left, middle)
+        .add(text(left + 14.0, middle + 3.5, 10.0, FAINT, &label).set("font-style", "italic"))
+}
+
+/// Two slanted strokes on the axis: here its scale changes.
+fn strokes(left: f64, middle: f64) -> Group {
     let mut group = Group::new();
     for y in [middle - 3.0, middle + 3.0] {
         let stroke = format!("M{} {} l10 -5", round(left - 5.0), round(y + 2.5));
         group = group.add(Path::new().set("d", stroke).set("stroke", FAINT).set("fill", "none"));
     }
-    let label = format!("hole {}", units::size(band.segment.end - band.segment.start));
-    group.add(text(left + 14.0, middle + 3.5, 10.0, FAINT, &label).set("font-style", "italic"))
+    group
 }
 
 fn axis_title(left: f64, top: f64) -> Text {
@@ -369,7 +402,7 @@ impl Clock {
     }
 
     /// Labelled moments: those after the longest pauses first, as many as fit without touching.
-    fn ticks(&self) -> Vec<(f64, String)> {
+    fn ticks(&self, end_ns: Option<u64>) -> Vec<(f64, String)> {
         let pause = |at: usize| match at.checked_sub(1) {
             Some(before) => self.points[at].2 - self.points[before].2,
             None => f64::INFINITY,
@@ -377,11 +410,13 @@ impl Clock {
         let mut order: Vec<usize> = (0..self.points.len()).collect();
         order.sort_by(|&a, &b| pause(b).total_cmp(&pause(a)));
         let mut ticks: Vec<(f64, String)> = Vec::new();
+        ticks.extend(end_ns.map(|ns| (PLOT_WIDTH, units::duration(ns))));
         for at in order {
             let (line, ns, x) = self.points[at];
             let label = if self.timed { units::duration(ns) } else { line.to_string() };
             let free = ticks.iter().all(|(other, text): &(f64, String)| {
-                (other - x).abs() > (text_width(text, 10.0) + text_width(&label, 10.0)) / 2.0 + 10.0
+                text != &label
+                    && (other - x).abs() > (text_width(text, 10.0) + text_width(&label, 10.0)) / 2.0 + 10.0
             });
             if free {
                 ticks.push((x, label));
