@@ -18,7 +18,8 @@ pub(crate) fn run(sizes: &[usize], effort: Effort, report: &mut Report) -> anyho
     }
     if report.wants("transaction") && effort != Effort::Smoke {
         for &n in &sizes[1..] {
-            transaction(n, effort, report)?;
+            transaction(n, true, effort, report)?;
+            transaction(n, false, effort, report)?;
         }
     }
     Ok(())
@@ -99,12 +100,18 @@ fn single(n: usize, effort: Effort, report: &mut Report) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// 1000 slots beside `n` others: in one transaction, and one by one.
-fn transaction(n: usize, effort: Effort, report: &mut Report) -> anyhow::Result<()> {
+/// 1000 slots beside `n` others: in one transaction, and one by one. Once as memory is plugged, with ids and
+/// addresses in a row, and once scattered over the whole map.
+fn transaction(n: usize, in_a_row: bool, effort: Effort, report: &mut Report) -> anyhow::Result<()> {
     const MANY: usize = 1000;
     let pieces = layout(n + MANY);
-    let mut order = creation_order(&pieces);
-    let many = order.split_off(n);
+    let (order, many) = if in_a_row {
+        (creation_order(&pieces[..n]), pieces[n..].to_vec())
+    } else {
+        let mut order = creation_order(&pieces);
+        let many = order.split_off(n);
+        (order, many)
+    };
     let limits = Limits { slots: u32::try_from(n + MANY)?, ..Default::default() };
     let (mut singly, mut at_once) = (SlotTable::new(limits)?, SlotTable::new(limits)?);
     for piece in &order {
@@ -140,6 +147,7 @@ fn transaction(n: usize, effort: Effort, report: &mut Report) -> anyhow::Result<
     error?;
     anyhow::ensure!(singly.view().len(SPACE) == n && at_once.view().len(SPACE) == n, "all of it was undone");
     let target = (n == 32764).then_some(3.0);
-    report.times("transaction of 1000 creates", n, "1000 single creates", times, target);
+    let name = if in_a_row { "transaction of 1000 in a row" } else { "transaction of 1000 scattered" };
+    report.times(name, n, "1000 single creates", times, target);
     Ok(())
 }

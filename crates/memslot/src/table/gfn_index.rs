@@ -220,20 +220,34 @@ impl Pieces {
 
     fn apply(&mut self, change: &Change) {
         let at = self.as_slice().partition_point(|piece| piece.start < change.piece.start);
-        if change.insert {
-            self.array.copy_within(at..self.len, at + 1);
-            self.array[at] = change.piece;
-            self.len += 1;
-        } else if at < self.len && self.array[at].start == change.piece.start {
-            self.array.copy_within(at + 1..self.len, at);
-            self.len -= 1;
+        let there = at < self.len && self.array[at].start == change.piece.start;
+        match change.kind {
+            Kind::Insert => {
+                self.array.copy_within(at..self.len, at + 1);
+                self.array[at] = change.piece;
+                self.len += 1;
+            }
+            Kind::Remove if there => {
+                self.array.copy_within(at + 1..self.len, at);
+                self.len -= 1;
+            }
+            Kind::Replace if there => self.array[at] = change.piece,
+            Kind::Remove | Kind::Replace => {}
         }
     }
 }
 
 struct Change {
     piece: Piece,
-    insert: bool,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Insert,
+    Remove,
+    /// The same gfns, said otherwise.
+    Replace,
 }
 
 /// The index of one address space in one version; copying it copies the root only.
@@ -284,8 +298,8 @@ impl GfnIndex {
     /// # Safety
     /// The index belongs to the writer's working version, whose stamp is the arena's.
     pub(super) unsafe fn insert(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), OutOfMemory> {
-        // SAFETY: passed on; the root is the writer's own.
-        unsafe { edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), insert: true }) }
+        // SAFETY: passed on.
+        unsafe { self.edit(arena, slot, Kind::Insert) }
     }
 
     /// Removes a slot that is there.
@@ -293,8 +307,26 @@ impl GfnIndex {
     /// # Safety
     /// As [`insert`](Self::insert).
     pub(super) unsafe fn remove(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), OutOfMemory> {
+        // SAFETY: passed on.
+        unsafe { self.edit(arena, slot, Kind::Remove) }
+    }
+
+    /// Puts a slot in the place of one with the same gfns.
+    ///
+    /// # Safety
+    /// As [`insert`](Self::insert).
+    pub(super) unsafe fn replace(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), OutOfMemory> {
+        // SAFETY: passed on.
+        unsafe { self.edit(arena, slot, Kind::Replace) }
+    }
+
+    /// # Safety
+    /// As [`insert`](Self::insert).
+    unsafe fn edit(&mut self, arena: &mut Arena, slot: &Slot, kind: Kind) -> Result<(), OutOfMemory> {
         // SAFETY: passed on; the root is the writer's own.
-        unsafe { edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), insert: false }) }
+        unsafe {
+            edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), kind })
+        }
     }
 
     /// Frees every private node: the change did not come to be.
@@ -342,7 +374,7 @@ unsafe fn edit_entry(
                 return Ok(());
             }
             Way::Nothing => {
-                if change.insert {
+                if change.kind == Kind::Insert {
                     *place = build(arena, block, &[change.piece])?;
                 }
                 return Ok(());
@@ -355,7 +387,7 @@ unsafe fn edit_entry(
             arena.reserve_dead(1)?;
             *place = ways[0];
             arena.discard(node);
-        } else if !change.insert {
+        } else if change.kind == Kind::Remove {
             let mut left = ways.iter().filter(|way| !way.is_nothing());
             if let (Some(&only), None) = (left.next(), left.next())
                 && only.is_inner()
@@ -508,6 +540,9 @@ unsafe fn edit_ways(
         }
         edit_ways(arena, node, shift, first, n / 2, change)?;
         edit_ways(arena, node, shift, first + n / 2, n / 2, change)?;
+        if change.kind == Kind::Replace {
+            return Ok(());
+        }
         join(arena, node, first, n, block)
     }
 }

@@ -25,7 +25,7 @@ const MERGE_ITEMS: usize = 10;
 pub(super) struct Interval {
     start: u64,
     pages: u32,
-    pub(super) id: u32,
+    id: u32,
 }
 
 impl Interval {
@@ -427,63 +427,82 @@ unsafe fn free_private(arena: &mut Arena, raw: NonNull<u8>) {
 }
 
 /// More levels than 2^32 slots can need.
-const DEPTH: usize = 16;
+const DEPTH: usize = 12;
 
 /// The intervals that overlap `[start, end)`, in order of (start, id).
+///
+/// A node's items are all compared when it is entered, without a branch on the outcome; what is left to visit is
+/// a mask. With a branch for each item, the processor would guess wrong once in every node.
 #[derive(Clone)]
 pub(super) struct Search {
-    stack: [(Option<NonNull<u8>>, usize); DEPTH],
+    /// The way down: nodes with the items still to visit.
+    stack: [(NonNull<u8>, u32); DEPTH],
     depth: usize,
     start: u64,
     end: u64,
 }
 
 impl Search {
-    pub(super) fn new(index: HvaIndex, start: u64, end: u64) -> Self {
-        let mut stack = [(None, 0); DEPTH];
-        stack[0] = (index.root, 0);
-        Self { stack, depth: usize::from(index.root.is_some()), start, end }
+    /// # Safety
+    /// The index belongs to a version that is held while the search is used.
+    #[inline]
+    pub(super) unsafe fn new(index: HvaIndex, start: u64, end: u64) -> Self {
+        let mut search = Self { stack: [(NonNull::dangling(), 0); DEPTH], depth: 0, start, end };
+        if let Some(root) = index.root {
+            // SAFETY: passed on.
+            unsafe { search.enter(root) };
+        }
+        search
+    }
+
+    /// # Safety
+    /// The node is alive.
+    #[inline]
+    unsafe fn enter(&mut self, raw: NonNull<u8>) {
+        let mut mask = 0;
+        let mut visit = |i, start: u64, end: u64| {
+            mask |= u32::from((start < self.end) & (end > self.start)) << i;
+        };
+        // SAFETY: passed on.
+        match unsafe { Node::of(raw) } {
+            Node::Leaf(leaf) => {
+                // SAFETY: as above.
+                for (i, item) in unsafe { leaf.items() }.iter().enumerate() {
+                    visit(i, item.start, item.end());
+                }
+            }
+            Node::Inner(inner) => {
+                // SAFETY: as above.
+                for (i, child) in unsafe { inner.items() }.iter().enumerate() {
+                    visit(i, child.start, child.end);
+                }
+            }
+        }
+        self.stack[self.depth] = (raw, mask);
+        self.depth += 1;
     }
 
     /// The id of the next slot.
     ///
     /// # Safety
-    /// The index belongs to a version that is held.
+    /// The version is held.
     #[inline]
     pub(super) unsafe fn next(&mut self) -> Option<u32> {
         loop {
-            let (Some(raw), at) = self.stack[self.depth.checked_sub(1)?] else { return None };
-            // SAFETY: passed on.
-            match unsafe { Node::of(raw) } {
-                Node::Leaf(leaf) => {
-                    // SAFETY: as above.
-                    let items = unsafe { leaf.items() };
-                    for (i, item) in items.iter().enumerate().skip(at) {
-                        if item.start >= self.end {
-                            self.depth = 0;
-                            return None;
-                        }
-                        if item.end() > self.start {
-                            self.stack[self.depth - 1].1 = i + 1;
-                            return Some(item.id);
-                        }
-                    }
-                    self.depth -= 1;
-                }
-                Node::Inner(inner) => {
-                    // SAFETY: as above.
-                    let items = unsafe { inner.items() };
-                    match items.iter().enumerate().skip(at).find(|(_, child)| child.end > self.start) {
-                        Some((i, child)) => {
-                            if child.start >= self.end {
-                                self.depth = 0;
-                                return None;
-                            }
-                            self.stack[self.depth - 1].1 = i + 1;
-                            self.stack[self.depth] = (Some(child.node), 0);
-                            self.depth += 1;
-                        }
-                        None => self.depth -= 1,
+            let (raw, mask) = &mut self.stack[self.depth.checked_sub(1)?];
+            if *mask == 0 {
+                self.depth -= 1;
+                continue;
+            }
+            let at = mask.trailing_zeros() as usize;
+            *mask &= *mask - 1;
+            // SAFETY: passed on; the mask has bits for the node's items only.
+            unsafe {
+                match Node::of(*raw) {
+                    Node::Leaf(leaf) => return Some(leaf.item(at).id),
+                    Node::Inner(inner) => {
+                        let node = inner.item(at).node;
+                        self.enter(node);
                     }
                 }
             }

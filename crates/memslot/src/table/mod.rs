@@ -50,7 +50,7 @@ use crate::listener::{Listener, Piece, Update, cut};
 use crate::slot::{AddressSpaceId, MAX_PAGES_PER_SLOT, MAX_SLOTS, SlotFlags, SlotId, SlotSpec};
 
 /// The most address spaces a table can have.
-pub const MAX_ADDRESS_SPACES: usize = 16;
+pub const MAX_ADDRESS_SPACES: usize = 4;
 
 /// After this many generations the writer looks for versions that nobody holds any more.
 const RECLAIM_EVERY: u32 = 16;

@@ -28,7 +28,7 @@ use crate::error::OutOfMemory;
 pub(super) const LINE: usize = 64;
 const CLASSES: usize = 18;
 /// Slabs grow with their class up to this size, so that a small table stays small.
-const SLAB_BYTES: usize = 32 << 10;
+const SLAB_BYTES: usize = 8 << 10;
 const NONE: u32 = u32::MAX;
 
 /// What every node begins with.

@@ -325,11 +325,11 @@ impl<'t> Transaction<'t> {
         self.working.pages -= old.pages();
         // SAFETY: the indexes belong to the working version.
         unsafe {
-            if !change.new.is_some_and(|new| looks_alike(&old, &new)) {
+            if change.new.is_none_or(|new| old.gfns() != new.gfns()) {
                 space.gfns.remove(self.arena, &old)?;
             }
             if let Some(interval) = Interval::of(&old)
-                && !change.new.is_some_and(|new| old.hvas() == new.hvas())
+                && change.new.is_none_or(|new| old.hvas() != new.hvas())
             {
                 space.hvas.remove(self.arena, interval)?;
             }
@@ -344,7 +344,9 @@ impl<'t> Transaction<'t> {
         self.working.pages += new.pages();
         // SAFETY: the indexes belong to the working version.
         unsafe {
-            if !change.old.is_some_and(|old| looks_alike(&old, &new)) {
+            if change.old.is_some_and(|old| old.gfns() == new.gfns()) {
+                space.gfns.replace(self.arena, &new).map_err(|_| Reason::OutOfMemory)?;
+            } else {
                 let gfns = new.gfns();
                 if let Some(other) = space.gfns.first_in(gfns.start().get(), gfns.end().get() - 1) {
                     let with = space.ids.find(other).copied().unwrap_or(new);
@@ -353,18 +355,13 @@ impl<'t> Transaction<'t> {
                 space.gfns.insert(self.arena, &new).map_err(|_| Reason::OutOfMemory)?;
             }
             if let Some(interval) = Interval::of(&new)
-                && !change.old.is_some_and(|old| old.hvas() == new.hvas())
+                && change.old.is_none_or(|old| old.hvas() != new.hvas())
             {
                 space.hvas.insert(self.arena, interval).map_err(|_| Reason::OutOfMemory)?;
             }
         }
         Ok(())
     }
-}
-
-/// Whether the gfn index says the same of both.
-fn looks_alike(a: &Slot, b: &Slot) -> bool {
-    a.gfns() == b.gfns() && a.hva() == b.hva() && a.flags() == b.flags()
 }
 
 impl Drop for Transaction<'_> {

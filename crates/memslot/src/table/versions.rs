@@ -64,12 +64,20 @@ struct Cell<P> {
 
 /// What the writer and all readers share. `W` is the writer's own, kept here so that it lives as long as the
 /// last snapshot.
+///
+/// What readers look at, what every clone of an owner counts and what the writer writes all the time are in cache
+/// lines of their own.
+#[repr(C)]
 pub(super) struct Shared<P, W> {
-    current: AtomicPtr<Version<P>>,
+    current: Apart<AtomicPtr<Version<P>>>,
     cells: AtomicPtr<Cell<P>>,
-    owners: AtomicUsize,
-    writer: UnsafeCell<W>,
+    owners: Apart<AtomicUsize>,
+    writer: Apart<UnsafeCell<W>>,
 }
+
+/// Starts in cache lines that hold nothing else before it.
+#[repr(align(128))]
+struct Apart<T>(T);
 
 /// A counted reference to what is shared.
 pub(super) struct Owner<P, W> {
@@ -84,14 +92,14 @@ unsafe impl<P: Send + Sync, W: Send> Sync for Owner<P, W> {}
 
 impl<P, W> Clone for Owner<P, W> {
     fn clone(&self) -> Self {
-        self.shared().owners.fetch_add(1, Ordering::Relaxed);
+        self.shared().owners.0.fetch_add(1, Ordering::Relaxed);
         Self { shared: self.shared }
     }
 }
 
 impl<P, W> Drop for Owner<P, W> {
     fn drop(&mut self) {
-        if self.shared().owners.fetch_sub(1, Ordering::Release) != 1 {
+        if self.shared().owners.0.fetch_sub(1, Ordering::Release) != 1 {
             return;
         }
         fence(Ordering::Acquire);
@@ -174,10 +182,10 @@ impl<P, W> Seat<P, W> {
     #[inline]
     pub(super) fn enter(&mut self) -> NonNull<Version<P>> {
         let shared = self.owner.shared();
-        let mut seen = shared.current.load(Ordering::Relaxed);
+        let mut seen = shared.current.0.load(Ordering::Relaxed);
         loop {
             announce(&self.cell().announced, seen);
-            let now = shared.current.load(Ordering::SeqCst);
+            let now = shared.current.0.load(Ordering::SeqCst);
             if now == seen {
                 // SAFETY: `current` is never null once the publisher exists.
                 return unsafe { NonNull::new_unchecked(now) };
@@ -306,7 +314,7 @@ impl<P, D: Copy> VersionList<P, D> {
         unsafe { version.write(Version { snapshots: AtomicUsize::new(0), payload }) };
         let left = core::mem::replace(dead, self.spare_dead.pop().unwrap_or_default());
         self.live.push_back(Live { version, stamp, dead: left, pinned: false });
-        owner.shared().current.store(version.as_ptr(), Ordering::Release);
+        owner.shared().current.0.store(version.as_ptr(), Ordering::Release);
     }
 
     /// The version about to be published has again what the step to the last one left behind.
@@ -421,10 +429,10 @@ fn is_after(a: u64, b: u64) -> bool {
 /// Makes what is shared, with no version published yet: the caller publishes one before anybody reads.
 pub(super) fn share<P, W>(writer: W) -> Result<Owner<P, W>, OutOfMemory> {
     let shared = try_box(Shared {
-        current: AtomicPtr::new(ptr::null_mut()),
+        current: Apart(AtomicPtr::new(ptr::null_mut())),
         cells: AtomicPtr::new(ptr::null_mut()),
-        owners: AtomicUsize::new(1),
-        writer: UnsafeCell::new(writer),
+        owners: Apart(AtomicUsize::new(1)),
+        writer: Apart(UnsafeCell::new(writer)),
     })?;
     Ok(Owner { shared })
 }
@@ -437,7 +445,7 @@ impl<P, W> Owner<P, W> {
     #[expect(clippy::mut_from_ref, reason = "the caller vouches that it is the only one")]
     pub(super) unsafe fn writer(&self) -> &mut W {
         // SAFETY: passed on.
-        unsafe { &mut *self.shared().writer.get() }
+        unsafe { &mut *self.shared().writer.0.get() }
     }
 
     /// The writer's part, to look at.
@@ -446,7 +454,7 @@ impl<P, W> Owner<P, W> {
     /// The caller is the one writer, and nobody has it mutably.
     pub(super) unsafe fn writer_ref(&self) -> &W {
         // SAFETY: passed on.
-        unsafe { &*self.shared().writer.get() }
+        unsafe { &*self.shared().writer.0.get() }
     }
 
     /// The current version.
@@ -456,7 +464,7 @@ impl<P, W> Owner<P, W> {
     #[inline]
     pub(super) unsafe fn current<'a>(&self) -> &'a Version<P> {
         // SAFETY: the current version is never freed, and only the writer replaces it.
-        unsafe { &*self.shared().current.load(Ordering::Relaxed) }
+        unsafe { &*self.shared().current.0.load(Ordering::Relaxed) }
     }
 }
 

@@ -146,7 +146,16 @@ impl View {
     #[inline]
     #[must_use]
     pub fn translate(&self, space: AddressSpaceId, gpa: Gpa) -> Option<Translation> {
-        let page = self.page_size();
+        // A shift by a constant is quicker, and the page size does not change under way.
+        match self.page_size() {
+            PageSize::K4 => self.translate_pages_of(PageSize::K4, space, gpa),
+            PageSize::K16 => self.translate_pages_of(PageSize::K16, space, gpa),
+            PageSize::K64 => self.translate_pages_of(PageSize::K64, space, gpa),
+        }
+    }
+
+    #[inline(always)]
+    fn translate_pages_of(&self, page: PageSize, space: AddressSpaceId, gpa: Gpa) -> Option<Translation> {
         translation(&self.find(space, gpa.gfn(page))?, gpa, page)
     }
 
@@ -272,8 +281,9 @@ impl View {
     #[inline]
     fn ids_at_host_pages(&self, space: AddressSpaceId, first: u64, end: u64) -> impl Iterator<Item = u32> {
         let index = self.space(space).map_or(HvaIndex::EMPTY, |space| space.hvas);
-        let mut search = Search::new(index, first, end);
         // SAFETY: whoever has `&self` holds the version; the iterator borrows it.
+        let mut search = unsafe { Search::new(index, first, end) };
+        // SAFETY: as above.
         core::iter::from_fn(move || unsafe { search.next() })
     }
 }
