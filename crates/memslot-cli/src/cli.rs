@@ -79,9 +79,17 @@ pub(crate) struct Input {
     #[arg(required = true, value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
     /// Stop after this line of the trace (one trace only)
-    #[arg(long, value_name = "LINE", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "LINE", value_parser = line_number)]
     pub(crate) at: Option<u64>,
     /// Print one JSON document instead: an object for one trace, an array for several
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn line_number(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(0) => Err("lines count from 1".to_owned()),
+        Ok(line) => Ok(line),
+        Err(_) => Err("not a line number".to_owned()),
+    }
 }

@@ -203,8 +203,8 @@ impl<'a> Track<'a> {
                 continue;
             }
             let (low, high) = (band.y(start), band.y(end));
-            let x = left + self.clock.x(lifetime.from.ns, lifetime.from.line);
-            let until = lifetime.until.map_or(PLOT_WIDTH, |until| self.clock.x(until.ns, until.line));
+            let x = left + self.clock.x_of_line(lifetime.from.line);
+            let until = lifetime.until.map_or(PLOT_WIDTH, |until| self.clock.x_of_line(until.line));
             let (width, height) = ((left + until - x).max(0.6), (low - high).max(0.5));
             let place = [x, high, width, height].map(|value| (value * 4.0).round().to_bits());
             if !drawn.insert((place, slot.kind())) {
@@ -389,10 +389,6 @@ impl Clock {
             point.2 *= scale;
         }
         Clock { points, timed }
-    }
-
-    fn x(&self, _ns: u64, line: u64) -> f64 {
-        self.x_of_line(line)
     }
 
     /// The x of the last change at or before a line.

@@ -1,0 +1,227 @@
+//! `memslot replay`: real VMMs' traces agree with the engine, and what does not agree is found.
+
+use crate::common::{memslot, report, run, set, trace, traces};
+use serde_json::Value;
+
+const MIB: u64 = 1 << 20;
+const HVA: u64 = 0x7f00_0000_0000;
+
+#[test]
+fn every_recorded_trace_replays_without_disagreement() {
+    let mut seen = 0;
+    for file in std::fs::read_dir(traces()).expect("data/traces") {
+        let path = file.expect("an entry").path();
+        let ours = |kind: &str| path.extension().is_some_and(|extension| extension == kind);
+        if !ours("jsonl") && !ours("strace") {
+            continue;
+        }
+        let (status, out, error) = run(memslot().arg("replay").arg(&path));
+        assert_eq!((status, error.as_str()), (0, ""), "{}: {out}", path.display());
+        assert!(out.contains(", 0 disagreements\n"), "{out}");
+        let report = report(&path);
+        assert_eq!(report["disagreements"], Value::Array(vec![]));
+        assert_eq!(report["not_judged"], Value::Array(vec![]));
+        assert_eq!(report["compared"], report["ioctls"]["KVM_SET_USER_MEMORY_REGION"]);
+        seen += 1;
+    }
+    assert!(seen >= 10, "only {seen} traces");
+}
+
+/// The figures under which the traces were recorded: creates, deletes, changes of flags, most slots alive.
+#[test]
+fn changes_are_counted_as_they_were_recorded() {
+    for (name, create, delete, flags, most) in [
+        ("qemu-boot.jsonl", 23, 14, 0, 9),
+        ("qemu-hotplug256.jsonl", 326, 138, 0, 253),
+        ("qemu-hotunplug.jsonl", 22, 19, 0, 8),
+        ("qemu-hotplug-seabios.strace", 28, 14, 0, 14),
+        ("qemu-migrate.jsonl", 16, 13, 3, 7),
+        ("firecracker.strace", 2, 0, 0, 2),
+        ("kvmtool-256.jsonl", 1, 0, 0, 1),
+    ] {
+        let report = report(&trace(name));
+        let vm = &report["vms"][0];
+        let changes = &vm["changes"];
+        assert_eq!(report["vms"].as_array().map(Vec::len), Some(1), "{name}");
+        assert_eq!(
+            (&changes["create"], &changes["delete"], &changes["flags"], &vm["most_slots"]["slots"]),
+            (&create.into(), &delete.into(), &flags.into(), &most.into()),
+            "{name}"
+        );
+        assert_eq!((&changes["move"], &changes["refused"]), (&0.into(), &0.into()), "{name}");
+    }
+    let migrate = report(&trace("qemu-migrate.jsonl"));
+    assert_eq!(migrate["ioctls"]["KVM_GET_DIRTY_LOG"], 84);
+    assert_eq!(migrate["ioctls"]["KVM_CLEAR_DIRTY_LOG"], 500);
+    assert_eq!(migrate["dirty_log_calls"], 584);
+}
+
+#[test]
+fn the_map_and_its_holes() {
+    let (_, out, _) = run(memslot().arg("replay").arg(trace("qemu-boot.jsonl")));
+    for row in [
+        "  0x000000000  0x0000a0000     640 KiB      0  0x7f3f1be00000  RAM          -",
+        "  0x0000a0000  0x0000c0000     128 KiB      \u{b7}  hole",
+        "  0x0fd000000  0x0fe000000      16 MiB      3  0x7f3f42200000  RAM, logged  LOG_DIRTY_PAGES",
+        "  0x0fffc0000  0x100000000     256 KiB      1  0x7f3f43600000  ROM          READONLY",
+        "  at most 9 slots alive at once, first at line 124",
+    ] {
+        assert!(out.lines().any(|line| line == row), "{row}\nis not in\n{out}");
+    }
+}
+
+#[test]
+fn at_stops_after_the_line() {
+    let (status, out, _) =
+        run(memslot().args(["replay", "--at", "21", "--json"]).arg(trace("qemu-ovmf.strace")));
+    let report: Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!((status, &report["at"], &report["lines"]), (0, &21.into(), &21.into()));
+    let slots: Vec<_> =
+        report["vms"][0]["slots"].as_array().expect("slots").iter().map(|s| &s["gpa"]).collect();
+    assert_eq!(slots, ["0x0", "0xffe00000", "0xffe20000"]);
+    let (status, _, error) = run(memslot().args(["replay", "--at", "900"]).arg(trace("qemu-ovmf.strace")));
+    assert_eq!(status, 2);
+    assert!(error.contains("qemu-ovmf.strace: has 35 lines; --at 900 is beyond its end"), "{error}");
+}
+
+#[test]
+fn standard_input_and_formats_by_content() {
+    for name in ["qemu-boot.jsonl", "firecracker.strace"] {
+        let bytes = std::fs::read(trace(name)).expect("a trace");
+        let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(bytes.clone()));
+        assert_eq!(status, 0);
+        assert!(out.starts_with("<stdin>: "), "{out}");
+        let folder = tempfile::tempdir().expect("a folder");
+        let unnamed = folder.path().join("recording");
+        std::fs::write(&unnamed, bytes).expect("written");
+        assert_eq!(report(&unnamed)["vms"], report(&trace(name))["vms"]);
+    }
+}
+
+#[test]
+fn a_refusal_the_kernel_did_not_give_is_a_disagreement() {
+    let text = set(0, 0, 0, MIB, HVA, 0) + &set(1, 0, MIB / 2, MIB, HVA + MIB, 0);
+    let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(text));
+    assert_eq!(status, 1);
+    assert!(out.contains("disagreement <stdin>:2: KVM_SET_USER_MEMORY_REGION {slot=1, "), "{out}");
+    assert!(
+        out.contains("recorded 0, came EEXIST: ") && out.contains("overlap slot 0 [0x0, +1 MiB)"),
+        "{out}"
+    );
+    assert!(out.contains("1 of 2 answers differ"), "{out}");
+}
+
+#[test]
+fn a_change_the_kernel_refused_is_a_disagreement_and_is_taken_back() {
+    let first = set(0, 0, 0, MIB, HVA, 0);
+    for (refused, word) in [
+        (set(1, 0, MIB, MIB, HVA + MIB, 22), "create slot 1 [0x100000, +1 MiB)"),
+        (set(0, 0, 0, 0, 0, 22), "delete slot 0 [0x0, +1 MiB)"),
+        (set(0, 0, 4 * MIB, MIB, HVA, 17), "move slot 0 [0x0, +1 MiB) to 0x400000"),
+        (set(0, 1, 0, MIB, HVA, 22), "change the flags of slot 0 [0x0, +1 MiB) from - to LOG_DIRTY_PAGES"),
+    ] {
+        let text = format!("{first}{refused}{}", set(2, 0, 2 * MIB, MIB, HVA + 2 * MIB, 0));
+        let (status, out, _) = run(memslot().args(["replay", "--json", "-"]).write_stdin(text));
+        let report: Value = serde_json::from_str(&out).expect("JSON");
+        assert_eq!(status, 1);
+        assert_eq!((&report["compared"], &report["agreed"]), (&3.into(), &2.into()));
+        let found = &report["disagreements"][0];
+        assert_eq!((&found["line"], &found["came"]), (&2.into(), &"0".into()));
+        assert!(found["why"].as_str().is_some_and(|why| why.contains(word)), "{found}");
+        let slots = report["vms"][0]["slots"].as_array().expect("slots");
+        let map: Vec<_> = slots.iter().map(|slot| (&slot["slot"], &slot["gpa"], &slot["flags"])).collect();
+        assert_eq!(
+            map,
+            [(&0.into(), &"0x0".into(), &"-".into()), (&2.into(), &"0x200000".into(), &"-".into())]
+        );
+    }
+}
+
+#[test]
+fn the_same_refusal_agrees_and_another_does_not() {
+    let overlap = |errno| set(0, 0, 0, MIB, HVA, 0) + &set(1, 0, 0, MIB, HVA + MIB, errno);
+    let (status, ..) = run(memslot().args(["replay", "-"]).write_stdin(overlap(17)));
+    assert_eq!(status, 0);
+    let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(overlap(22)));
+    assert_eq!(status, 1);
+    assert!(out.contains("recorded EINVAL, came EEXIST"), "{out}");
+}
+
+#[test]
+fn what_the_engine_cannot_know_is_not_judged() {
+    let text = set(0, 0, 0, MIB, HVA, 12)
+        + &set(1, 0, 0, MIB, HVA, 4)
+        + "{\"op\":\"req_49\",\"fd\":5,\"ret\":-1,\"errno\":14}\n"
+        + &set(2, 0, 0, MIB, HVA, 0);
+    let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(text));
+    assert_eq!(status, 0, "{out}");
+    assert!(out.contains("3 answers cannot be judged"), "{out}");
+    assert!(out.contains("= ENOMEM: it depends on the host's free memory"), "{out}");
+    assert!(out.contains("agrees with KVM: 1 of 1 answers"), "{out}");
+}
+
+#[test]
+fn several_vms_are_kept_apart() {
+    let vm = |fd| format!("{{\"op\":\"create_vm\",\"fd\":3,\"ret\":{fd},\"errno\":0}}\n");
+    let same = set(0, 0, 0, MIB, HVA, 0);
+    let text = vm(5) + &same + &vm(6) + &same.replace("\"fd\":5", "\"fd\":6") + &vm(5) + &same;
+    let (status, out, _) = run(memslot().args(["replay", "--json", "-"]).write_stdin(text));
+    let report: Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!(status, 0, "{out}");
+    let vms = report["vms"].as_array().expect("vms");
+    let seen: Vec<_> =
+        vms.iter().map(|vm| (&vm["fd"], &vm["opened_at_line"], &vm["changes"]["create"])).collect();
+    let one = &1.into();
+    assert_eq!(seen, [(&5.into(), one, one), (&6.into(), &3.into(), one), (&5.into(), &5.into(), one)]);
+}
+
+#[test]
+fn the_recorded_kernels_limits_are_the_ones_replayed_with() {
+    let ask =
+        |cap, ret| format!("{{\"op\":\"check_ext\",\"fd\":3,\"cap\":{cap},\"ret\":{ret},\"errno\":0}}\n");
+    let smm = 0x1_0000;
+    for (asked, call) in [
+        (ask(10, 32), set(32, 0, 0, MIB, HVA, 22)),
+        (ask(118, 0), set(smm, 0, 0, MIB, HVA, 22)),
+        (ask(81, 0), set(0, 2, 0, MIB, HVA, 22)),
+    ] {
+        let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(asked + &call));
+        assert_eq!(status, 0, "{out}");
+        let accepted = call.replace("-1,\"errno\":22", "0,\"errno\":0");
+        let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(accepted));
+        assert_eq!(status, 0, "{out}");
+    }
+}
+
+#[test]
+fn warnings_say_what_is_odd_and_only_once() {
+    let mut text = set(0, 0, 0, 4 * MIB, HVA, 0);
+    text += &set(1, 0, 4 * MIB, 4 * MIB, HVA + 4 * MIB, 0);
+    text += &set(2, 0, 16 * MIB, 4 * MIB, HVA + 0x4000_1000, 0);
+    for _ in 0..3 {
+        text += &set(3, 2, 0xfff0_0000, MIB, HVA, 0);
+        text += &set(3, 0, 0xfff0_0000, 0, HVA, 0);
+    }
+    let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(text));
+    assert_eq!(status, 0, "{out}");
+    for line in [
+        "  4 warnings",
+        "  - huge pages impossible: slot 2 [0x1000000, +4 MiB) at hva 0x7f0040001000: gpa and hva differ by 0x1000 \
+         modulo 2 MiB (line 3)",
+        "  - alias: slots 0 and 3 share 1 MiB of host memory at 0x7f0000000000: gpa 0x0 is also gpa 0xfff00000 \
+         (line 4, 3 times, no longer there)",
+        "  - mergeable: slots 0, 1 are neighbours in gpa and hva with the same flags: one slot [0x0, +8 MiB) would do",
+        "  - churn: [0xfff00000, +1 MiB) deleted and created again 2 times (lines 4 to 8)",
+    ] {
+        assert!(out.lines().any(|there| there == line), "{line}\nis not in\n{out}");
+    }
+}
+
+#[test]
+fn several_files_make_one_json_array() {
+    let files = ["kvmtool-256.jsonl", "firecracker.strace"].map(trace);
+    let (status, out, _) = run(memslot().args(["replay", "--json"]).args(&files));
+    let report: Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!((status, report.as_array().map(Vec::len)), (0, Some(2)));
+    assert_eq!((&report[0]["format"], &report[1]["format"]), (&"jsonl".into(), &"strace".into()));
+}
