@@ -384,17 +384,14 @@ unsafe fn edit_entry(
         let ways = node.items();
         if is_one(ways) {
             // All that is left fits one leaf: the node has no work to do.
-            arena.reserve_dead(1)?;
             *place = ways[0];
-            arena.discard(node);
+            arena.free_private(node);
         } else if change.kind == Kind::Remove {
             let mut left = ways.iter().filter(|way| !way.is_nothing());
-            if let (Some(&only), None) = (left.next(), left.next())
-                && only.is_inner()
-            {
-                arena.reserve_dead(1)?;
-                *place = only;
-                arena.discard(node);
+            let (first, second) = (left.next().copied().unwrap_or(Entry::NOTHING), left.next());
+            if first.is_inner() && second.is_none() {
+                *place = first;
+                arena.free_private(node);
             } else if let Some((low, high)) = ways.split_at_checked(WAYS) {
                 // A wide root of which one half is empty need not be wide.
                 let all_nothing = |half: &[Entry]| half.iter().all(|way| way.is_nothing());

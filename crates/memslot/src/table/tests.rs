@@ -1,0 +1,158 @@
+//! What only the inside can show: nodes counted, allocations failed one by one, the wrap of the generation.
+
+use std::vec::Vec;
+
+use super::*;
+use crate::addr::{GfnRange, Hva};
+use crate::slot::Backing;
+
+const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
+
+fn spec(id: u32, base: u64, pages: u64, hva_page: u64) -> SlotSpec {
+    SlotSpec {
+        address_space: RAM,
+        id: SlotId::new(id),
+        gfns: GfnRange::with_len(Gfn::new(base), pages).unwrap(),
+        backing: Backing::Host { hva: Hva::new(hva_page << 12) },
+        flags: SlotFlags::empty(),
+    }
+}
+
+fn dump(view: &View) -> Vec<crate::Slot> {
+    view.address_spaces().flat_map(|space| view.slots(space).copied().collect::<Vec<_>>()).collect()
+}
+
+/// Every kind of operation on a table that has some slots.
+fn everything(tx: &mut Transaction<'_>) -> Result<(), TransactionError> {
+    for i in 0..60 {
+        tx.create(spec(1000 + i, 1 << 20 | u64::from(i) << 12, 3000, 1 << 30 | u64::from(i) << 13))?;
+    }
+    for i in 0..20 {
+        tx.delete(RAM, SlotId::new(i))?;
+    }
+    for i in 20..30 {
+        tx.move_to(RAM, SlotId::new(i), Gfn::new(1 << 30 | u64::from(i) << 20))?;
+        tx.split(RAM, SlotId::new(i + 10), Gfn::new(u64::from(i + 10) * 64 + 7), SlotId::new(2000 + i))?;
+        tx.resize(RAM, SlotId::new(i + 20), 3)?;
+        tx.set_read_only(RAM, SlotId::new(i + 30), true)?;
+    }
+    tx.split(RAM, SlotId::new(70), Gfn::new(70 * 64 + 5), SlotId::new(3000))?;
+    tx.merge(RAM, SlotId::new(70), SlotId::new(3000))
+}
+
+fn some_slots(generation: u64) -> SlotTable {
+    let mut table = SlotTable::starting_at(Limits::default(), generation).unwrap();
+    for i in 0..100 {
+        table.create(spec(i, u64::from(i) * 64, 33, u64::from(i) * 40)).unwrap();
+    }
+    table
+}
+
+#[test]
+fn a_failed_node_allocation_changes_nothing_wherever_it_is() {
+    let mut table = some_slots(0);
+    table.reclaim();
+    let (before, nodes) = (dump(table.view()), table.stats().nodes);
+    for allowed in 0.. {
+        split(&mut table.shared).1.arena.pool.fail_after = Some(allowed);
+        let result = table.transaction(everything);
+        split(&mut table.shared).1.arena.pool.fail_after = None;
+        match result {
+            Ok(_) => {
+                assert!(allowed > 50, "the transaction makes many nodes, it made {allowed}");
+                break;
+            }
+            Err(error) => {
+                assert!(matches!(error.reason, Reason::OutOfMemory), "{error}");
+                assert_eq!(dump(table.view()), before);
+                table.reclaim();
+                assert_eq!(table.stats().nodes, nodes, "after {allowed} allocations");
+            }
+        }
+    }
+    assert_ne!(dump(table.view()), before);
+}
+
+#[test]
+fn a_panic_in_the_closure_leaks_nothing() {
+    let mut table = some_slots(0);
+    table.reclaim();
+    let (before, nodes) = (dump(table.view()), table.stats().nodes);
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        table.transaction(|tx| {
+            everything(tx)?;
+            panic!("on purpose")
+        })
+    }));
+    assert!(caught.is_err());
+    assert_eq!((dump(table.view()), table.stats().nodes), (before, nodes));
+    table.transaction(everything).unwrap();
+}
+
+#[test]
+fn the_generation_wraps_unharmed() {
+    let mut table = some_slots(u64::MAX - 150);
+    let mut reader = table.reader().unwrap();
+    let mut held = Vec::new();
+    for i in 0..100 {
+        held.push((table.snapshot(), dump(table.view())));
+        let id = SlotId::new(i);
+        assert!(reader.translate(RAM, Gpa::new(u64::from(i) << 18)).is_some());
+        table.delete(RAM, id).unwrap();
+        assert!(reader.translate(RAM, Gpa::new(u64::from(i) << 18)).is_none());
+    }
+    assert!(table.view().generation() < 150, "it went through 0");
+    for (snapshot, slots) in &held {
+        assert_eq!(&dump(snapshot), slots);
+    }
+    drop(held);
+    table.reclaim();
+    assert_eq!(table.stats().nodes, 0);
+    assert_eq!(table.stats().versions, 1);
+}
+
+#[test]
+fn memory_goes_back_when_slots_go() {
+    let mut table = SlotTable::new(Limits { slots: 1 << 20, ..Limits::default() }).unwrap();
+    let empty = table.stats().bytes;
+    let ids = 0..if cfg!(miri) { 300 } else { 30_000 };
+    for i in ids.clone() {
+        table.create(spec(i, u64::from(i) * 64, 33, u64::from(i) * 40)).unwrap();
+    }
+    let full = table.stats().bytes;
+    for i in ids {
+        table.delete(RAM, SlotId::new(i)).unwrap();
+    }
+    table.reclaim();
+    let after = table.stats();
+    assert_eq!((after.nodes, after.dead_nodes, after.versions), (0, 0, 1));
+    assert!(after.bytes < empty + full / 10 + (200 << 10), "{empty} → {full} → {} bytes", after.bytes);
+}
+
+#[test]
+fn a_failed_commit_publishes_what_was_before() {
+    struct Refuses;
+    impl Listener for Refuses {
+        fn name(&self) -> &str {
+            "refuses"
+        }
+        fn commit(&mut self, _: &Update<'_>) -> Result<(), crate::ListenerError> {
+            Err("on purpose".into())
+        }
+        fn undo(&mut self, _: &Update<'_>) {}
+    }
+    let mut table = some_slots(0);
+    table.reclaim();
+    let (before, nodes, generation) = (dump(table.view()), table.stats().nodes, table.view().generation());
+    table.add_listener(Box::new(Refuses)).unwrap();
+    for i in 1..=40 {
+        let held = table.snapshot();
+        let error = table.transaction(everything).unwrap_err();
+        assert_eq!(std::string::ToString::to_string(&error), "listener refuses refused: on purpose");
+        assert_eq!(dump(table.view()), before);
+        assert_eq!(dump(&held), before);
+        assert_eq!(table.view().generation(), generation + 2 * i, "the change and its undoing");
+    }
+    table.reclaim();
+    assert_eq!(table.stats().nodes, nodes);
+}

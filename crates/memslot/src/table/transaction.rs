@@ -328,9 +328,8 @@ impl<'t> Transaction<'t> {
             if change.new.is_none_or(|new| old.gfns() != new.gfns()) {
                 space.gfns.remove(self.arena, &old)?;
             }
-            if let Some(interval) = Interval::of(&old)
-                && change.new.is_none_or(|new| old.hvas() != new.hvas())
-            {
+            let leaves = change.new.is_none_or(|new| old.hvas() != new.hvas());
+            if let Some(interval) = Interval::of(&old).filter(|_| leaves) {
                 space.hvas.remove(self.arena, interval)?;
             }
         }
@@ -354,9 +353,8 @@ impl<'t> Transaction<'t> {
                 }
                 space.gfns.insert(self.arena, &new).map_err(|_| Reason::OutOfMemory)?;
             }
-            if let Some(interval) = Interval::of(&new)
-                && change.old.is_none_or(|old| old.hvas() != new.hvas())
-            {
+            let comes = change.old.is_none_or(|old| old.hvas() != new.hvas());
+            if let Some(interval) = Interval::of(&new).filter(|_| comes) {
                 space.hvas.insert(self.arena, interval).map_err(|_| Reason::OutOfMemory)?;
             }
         }
