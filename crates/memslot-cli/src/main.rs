@@ -19,6 +19,7 @@ mod text;
 mod trace;
 mod units;
 mod warnings;
+mod words;
 
 use std::fs::File;
 use std::io::{self, BufReader, IsTerminal, Read, Write};

@@ -13,13 +13,13 @@ use std::collections::HashMap;
 use std::io::BufRead;
 
 use crate::engine::{Capabilities, Change, Engine};
-use crate::history::{GUEST_MEMFD, History, MapSlot, Moment, flag_names};
+use crate::history::{GUEST_MEMFD, History, MapSlot, Moment};
 use crate::trace::{
     Answer, CAP_GUEST_MEMFD, CAP_MULTI_ADDRESS_SPACE, CAP_NR_MEMSLOTS, CAP_READONLY_MEM, Call, Format,
     GuestMemfd, Ignored, Record, Region, TraceError, TraceReader,
 };
-use crate::units;
 use crate::warnings::AliasLog;
+use crate::words::{describe, effect, unasked, unknowable};
 
 /// How many changes of each class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -228,12 +228,18 @@ impl Run {
         match (vm.engine.set(region), accepted) {
             (Ok(change), true) => vm.note(region, change, now),
             (Ok(change), false) => {
+                vm.changes.refused += 1;
+                vm.engine.restore(region, before);
+                if let Some(why) = unasked(region, &self.capabilities) {
+                    self.compared -= 1;
+                    let (line, fd, recorded) = (record.line, record.fd, record.answer.to_string());
+                    self.unjudged.push(Unjudged { line, fd, call: call(), recorded, why: why.to_owned() });
+                    return Ok(());
+                }
                 let why = format!(
                     "no rule forbids it: it would {}. The change is taken back, as the kernel refused it",
                     effect(change, region, before.as_ref())
                 );
-                vm.changes.refused += 1;
-                vm.engine.restore(region, before);
                 self.disagreements.push(disagreement("0".to_owned(), why));
             }
             (Err(refusal), true) => {
@@ -289,7 +295,7 @@ impl Vm {
         }
         let key = (region.address_space(), region.id());
         let slot = self.engine.slot(key.0, key.1);
-        if let (Change::Create, Some(slot)) = (change, &slot) {
+        if let (Change::Create | Change::Move, Some(slot)) = (change, &slot) {
             self.aliases.created(slot, &self.engine.aliases_of(slot), now);
         }
         self.history.record(key, slot, now);
@@ -311,61 +317,5 @@ pub(crate) fn region_of(slot: &MapSlot, second: bool) -> Region {
         size: slot.size,
         hva: slot.hva,
         second: (second || slot.flags & GUEST_MEMFD != 0).then_some(memfd),
-    }
-}
-
-fn describe(name: &str, region: &Region) -> String {
-    let slot = match region.address_space() {
-        0 => region.slot.to_string(),
-        _ => format!("{:#x}", region.slot),
-    };
-    let flags = match region.flags {
-        0 => "0".to_owned(),
-        flags => flag_names(flags),
-    };
-    let size = match region.size {
-        0 => "0 (delete)".to_owned(),
-        size => format!("{size:#x} ({})", units::size(size)),
-    };
-    let memfd = region.second.map_or_else(String::new, |memfd| {
-        format!(", guest_memfd={}, guest_memfd_offset={:#x}", memfd.file, memfd.offset)
-    });
-    format!(
-        "{name} {{slot={slot}, flags={flags}, gpa={:#x}, size={size}, hva={:#x}{memfd}}}",
-        region.gpa, region.hva
-    )
-}
-
-fn effect(change: Change, region: &Region, before: Option<&MapSlot>) -> String {
-    let after = crate::history::range(region.gpa, region.size);
-    match (change, before) {
-        (Change::Create, _) => format!("create slot {} {after}", region.id()),
-        (Change::Delete, Some(slot)) => format!("delete {}", slot.describe()),
-        (Change::Move, Some(slot)) => format!("move {} to {:#x}", slot.describe(), region.gpa),
-        (Change::FlagsOnly, Some(slot)) => {
-            format!(
-                "change the flags of {} from {} to {}",
-                slot.describe(),
-                flag_names(slot.flags),
-                flag_names(region.flags)
-            )
-        }
-        _ => "change nothing".to_owned(),
-    }
-}
-
-fn unknowable(answer: &Answer) -> &'static str {
-    match answer {
-        Answer::Unknown => "the process ended inside the call",
-        Answer::Errno(name) => match name.as_ref() {
-            "ENOMEM" => "it depends on the host's free memory",
-            "EINTR" | "EAGAIN" => "it depends on signals and timing",
-            "EFAULT" => "it depends on the VMM's own address space",
-            "EBADF" => "it depends on which file descriptors are open",
-            "EIO" => "KVM gives it when the VM is dead or bugged",
-            "ENOTTY" | "ENOSYS" => "the kernel does not have this call",
-            _ => "it depends on something other than the map",
-        },
-        Answer::Value(_) => "",
     }
 }

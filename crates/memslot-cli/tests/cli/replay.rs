@@ -225,3 +225,33 @@ fn several_files_make_one_json_array() {
     assert_eq!((status, report.as_array().map(Vec::len)), (0, Some(2)));
     assert_eq!((&report[0]["format"], &report[1]["format"]), (&"jsonl".into(), &"strace".into()));
 }
+
+#[test]
+fn a_refusal_may_be_the_lack_of_a_feature_nobody_asked_about() {
+    let ask = |cap| format!("{{\"op\":\"check_ext\",\"fd\":3,\"cap\":{cap},\"ret\":2,\"errno\":0}}\n");
+    for (cap, call) in [(118, set(0x1_0000, 0, 0, MIB, HVA, 22)), (81, set(0, 2, 0, MIB, HVA, 22))] {
+        let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(call.clone()));
+        assert_eq!(status, 0, "{out}");
+        assert!(out.contains("1 answer cannot be judged") && out.contains("the trace does not say"), "{out}");
+        let (status, ..) = run(memslot().args(["replay", "-"]).write_stdin(ask(cap) + &call));
+        assert_eq!(status, 1);
+    }
+}
+
+#[test]
+fn guest_memfd_slots() {
+    let set2 = |slot: u32, gpa: u64, size: u64, offset: u64, errno: u32| {
+        let line = set(slot, 4, gpa, size, HVA + gpa, errno).replace("\"set\"", "\"set2\"");
+        line.replace("\"slot\"", &format!("\"guest_memfd\":7,\"guest_memfd_offset\":{offset},\"slot\""))
+    };
+    let text = set2(0, 0, MIB, 0, 0) + &set2(1, MIB, MIB, MIB, 0) + &set2(2, 2 * MIB, MIB, 0, 22);
+    let gone = text.clone() + &set(0, 0, 0, 0, 0, 0) + &set2(2, 2 * MIB, MIB, 0, 0);
+    for (text, slots) in [(text, [0, 1]), (gone, [1, 2])] {
+        let (status, out, _) = run(memslot().args(["replay", "--json", "-"]).write_stdin(text));
+        let report: Value = serde_json::from_str(&out).expect("JSON");
+        assert_eq!(status, 0, "{out}");
+        let map = report["vms"][0]["slots"].as_array().expect("slots");
+        assert_eq!(map.iter().map(|slot| &slot["slot"]).collect::<Vec<_>>(), slots);
+        assert!(map.iter().all(|slot| slot["kind"] == "guest_memfd" && slot["guest_memfd"]["file"] == 7));
+    }
+}

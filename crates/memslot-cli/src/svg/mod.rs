@@ -5,10 +5,14 @@
 //! between, so time is compressed too: the width of a pause grows with its logarithm, and the labels below say
 //! the true time.
 
+mod clock;
+
 use std::collections::HashSet;
 
 use svg::Document;
 use svg::node::element::{Group, Line, Path, Rectangle, Text, Title};
+
+use clock::Clock;
 
 use crate::history::{Kind, Lifetime, MapSlot};
 use crate::layout::{self, Segment};
@@ -16,7 +20,7 @@ use crate::replay::{Replay, Vm};
 use crate::units;
 
 const PLOT_WIDTH: f64 = 900.0;
-const RIGHT: f64 = 24.0;
+const RIGHT: f64 = 34.0;
 const LABEL_HEIGHT: f64 = 12.0;
 const GAP_HEIGHT: f64 = 26.0;
 /// Between neighbouring segments of different scales.
@@ -24,6 +28,9 @@ const SEAM: f64 = 6.0;
 /// Cells a one-line segment would have, and the most lines of one: sets how much is drawn to one scale.
 const CELLS: u64 = 24;
 const MAX_ROWS: u64 = 48;
+
+/// With more lifetimes than this, rectangles a pixel or two apart are drawn as one.
+const MANY: usize = 20_000;
 
 const INK: &str = "#24292f";
 const FAINT: &str = "#6e7781";
@@ -49,7 +56,7 @@ const fn ink_on(kind: Kind) -> &'static str {
 
 /// The picture as SVG text.
 pub(crate) fn draw(name: &str, replay: &Replay) -> String {
-    let tracks: Vec<Track<'_>> = replay.vms.iter().flat_map(Track::of).collect();
+    let tracks: Vec<Track<'_>> = replay.vms.iter().flat_map(|vm| Track::of(vm, replay.span_ns)).collect();
     let digits = tracks.iter().flat_map(|track| &track.segments).map(|s| units::digits(s.end)).max();
     let left = 7.0 * (digits.unwrap_or(1) + 2) as f64 + 34.0;
     let width = left + PLOT_WIDTH + RIGHT;
@@ -131,7 +138,7 @@ struct Track<'a> {
 }
 
 impl<'a> Track<'a> {
-    fn of(vm: &'a Vm) -> Vec<Self> {
+    fn of(vm: &'a Vm, end_ns: Option<u64>) -> Vec<Self> {
         let mut spaces: Vec<u32> = vm.history.lifetimes().iter().map(|l| l.slot.address_space).collect();
         spaces.sort_unstable();
         spaces.dedup();
@@ -145,7 +152,7 @@ impl<'a> Track<'a> {
                 1 => format!("VM fd {}, address space 1 (SMM)", vm.fd),
                 other => format!("VM fd {}, address space {other}", vm.fd),
             };
-            let clock = Clock::new(&lifetimes);
+            let clock = Clock::new(&lifetimes, end_ns);
             Track { title, fd: vm.fd, lifetimes, segments, clock }
         };
         spaces.into_iter().map(track).collect()
@@ -196,6 +203,7 @@ impl<'a> Track<'a> {
         let mut labels = Group::new();
         // In a trace of very many changes most rectangles fall on one another; one of each is enough.
         let mut drawn = HashSet::new();
+        let grain = if self.lifetimes.len() > MANY { 0.5 } else { 4.0 };
         for lifetime in &self.lifetimes {
             let slot = &lifetime.slot;
             let (start, end) = (slot.gpa.max(band.segment.start), slot.end().min(band.segment.end));
@@ -206,7 +214,7 @@ impl<'a> Track<'a> {
             let x = left + self.clock.x_of_line(lifetime.from.line);
             let until = lifetime.until.map_or(PLOT_WIDTH, |until| self.clock.x_of_line(until.line));
             let (width, height) = ((left + until - x).max(0.6), (low - high).max(0.5));
-            let place = [x, high, width, height].map(|value| (value * 4.0).round().to_bits());
+            let place = [x, high, width, height].map(|value| (value * grain).round().to_bits());
             if !drawn.insert((place, slot.kind())) {
                 continue;
             }
@@ -352,74 +360,6 @@ fn strokes(left: f64, middle: f64) -> Group {
 
 fn axis_title(left: f64, top: f64) -> Text {
     text(left - 8.0, top - 10.0, 11.0, FAINT, "guest address").set("text-anchor", "end")
-}
-
-/// Time to the right: pauses weigh by their logarithm.
-struct Clock {
-    /// Moment and x, ascending in both.
-    points: Vec<(u64, u64, f64)>,
-    timed: bool,
-}
-
-impl Clock {
-    fn new(lifetimes: &[&Lifetime]) -> Self {
-        let mut moments: Vec<(u64, u64)> = lifetimes
-            .iter()
-            .flat_map(|lifetime| [Some(lifetime.from), lifetime.until])
-            .flatten()
-            .map(|moment| (moment.line, moment.ns))
-            .collect();
-        moments.sort_unstable();
-        moments.dedup();
-        // Without times, the replay counts lines in their place.
-        let timed = moments.iter().any(|(line, ns)| line != ns);
-        let mut points = Vec::with_capacity(moments.len());
-        let (mut before, mut x) = (None::<u64>, 0.0);
-        for (line, ns) in moments {
-            if let Some(before) = before {
-                let pause = ns.saturating_sub(before) as f64;
-                x += if timed { 0.25 + (1.0 + pause / 1e5).ln() } else { pause };
-            }
-            before = Some(before.map_or(ns, |before| before.max(ns)));
-            points.push((line, ns, x));
-        }
-        // After the last change the map stands still; give that a tenth of the picture.
-        let scale = if x > 0.0 { PLOT_WIDTH * 0.9 / x } else { 0.0 };
-        for point in &mut points {
-            point.2 *= scale;
-        }
-        Clock { points, timed }
-    }
-
-    /// The x of the last change at or before a line.
-    fn x_of_line(&self, line: u64) -> f64 {
-        let after = self.points.partition_point(|point| point.0 <= line);
-        after.checked_sub(1).and_then(|at| self.points.get(at)).map_or(0.0, |point| point.2)
-    }
-
-    /// Labelled moments: those after the longest pauses first, as many as fit without touching.
-    fn ticks(&self, end_ns: Option<u64>) -> Vec<(f64, String)> {
-        let pause = |at: usize| match at.checked_sub(1) {
-            Some(before) => self.points[at].2 - self.points[before].2,
-            None => f64::INFINITY,
-        };
-        let mut order: Vec<usize> = (0..self.points.len()).collect();
-        order.sort_by(|&a, &b| pause(b).total_cmp(&pause(a)));
-        let mut ticks: Vec<(f64, String)> = Vec::new();
-        ticks.extend(end_ns.map(|ns| (PLOT_WIDTH, units::duration(ns))));
-        for at in order {
-            let (line, ns, x) = self.points[at];
-            let label = if self.timed { units::duration(ns) } else { line.to_string() };
-            let free = ticks.iter().all(|(other, text): &(f64, String)| {
-                text != &label
-                    && (other - x).abs() > (text_width(text, 10.0) + text_width(&label, 10.0)) / 2.0 + 10.0
-            });
-            if free {
-                ticks.push((x, label));
-            }
-        }
-        ticks
-    }
 }
 
 fn text(x: f64, y: f64, size: f64, colour: &str, content: &str) -> Text {
