@@ -8,7 +8,7 @@ use memslot::{AddressSpaceId, Backing, HvaRange, Limits, PageSize, Slot, SlotId,
 
 pub(crate) use memslot::rules::Change;
 
-use crate::history::{GUEST_MEMFD, MapSlot};
+use crate::history::{GUEST_MEMFD, MOST_ALIASES, MapSlot};
 use crate::trace::{GuestMemfd, Region};
 
 /// A refusal: the errno's name and the reason in words.
@@ -113,7 +113,7 @@ impl Engine {
         self.table.view().slot(space, SlotId::new(id)).map(plain)
     }
 
-    /// The other slots on some of the same host memory, in every address space.
+    /// Other slots on some of the same host memory, in every address space; not more than a few dozen.
     pub(crate) fn aliases_of(&self, slot: &MapSlot) -> Vec<MapSlot> {
         let Some(hvas) = HvaRange::new(memslot::Hva::new(slot.hva), memslot::Hva::new(slot.hva_end())) else {
             return Vec::new();
@@ -122,6 +122,8 @@ impl Engine {
         let all = view.address_spaces().flat_map(|space| view.slots_at_hva(space, hvas));
         all.map(|hit| plain(hit.slot))
             .filter(|other| (other.address_space, other.id) != (slot.address_space, slot.id))
+            .filter(|other| slot.aliases(other))
+            .take(MOST_ALIASES)
             .collect()
     }
 }

@@ -18,6 +18,9 @@ pub(crate) const READONLY: u32 = 2;
 /// `KVM_MEM_GUEST_MEMFD`.
 pub(crate) const GUEST_MEMFD: u32 = 4;
 
+/// Aliases of one slot that are kept. Tests map one page at thousands of addresses; each pair would be millions.
+pub(crate) const MOST_ALIASES: usize = 64;
+
 /// A slot as the program shows it: plain numbers, bytes throughout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MapSlot {

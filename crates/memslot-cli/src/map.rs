@@ -20,6 +20,9 @@ const MAX_ROWS: u64 = 64;
 /// Room for the scale at the right: ` 1023 GiB`.
 const SCALE: usize = 9;
 
+/// Pairs of slots on the same host memory that are listed below the picture.
+const SHARING_SHOWN: usize = 10;
+
 const fn glyph(kind: Kind) -> char {
     match kind {
         Kind::Ram => '\u{2588}',
@@ -194,9 +197,13 @@ fn legend(out: &mut String, slots: &[MapSlot], aliased: &[bool]) -> fmt::Result 
     writeln!(out, "{}", parts.join("   "))?;
     let sharing: Vec<&MapSlot> =
         slots.iter().zip(aliased).filter(|(_, shares)| **shares).map(|(s, _)| s).collect();
-    for (nth, slot) in sharing.iter().enumerate() {
-        for other in sharing[nth + 1..].iter().filter(|other| slot.aliases(other)) {
-            writeln!(out, "{} and {} share host memory", slot.describe(), other.describe())?;
+    let pairs = sharing.iter().enumerate().flat_map(|(nth, slot)| {
+        sharing[nth + 1..].iter().filter(|other| slot.aliases(other)).map(move |other| (slot, other))
+    });
+    for (nth, (slot, other)) in pairs.take(SHARING_SHOWN + 1).enumerate() {
+        match nth {
+            SHARING_SHOWN => writeln!(out, "and more; `memslot map --json` has the aliases of each slot")?,
+            _ => writeln!(out, "{} and {} share host memory", slot.describe(), other.describe())?,
         }
     }
     Ok(())

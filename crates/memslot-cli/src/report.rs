@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::history::{Kind, MapSlot, flag_names};
+use crate::history::{Kind, MOST_ALIASES, MapSlot, flag_names};
 use crate::replay::{Changes, Disagreement, Replay, Unjudged, Vm};
 use crate::trace::{Format, GuestMemfd, Ignored};
 use crate::warnings::{Hex, Warning, warnings};
@@ -69,7 +69,7 @@ pub(crate) struct SlotReport {
     pub(crate) kind: Kind,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) guest_memfd: Option<GuestMemfd>,
-    /// Other slots on some of the same host memory, as `slot` or `address space:slot`.
+    /// Other slots on some of the same host memory, as `slot` or `address space:slot`; 64 at most.
     pub(crate) aliases: Vec<String>,
 }
 
@@ -164,7 +164,10 @@ fn slots(map: &[MapSlot]) -> Vec<SlotReport> {
     by_hva.sort_by_key(|&at| map[at].hva);
     for (nth, &at) in by_hva.iter().enumerate() {
         for &other in by_hva[nth + 1..].iter().take_while(|&&other| map[other].hva < map[at].hva_end()) {
-            if map[at].aliases(&map[other]) {
+            if aliases[at].len() >= MOST_ALIASES {
+                break;
+            }
+            if map[at].aliases(&map[other]) && aliases[other].len() < MOST_ALIASES {
                 aliases[at].push(map[other].name());
                 aliases[other].push(map[at].name());
             }

@@ -191,17 +191,14 @@ fn huge_pages(history: &History) -> Vec<Warning> {
 
 fn alias_warnings(history: &History, aliases: &AliasLog) -> Vec<Warning> {
     let alive = history.alive();
-    let mut alive_pairs = std::collections::HashSet::new();
-    let mut by_hva: Vec<&MapSlot> = alive.iter().collect();
-    by_hva.sort_by_key(|slot| slot.hva);
-    for (at, slot) in by_hva.iter().enumerate() {
-        for other in by_hva[at + 1..].iter().take_while(|other| other.hva < slot.hva_end()) {
-            if !slot.aliases(other) {
-                continue;
-            }
-            alive_pairs.insert(pair(slot, other).0);
-        }
-    }
+    let at = |space: u32, gpa: u64| {
+        let after = alive.partition_point(|slot| (slot.address_space, slot.gpa) <= (space, gpa));
+        after.checked_sub(1).map(|at| &alive[at])
+    };
+    let still = |key: &AliasKey| {
+        let [low, high] = [0, 1].map(|half| at(key.spaces[half], key.gpas[half]));
+        low.zip(high).is_some_and(|(low, high)| low != high && low.aliases(high) && pair(low, high).0 == *key)
+    };
     let mut found: Vec<(&AliasKey, &Sighting)> = aliases.seen.iter().collect();
     found.sort_by_key(|(key, sighting)| (u64::MAX - key.size, sighting.line, key.gpas));
     found
@@ -213,7 +210,7 @@ fn alias_warnings(history: &History, aliases: &AliasLog) -> Vec<Warning> {
             size: key.size,
             line: sighting.line,
             times: sighting.times,
-            alive: alive_pairs.contains(key),
+            alive: still(key),
         })
         .collect()
 }

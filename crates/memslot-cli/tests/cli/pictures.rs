@@ -138,3 +138,19 @@ fn a_picture_that_cannot_be_written() {
     assert_eq!(status, 2);
     assert!(error.starts_with("error: /nowhere/map.svg: "), "{error}");
 }
+
+/// One page of the host behind every slot, as tests of KVM itself do it: each pair of slots is an alias.
+#[test]
+fn thousands_of_aliases_stay_readable() {
+    let text: String =
+        (0..1500).map(|slot| set(slot, 0, u64::from(slot) * 8192, 4096, 0x7000_0000, 0)).collect();
+    for command in ["replay", "map"] {
+        let (status, out, _) = run(memslot().args([command, "-"]).write_stdin(text.clone()));
+        assert_eq!(status, 0);
+        assert!(out.lines().count() < 3_100, "{}", out.lines().count());
+    }
+    let (_, out, _) = run(memslot().args(["map", "--json", "-"]).write_stdin(text));
+    let map: Value = serde_json::from_str(&out).expect("JSON");
+    let slots = map["vms"][0]["slots"].as_array().expect("slots");
+    assert!(slots.iter().all(|slot| slot["aliases"].as_array().is_some_and(|aliases| aliases.len() <= 64)));
+}
