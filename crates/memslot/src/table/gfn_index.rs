@@ -218,11 +218,19 @@ impl Pieces {
         }
     }
 
-    fn apply(&mut self, change: &Change) {
+    /// An insertion meets every slot in its way: both are in the leaf of the block where they overlap.
+    fn apply(&mut self, change: &Change) -> Result<(), Failure> {
         let at = self.as_slice().partition_point(|piece| piece.start < change.piece.start);
         let there = at < self.len && self.array[at].start == change.piece.start;
         match change.kind {
             Kind::Insert => {
+                let new = change.piece;
+                let before = at.checked_sub(1).map(|before| self.array[before]);
+                let after = self.as_slice().get(at).copied();
+                let in_the_way = before.filter(|piece| piece.last() >= new.start);
+                if let Some(other) = in_the_way.or(after.filter(|piece| piece.start <= new.last())) {
+                    return Err(Failure::Overlap(other.label.id()));
+                }
                 self.array.copy_within(at..self.len, at + 1);
                 self.array[at] = change.piece;
                 self.len += 1;
@@ -234,6 +242,7 @@ impl Pieces {
             Kind::Replace if there => self.array[at] = change.piece,
             Kind::Remove | Kind::Replace => {}
         }
+        Ok(())
     }
 }
 
@@ -248,6 +257,19 @@ enum Kind {
     Remove,
     /// The same gfns, said otherwise.
     Replace,
+}
+
+/// Why a change of the index failed. What it has done so far is abandoned with the transaction.
+pub(super) enum Failure {
+    OutOfMemory,
+    /// The slot with this id covers some of the gfns.
+    Overlap(u32),
+}
+
+impl From<OutOfMemory> for Failure {
+    fn from(_: OutOfMemory) -> Self {
+        Self::OutOfMemory
+    }
 }
 
 /// The index of one address space in one version; copying it copies the root only.
@@ -284,20 +306,14 @@ impl GfnIndex {
         })
     }
 
-    /// The first slot that covers a gfn of `[start, last]`.
+    /// Adds a slot.
     ///
-    /// # Safety
-    /// The index belongs to a version that is held.
-    pub(super) unsafe fn first_in(&self, start: u64, last: u64) -> Option<u32> {
-        // SAFETY: passed on.
-        unsafe { Walk::new(*self, start, last).next() }
-    }
-
-    /// Adds a slot. None of its gfns may be covered yet.
+    /// # Errors
+    /// [`Failure::Overlap`] where some of its gfns are covered.
     ///
     /// # Safety
     /// The index belongs to the writer's working version, whose stamp is the arena's.
-    pub(super) unsafe fn insert(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), OutOfMemory> {
+    pub(super) unsafe fn insert(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), Failure> {
         // SAFETY: passed on.
         unsafe { self.edit(arena, slot, Kind::Insert) }
     }
@@ -306,7 +322,7 @@ impl GfnIndex {
     ///
     /// # Safety
     /// As [`insert`](Self::insert).
-    pub(super) unsafe fn remove(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), OutOfMemory> {
+    pub(super) unsafe fn remove(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), Failure> {
         // SAFETY: passed on.
         unsafe { self.edit(arena, slot, Kind::Remove) }
     }
@@ -315,14 +331,14 @@ impl GfnIndex {
     ///
     /// # Safety
     /// As [`insert`](Self::insert).
-    pub(super) unsafe fn replace(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), OutOfMemory> {
+    pub(super) unsafe fn replace(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), Failure> {
         // SAFETY: passed on.
         unsafe { self.edit(arena, slot, Kind::Replace) }
     }
 
     /// # Safety
     /// As [`insert`](Self::insert).
-    unsafe fn edit(&mut self, arena: &mut Arena, slot: &Slot, kind: Kind) -> Result<(), OutOfMemory> {
+    unsafe fn edit(&mut self, arena: &mut Arena, slot: &Slot, kind: Kind) -> Result<(), Failure> {
         // SAFETY: passed on; the root is the writer's own.
         unsafe {
             edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), kind })
@@ -346,7 +362,7 @@ unsafe fn edit_entry(
     place: *mut Entry,
     block: Block,
     change: &Change,
-) -> Result<(), OutOfMemory> {
+) -> Result<(), Failure> {
     // SAFETY: the place is the writer's; what it names is reachable from the working version, and written
     // only where it is private.
     unsafe {
@@ -367,7 +383,7 @@ unsafe fn edit_entry(
             Way::Leaf(leaf) => {
                 let mut pieces = Pieces::new();
                 pieces.append(leaf);
-                pieces.apply(change);
+                pieces.apply(change)?;
                 arena.reserve_dead(1)?;
                 *place = build(arena, block, pieces.as_slice())?;
                 arena.discard(leaf);
@@ -511,7 +527,7 @@ unsafe fn edit_ways(
     first: usize,
     n: usize,
     change: &Change,
-) -> Result<(), OutOfMemory> {
+) -> Result<(), Failure> {
     // SAFETY: the node is private; what its ways name belongs to the working version.
     unsafe {
         let block = Block::of_ways(node.header().start, shift, first, n);
@@ -527,7 +543,7 @@ unsafe fn edit_ways(
             if let Way::Leaf(leaf) = old {
                 pieces.append(leaf);
             }
-            pieces.apply(change);
+            pieces.apply(change)?;
             arena.reserve_dead(1)?;
             fill(arena, node, shift, first, n, pieces.as_slice())?;
             if let Way::Leaf(leaf) = old {
@@ -540,7 +556,7 @@ unsafe fn edit_ways(
         if change.kind == Kind::Replace {
             return Ok(());
         }
-        join(arena, node, first, n, block)
+        Ok(join(arena, node, first, n, block)?)
     }
 }
 

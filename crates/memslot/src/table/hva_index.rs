@@ -5,6 +5,10 @@
 //! last interval below it ends. A search for `[start, end)` follows the children that begin before `end` and
 //! end behind `start`; with disjoint slots that is one path.
 //!
+//! A node keeps where its items start and end as 32-bit offsets from its first one, which are compared all at once
+//! (`search.rs`). In a leaf they are exact, so a leaf spans less than 2^31 pages (user space has room for a handful
+//! of such leaves); in an inner node they are rounded outwards, and a child too many may be visited.
+//!
 //! All numbers here are host *pages*. Nodes are copied before they are changed, from the root down, and the
 //! copy is linked before the next step (see `gfn_index.rs` for why). A full child is split on the way down, so
 //! that its parent always has room; what becomes small is merged on the way up.
@@ -12,11 +16,12 @@
 use core::ptr::NonNull;
 
 use super::node::{Arena, NodePtr, Pool};
+use super::search::{KEYS, Keys, key, offset};
 use crate::error::OutOfMemory;
 use crate::slot::Slot;
 
 /// Items in a node, at most.
-const FAN_OUT: usize = 16;
+const FAN_OUT: usize = KEYS;
 /// Two neighbours become one node when they have this many items or fewer together.
 const MERGE_ITEMS: usize = 10;
 
@@ -59,8 +64,117 @@ impl Child {
     }
 }
 
-type Leaf = NodePtr<(), Interval>;
-type Inner = NodePtr<(), Child>;
+/// Where the items of a node start and end, counted from the first one's start.
+#[derive(Clone, Copy)]
+#[repr(C, align(16))]
+struct Bounds {
+    base: u64,
+    starts: Keys,
+    ends: Keys,
+}
+
+impl Bounds {
+    /// Places without an item start behind everything.
+    fn of(items: impl Iterator<Item = (u64, u64)> + Clone) -> Self {
+        let base = items.clone().next().map_or(0, |(start, _)| start);
+        let mut bounds = Self { base, starts: Keys([key(u32::MAX); KEYS]), ends: Keys([key(0); KEYS]) };
+        for (i, (start, end)) in items.enumerate() {
+            bounds.starts.0[i] = key(saturated(start - base).min(u32::MAX - 1));
+            bounds.ends.0[i] = key(saturated(end - base));
+        }
+        bounds
+    }
+
+    /// Which items overlap `[start, end)`, a bit for each.
+    #[inline]
+    fn overlapping(&self, start: u64, end: u64) -> u32 {
+        let end = saturated(end.saturating_sub(self.base));
+        let start = saturated(start.saturating_sub(self.base)).min(u32::MAX - 1);
+        match end.checked_sub(1) {
+            Some(last) => !self.starts.above(key(last)) & self.ends.above(key(start)),
+            None => 0,
+        }
+    }
+}
+
+fn saturated(pages: u64) -> u32 {
+    u32::try_from(pages).unwrap_or(u32::MAX)
+}
+
+/// Whether one leaf can hold intervals that start there.
+fn one_leaf(first: u64, last: u64) -> bool {
+    last - first < 1 << 31
+}
+
+/// Leaves hold ids; starts and lengths are in the bounds.
+type Leaf = NodePtr<Bounds, u32>;
+type Inner = NodePtr<Bounds, Child>;
+
+/// The items of a leaf, unpacked.
+struct Intervals {
+    array: [Interval; FAN_OUT],
+    len: usize,
+}
+
+impl Intervals {
+    /// # Safety
+    /// The leaf is alive.
+    unsafe fn of(leaf: Leaf) -> Self {
+        // SAFETY: passed on.
+        let (bounds, ids) = unsafe { (leaf.header(), leaf.items()) };
+        let mut array = [Interval { start: 0, pages: 0, id: 0 }; FAN_OUT];
+        for (i, &id) in ids.iter().enumerate() {
+            let (start, end) = (offset(bounds.starts.0[i]), offset(bounds.ends.0[i]));
+            array[i] = Interval { start: bounds.base + u64::from(start), pages: end - start, id };
+        }
+        Self { array, len: ids.len() }
+    }
+
+    fn as_slice(&self) -> &[Interval] {
+        &self.array[..self.len]
+    }
+
+    fn insert(&mut self, at: usize, new: Interval) {
+        self.array.copy_within(at..self.len, at + 1);
+        self.array[at] = new;
+        self.len += 1;
+    }
+
+    fn remove(&mut self, at: usize) {
+        self.array.copy_within(at + 1..self.len, at);
+        self.len -= 1;
+    }
+}
+
+fn alloc_leaf(arena: &mut Arena, items: &[Interval]) -> Result<Leaf, OutOfMemory> {
+    let mut ids = [0; FAN_OUT];
+    for (id, item) in ids.iter_mut().zip(items) {
+        *id = item.id;
+    }
+    let bounds = Bounds::of(items.iter().map(|item| (item.start, item.end())));
+    arena.alloc(bounds, &ids[..items.len()], items.len())
+}
+
+/// Every inner node has room for [`FAN_OUT`] children.
+fn alloc_inner(arena: &mut Arena, children: &[Child], level: u8) -> Result<Inner, OutOfMemory> {
+    let bounds = Bounds::of(children.iter().map(|child| (child.start, child.end)));
+    let inner = arena.alloc(bounds, children, FAN_OUT)?;
+    // SAFETY: the node is new and private.
+    unsafe { Pool::set_level(inner, level) };
+    Ok(inner)
+}
+
+/// Gives a node other children.
+///
+/// # Safety
+/// The node is private.
+unsafe fn set_children(inner: Inner, children: &[Child]) {
+    // SAFETY: passed on.
+    unsafe {
+        inner.set_header(Bounds::of(children.iter().map(|child| (child.start, child.end))));
+        inner.set_items(children);
+    }
+}
 
 /// A node and its level: leaves are at level 0.
 #[derive(Clone, Copy)]
@@ -102,9 +216,9 @@ impl Node {
         unsafe {
             match self {
                 Self::Leaf(leaf) => {
-                    let items = leaf.items();
-                    let end = items.iter().map(Interval::end).max().unwrap_or(0);
-                    Child { start: items[0].start, end, id: items[0].id, node: leaf.raw() }
+                    let Bounds { base, ends, .. } = leaf.header();
+                    let end = ends.0.iter().map(|&end| offset(end)).max().unwrap_or(0);
+                    Child { start: *base, end: base + u64::from(end), id: leaf.items()[0], node: leaf.raw() }
                 }
                 Self::Inner(inner) => {
                     let items = inner.items();
@@ -133,14 +247,13 @@ impl HvaIndex {
         // SAFETY: the root is the writer's own; what it names belongs to the working version.
         unsafe {
             let Some(root) = self.root else {
-                self.root = Some(arena.alloc((), &[new], 1)?.raw());
+                self.root = Some(alloc_leaf(arena, &[new])?.raw());
                 return Ok(());
             };
             let mut child = Node::of(root).as_child();
-            if Node::of(root).len() == FAN_OUT {
-                let level = Leaf::from_raw(root).head().level;
-                let parent: Inner = arena.alloc((), &[child], FAN_OUT)?;
-                Pool::set_level(parent, level + 1);
+            if Node::of(root).len() == FAN_OUT || !fits(child, new) {
+                let level = Leaf::from_raw(root).head().level + 1;
+                let parent = alloc_inner(arena, &[child], level)?;
                 self.root = Some(parent.raw());
                 child = Node::Inner(parent).as_child();
             }
@@ -198,23 +311,30 @@ unsafe fn insert(arena: &mut Arena, place: &mut Child, new: Interval) -> Result<
     unsafe {
         match Node::of(place.node) {
             Node::Leaf(leaf) => {
-                let items = leaf.items();
-                let at = items.partition_point(|item| item.key() < new.key());
-                let mut buffer = [new; FAN_OUT];
-                buffer[..at].copy_from_slice(&items[..at]);
-                buffer[at + 1..=items.len()].copy_from_slice(&items[at..]);
-                let len = items.len() + 1;
-                replace_leaf(arena, place, leaf, &buffer[..len])?;
+                let mut items = Intervals::of(leaf);
+                let at = items.as_slice().partition_point(|item| item.key() < new.key());
+                items.insert(at, new);
+                replace_leaf(arena, place, leaf, items.as_slice())?;
             }
             Node::Inner(inner) => {
                 let inner = arena.privately(inner)?;
                 place.node = inner.raw();
-                let mut at = inner.items().partition_point(|child| child.key() <= new.key()).saturating_sub(1);
-                if Node::of(inner.items()[at].node).len() == FAN_OUT {
-                    split(arena, inner, at, new.key())?;
-                    at = inner.items().partition_point(|child| child.key() <= new.key()).saturating_sub(1);
+                let mut at = child_for(inner, new.key());
+                if !fits(inner.items()[at], new) {
+                    // Too far from the leaf where it would belong: a leaf of its own.
+                    let child = Node::Leaf(alloc_leaf(arena, &[new])?).as_child();
+                    add_child(inner, child);
+                } else {
+                    if Node::of(inner.items()[at].node).len() == FAN_OUT {
+                        split(arena, inner, at, new.key())?;
+                        at = child_for(inner, new.key());
+                    }
+                    let mut child = inner.items()[at];
+                    let result = insert(arena, &mut child, new);
+                    inner.items_mut()[at] = child;
+                    set_children(inner, &copy_of(inner.items()).0[..inner.items().len()]);
+                    result?;
                 }
-                insert(arena, &mut inner.items_mut()[at], new)?;
             }
         }
         if new.key() < place.key() {
@@ -225,7 +345,53 @@ unsafe fn insert(arena: &mut Arena, place: &mut Child, new: Interval) -> Result<
     }
 }
 
-/// Gives a leaf other items: in place where it is private and they fit, else in a new one.
+/// The child below which a key belongs.
+///
+/// # Safety
+/// The node is alive.
+unsafe fn child_for(inner: Inner, key: (u64, u32)) -> usize {
+    // SAFETY: passed on.
+    unsafe { inner.items() }.partition_point(|child| child.key() <= key).saturating_sub(1)
+}
+
+/// Whether `new` can go below `child`: always, unless the child is a leaf and would span too much.
+///
+/// # Safety
+/// The child is alive.
+unsafe fn fits(child: Child, new: Interval) -> bool {
+    // SAFETY: passed on.
+    match unsafe { Node::of(child.node) } {
+        Node::Leaf(leaf) => {
+            // SAFETY: passed on.
+            let items = unsafe { Intervals::of(leaf) };
+            let last = items.as_slice().last().map_or(child.start, |last| last.start);
+            one_leaf(child.start.min(new.start), last.max(new.start))
+        }
+        Node::Inner(_) => true,
+    }
+}
+
+/// A node's children, to be changed.
+fn copy_of(children: &[Child]) -> ([Child; FAN_OUT], usize) {
+    let mut copy = [children[0]; FAN_OUT];
+    copy[..children.len()].copy_from_slice(children);
+    (copy, children.len())
+}
+
+/// # Safety
+/// The node is private and has room.
+unsafe fn add_child(inner: Inner, child: Child) {
+    // SAFETY: passed on; the copy lies outside of the node.
+    unsafe {
+        let (mut children, len) = copy_of(inner.items());
+        let at = children[..len].partition_point(|other| other.key() < child.key());
+        children.copy_within(at..len, at + 1);
+        children[at] = child;
+        set_children(inner, &children[..=len]);
+    }
+}
+
+/// Replaces a leaf by one with other items.
 ///
 /// # Safety
 /// The leaf belongs to the working version and is what `place` names; `items` lies outside of it.
@@ -237,14 +403,15 @@ unsafe fn replace_leaf(
 ) -> Result<(), OutOfMemory> {
     // SAFETY: passed on; the leaf is written only if it is private.
     unsafe {
-        // Within a line of the right size, so that leaves stay small also after many removals.
-        if arena.is_private(leaf) && items.len() <= leaf.capacity() && items.len() + 4 > leaf.capacity() {
-            leaf.set_items(items);
+        arena.reserve_dead(1)?;
+        if items.is_empty() {
+            // The parent drops it; until then it is empty.
+            let empty: Leaf = arena.alloc(Bounds::of([].into_iter()), &[], 0)?;
+            place.node = empty.raw();
         } else {
-            arena.reserve_dead(1)?;
-            place.node = arena.alloc((), items, items.len())?.raw();
-            arena.discard(leaf);
+            place.node = alloc_leaf(arena, items)?.raw();
         }
+        arena.discard(leaf);
         Ok(())
     }
 }
@@ -262,13 +429,12 @@ unsafe fn split(arena: &mut Arena, inner: Inner, at: usize, key: (u64, u32)) -> 
         let child = inner.items()[at];
         let (left, right) = match Node::of(child.node) {
             Node::Leaf(leaf) => {
-                let items = leaf.items();
+                let items = Intervals::of(leaf);
+                let items = items.as_slice();
                 let from = split_point(key < items[0].key(), key > items[FAN_OUT - 1].key());
                 arena.reserve_dead(1)?;
-                let left: Leaf = arena.alloc((), &items[..from], from)?;
-                let right: Leaf = arena
-                    .alloc((), &items[from..], FAN_OUT - from)
-                    .inspect_err(|_| arena.free_private(left))?;
+                let left = alloc_leaf(arena, &items[..from])?;
+                let right = alloc_leaf(arena, &items[from..]).inspect_err(|_| arena.free_private(left))?;
                 arena.discard(leaf);
                 (Node::Leaf(left), Node::Leaf(right))
             }
@@ -277,24 +443,15 @@ unsafe fn split(arena: &mut Arena, inner: Inner, at: usize, key: (u64, u32)) -> 
                 let from = split_point(key < items[0].key(), key > items[FAN_OUT - 1].key());
                 let level = node.head().level;
                 arena.reserve_dead(1)?;
-                let left: Inner = arena.alloc((), &items[..from], FAN_OUT)?;
-                let right: Inner = arena
-                    .alloc((), &items[from..], FAN_OUT)
-                    .inspect_err(|_| arena.free_private(left))?;
-                Pool::set_level(left, level);
-                Pool::set_level(right, level);
+                let left = alloc_inner(arena, &items[..from], level)?;
+                let right =
+                    alloc_inner(arena, &items[from..], level).inspect_err(|_| arena.free_private(left))?;
                 arena.discard(node);
                 (Node::Inner(left), Node::Inner(right))
             }
         };
-        let items = inner.items();
-        let mut buffer = [child; FAN_OUT];
-        buffer[..at].copy_from_slice(&items[..at]);
-        buffer[at] = left.as_child();
-        buffer[at + 1] = right.as_child();
-        buffer[at + 2..=items.len()].copy_from_slice(&items[at + 1..]);
-        let len = items.len() + 1;
-        inner.set_items(&buffer[..len]);
+        inner.items_mut()[at] = left.as_child();
+        add_child(inner, right.as_child());
         Ok(())
     }
 }
@@ -316,20 +473,20 @@ unsafe fn remove(arena: &mut Arena, place: &mut Child, old: Interval) -> Result<
     unsafe {
         match Node::of(place.node) {
             Node::Leaf(leaf) => {
-                let items = leaf.items();
-                let at = items.partition_point(|item| item.key() < old.key());
-                debug_assert!(items.get(at).is_some_and(|item| item.key() == old.key()));
-                let mut buffer = [old; FAN_OUT];
-                let len = items.len() - 1;
-                buffer[..at].copy_from_slice(&items[..at]);
-                buffer[at..len].copy_from_slice(&items[at + 1..]);
-                replace_leaf(arena, place, leaf, &buffer[..len])?;
+                let mut items = Intervals::of(leaf);
+                let at = items.as_slice().partition_point(|item| item.key() < old.key());
+                debug_assert!(items.as_slice().get(at).is_some_and(|item| item.key() == old.key()));
+                items.remove(at);
+                replace_leaf(arena, place, leaf, items.as_slice())?;
             }
             Node::Inner(inner) => {
                 let inner = arena.privately(inner)?;
                 place.node = inner.raw();
-                let at = inner.items().partition_point(|child| child.key() <= old.key()).saturating_sub(1);
-                remove(arena, &mut inner.items_mut()[at], old)?;
+                let at = child_for(inner, old.key());
+                let mut child = inner.items()[at];
+                let result = remove(arena, &mut child, old);
+                inner.items_mut()[at] = child;
+                result?;
                 tidy(arena, inner, at)?;
             }
         }
@@ -357,19 +514,29 @@ unsafe fn tidy(arena: &mut Arena, inner: Inner, at: usize) -> Result<(), OutOfMe
             return Ok(());
         }
         let low = if at > 0 { at - 1 } else { at };
-        let Some(&[left, right]) = inner.items().get(low..low + 2) else { return Ok(()) };
+        let Some(&[left, right]) = inner.items().get(low..low + 2) else {
+            set_children(inner, &copy_of(inner.items()).0[..inner.items().len()]);
+            return Ok(());
+        };
         let (left, right) = (Node::of(left.node), Node::of(right.node));
         let (first, len) = (left.len(), left.len() + right.len());
-        if len > MERGE_ITEMS {
+        let apart = match (left, right) {
+            (Node::Leaf(a), Node::Leaf(b)) => {
+                let last = Intervals::of(b).as_slice().last().map_or(0, |last| last.start);
+                !one_leaf(a.header().base, last)
+            }
+            _ => false,
+        };
+        if len > MERGE_ITEMS || apart {
+            set_children(inner, &copy_of(inner.items()).0[..inner.items().len()]);
             return Ok(());
         }
         arena.reserve_dead(2)?;
         let joined = match (left, right) {
             (Node::Leaf(a), Node::Leaf(b)) => {
-                let mut buffer = [a.items()[0]; FAN_OUT];
-                buffer[..first].copy_from_slice(a.items());
-                buffer[first..len].copy_from_slice(b.items());
-                let joined = arena.alloc((), &buffer[..len], len)?;
+                let (mut items, others) = (Intervals::of(a), Intervals::of(b));
+                items.array[first..len].copy_from_slice(others.as_slice());
+                let joined = alloc_leaf(arena, &items.array[..len])?;
                 arena.discard(a);
                 arena.discard(b);
                 Node::Leaf(joined)
@@ -378,8 +545,7 @@ unsafe fn tidy(arena: &mut Arena, inner: Inner, at: usize) -> Result<(), OutOfMe
                 let mut buffer = [a.items()[0]; FAN_OUT];
                 buffer[..first].copy_from_slice(a.items());
                 buffer[first..len].copy_from_slice(b.items());
-                let joined = arena.alloc((), &buffer[..len], FAN_OUT)?;
-                Pool::set_level(joined, a.head().level);
+                let joined = alloc_inner(arena, &buffer[..len], a.head().level)?;
                 arena.discard(a);
                 arena.discard(b);
                 Node::Inner(joined)
@@ -397,12 +563,9 @@ unsafe fn tidy(arena: &mut Arena, inner: Inner, at: usize) -> Result<(), OutOfMe
 unsafe fn drop_child(inner: Inner, at: usize) {
     // SAFETY: passed on; the buffer is a copy.
     unsafe {
-        let items = inner.items();
-        let mut buffer = [items[0]; FAN_OUT];
-        let len = items.len() - 1;
-        buffer[..at].copy_from_slice(&items[..at]);
-        buffer[at..len].copy_from_slice(&items[at + 1..]);
-        inner.set_items(&buffer[..len]);
+        let (mut children, len) = copy_of(inner.items());
+        children.copy_within(at + 1..len, at);
+        set_children(inner, &children[..len - 1]);
     }
 }
 
@@ -459,25 +622,13 @@ impl Search {
     /// The node is alive.
     #[inline]
     unsafe fn enter(&mut self, raw: NonNull<u8>) {
-        let mut mask = 0;
-        let mut visit = |i, start: u64, end: u64| {
-            mask |= u32::from((start < self.end) & (end > self.start)) << i;
-        };
         // SAFETY: passed on.
-        match unsafe { Node::of(raw) } {
-            Node::Leaf(leaf) => {
-                // SAFETY: as above.
-                for (i, item) in unsafe { leaf.items() }.iter().enumerate() {
-                    visit(i, item.start, item.end());
-                }
+        let mask = unsafe {
+            match Node::of(raw) {
+                Node::Leaf(leaf) => leaf.header().overlapping(self.start, self.end),
+                Node::Inner(inner) => inner.header().overlapping(self.start, self.end),
             }
-            Node::Inner(inner) => {
-                // SAFETY: as above.
-                for (i, child) in unsafe { inner.items() }.iter().enumerate() {
-                    visit(i, child.start, child.end);
-                }
-            }
-        }
+        };
         self.stack[self.depth] = (raw, mask);
         self.depth += 1;
     }
@@ -499,7 +650,7 @@ impl Search {
             // SAFETY: passed on; the mask has bits for the node's items only.
             unsafe {
                 match Node::of(*raw) {
-                    Node::Leaf(leaf) => return Some(leaf.item(at).id),
+                    Node::Leaf(leaf) => return Some(*leaf.item(at)),
                     Node::Inner(inner) => {
                         let node = inner.item(at).node;
                         self.enter(node);

@@ -132,6 +132,15 @@ impl<H: Copy, T: Copy> NodePtr<H, T> {
         unsafe { core::slice::from_raw_parts_mut(self.items_ptr(), usize::from(self.head().len)) }
     }
 
+    /// Replaces the header.
+    ///
+    /// # Safety
+    /// The node is alive and private, and nothing else refers to it.
+    pub(super) unsafe fn set_header(self, header: H) {
+        // SAFETY: the node is private to the writer.
+        unsafe { self.raw.add(Self::HEADER_AT).cast().write(header) };
+    }
+
     /// How many items fit.
     ///
     /// # Safety

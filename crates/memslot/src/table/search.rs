@@ -24,10 +24,18 @@ pub(super) const fn offset(key: i32) -> u32 {
 pub(super) struct Keys(pub(super) [i32; KEYS]);
 
 impl Keys {
-    /// How many keys are not above `wanted`.
-    #[cfg(target_arch = "x86_64")]
+    /// How many keys are not above `wanted`, where the last one is.
     #[inline]
     pub(super) fn not_above(&self, wanted: i32) -> usize {
+        let above = self.above(wanted);
+        debug_assert!(above != 0, "the last key is above everything");
+        above.trailing_zeros() as usize
+    }
+
+    /// Which keys are above `wanted`, a bit for each.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    pub(super) fn above(&self, wanted: i32) -> u32 {
         use core::arch::x86_64::{
             __m128i, _mm_cmpgt_epi32, _mm_load_si128, _mm_movemask_epi8, _mm_packs_epi16, _mm_packs_epi32,
             _mm_set1_epi32,
@@ -41,15 +49,14 @@ impl Keys {
             let high = _mm_packs_epi32(quarter(2), quarter(3));
             _mm_movemask_epi8(_mm_packs_epi16(low, high))
         };
-        debug_assert!(above != 0, "the last key is above everything");
-        above.trailing_zeros() as usize
+        u32::from_ne_bytes(above.to_ne_bytes())
     }
 
-    /// How many keys are not above `wanted`.
+    /// Which keys are above `wanted`, a bit for each.
     #[cfg(not(target_arch = "x86_64"))]
     #[inline]
-    pub(super) fn not_above(&self, wanted: i32) -> usize {
-        self.0.iter().map(|&key| usize::from(key <= wanted)).sum()
+    pub(super) fn above(&self, wanted: i32) -> u32 {
+        self.0.iter().enumerate().fold(0, |mask, (i, &key)| mask | u32::from(key > wanted) << i)
     }
 }
 
@@ -79,6 +86,8 @@ mod tests {
         let keys = Keys(keys);
         for wanted in [0, 1, 2, 4, 5, 6, 1 << 30, (1 << 31) - 1, 1 << 31, (1 << 31) + 1, u32::MAX - 1] {
             let expected = keys.0.iter().filter(|&&key| offset(key) <= wanted).count();
+            let above: u32 = keys.0.iter().enumerate().map(|(i, &k)| u32::from(offset(k) > wanted) << i).sum();
+            assert_eq!(keys.above(key(wanted)), above, "{wanted:#x}");
             assert_eq!(keys.not_above(key(wanted)), expected, "{wanted:#x}");
         }
     }

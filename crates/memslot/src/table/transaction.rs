@@ -9,6 +9,7 @@
 
 use alloc::vec::Vec;
 
+use super::gfn_index::Failure;
 use super::hva_index::Interval;
 use super::node::Arena;
 use super::view::View;
@@ -326,7 +327,7 @@ impl<'t> Transaction<'t> {
         // SAFETY: the indexes belong to the working version.
         unsafe {
             if change.new.is_none_or(|new| old.gfns() != new.gfns()) {
-                space.gfns.remove(self.arena, &old)?;
+                space.gfns.remove(self.arena, &old).map_err(|_| OutOfMemory)?;
             }
             let leaves = change.new.is_none_or(|new| old.hvas() != new.hvas());
             if let Some(interval) = Interval::of(&old).filter(|_| leaves) {
@@ -346,12 +347,12 @@ impl<'t> Transaction<'t> {
             if change.old.is_some_and(|old| old.gfns() == new.gfns()) {
                 space.gfns.replace(self.arena, &new).map_err(|_| Reason::OutOfMemory)?;
             } else {
-                let gfns = new.gfns();
-                if let Some(other) = space.gfns.first_in(gfns.start().get(), gfns.end().get() - 1) {
-                    let with = space.ids.find(other).copied().unwrap_or(new);
-                    return Err(Reason::Overlap { slot: new, with });
-                }
-                space.gfns.insert(self.arena, &new).map_err(|_| Reason::OutOfMemory)?;
+                space.gfns.insert(self.arena, &new).map_err(|failure| match failure {
+                    Failure::OutOfMemory => Reason::OutOfMemory,
+                    Failure::Overlap(other) => {
+                        Reason::Overlap { slot: new, with: space.ids.find(other).copied().unwrap_or(new) }
+                    }
+                })?;
             }
             let comes = change.old.is_none_or(|old| old.hvas() != new.hvas());
             if let Some(interval) = Interval::of(&new).filter(|_| comes) {

@@ -47,7 +47,8 @@ use core::ptr::{self, NonNull};
 use crate::error::OutOfMemory;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
 
-/// A version and how many snapshots hold it.
+/// A version and how many snapshots hold it. Starts a cache line, so that what a lookup needs of it is one line.
+#[repr(C, align(64))]
 pub(super) struct Version<P> {
     snapshots: AtomicUsize,
     pub(super) payload: P,

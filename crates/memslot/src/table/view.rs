@@ -9,6 +9,7 @@ use crate::slot::{AddressSpaceId, Slot, SlotFlags, SlotId};
 
 /// One address space in one version. Copying it copies three roots.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub(super) struct Space {
     pub(super) gfns: GfnIndex,
     pub(super) hvas: HvaIndex,
@@ -20,6 +21,7 @@ pub(super) struct Space {
 /// [`Snapshot`](crate::Snapshot) and [`SlotTable::view`](crate::SlotTable::view) look at.
 ///
 /// Lookups in an address space that the table does not have find nothing.
+#[repr(C)]
 pub struct View {
     pub(super) generation: u64,
     pub(super) limits: Limits,
