@@ -177,21 +177,18 @@ impl Block {
         self.start == 0 && self.last == u64::MAX
     }
 
-    fn touches(&self, piece: &Piece) -> bool {
-        piece.start <= self.last && piece.last() >= self.start
-    }
 }
 
-/// Up to two leaves' worth of slots, in ascending order.
+/// A leaf's slots and one more, in ascending order.
 struct Pieces {
-    array: [Piece; 2 * LEAF_SLOTS + 1],
+    array: [Piece; LEAF_SLOTS + 1],
     len: usize,
 }
 
 impl Pieces {
     fn new() -> Self {
         let none = Piece { start: 0, delta: 0, pages: 1, label: Label(0) };
-        Self { array: [none; 2 * LEAF_SLOTS + 1], len: 0 }
+        Self { array: [none; LEAF_SLOTS + 1], len: 0 }
     }
 
     fn as_slice(&self) -> &[Piece] {
@@ -396,7 +393,7 @@ unsafe fn edit_entry(
                 return Ok(());
             }
         };
-        edit_ways(arena, node, shift, 0, node.items().len(), change)?;
+        edit_ways(arena, node, shift, block, change)?;
         let ways = node.items();
         if is_one(ways) {
             // All that is left fits one leaf: the node has no work to do.
@@ -518,76 +515,134 @@ fn is_one(ways: &[Entry]) -> bool {
     !ways[0].is_inner() && ways.iter().all(|way| *way == ways[0])
 }
 
+/// The run of ways around `way` that lead where it leads: the largest block of 1, 2, 4 … ways that is one leaf, or
+/// nothing. An inner node is a run of its own.
+fn run_of(ways: &[Entry], way: usize) -> (usize, usize) {
+    let entry = ways[way];
+    let (mut first, mut n) = (way, 1);
+    while n < ways.len() && !entry.is_inner() {
+        let wider = first & !n;
+        let block = &ways[wider..wider + 2 * n];
+        // A leaf stands in neighbouring ways only, so if both ends lead to it, all do.
+        let all = block[0] == entry && block[2 * n - 1] == entry;
+        if !all || (entry.is_nothing() && !is_one(block)) {
+            break;
+        }
+        (first, n) = (wider, 2 * n);
+    }
+    (first, n)
+}
+
 /// # Safety
-/// `node` is private and belongs to the working version; `n` is a power of two that divides `first`.
+/// `node` is private and belongs to the working version; the change lies in its region as far as it lies in
+/// `block`.
 unsafe fn edit_ways(
     arena: &mut Arena,
     node: Inner,
     shift: u32,
-    first: usize,
-    n: usize,
+    block: Block,
     change: &Change,
 ) -> Result<(), Failure> {
     // SAFETY: the node is private; what its ways name belongs to the working version.
     unsafe {
-        let block = Block::of_ways(node.header().start, shift, first, n);
-        if !block.touches(&change.piece) {
-            return Ok(());
+        let ways = node.items().len();
+        let first = way_of(change.piece.start.max(block.start), shift, ways);
+        let last = way_of(change.piece.last().min(block.last), shift, ways);
+        let mut way = first;
+        while way <= last {
+            let (start, n) = run_of(node.items(), way);
+            edit_run(arena, node, shift, (start, n), change)?;
+            way = start + n;
         }
-        if n == 1 {
-            return edit_entry(arena, &raw mut node.items_mut()[first], block, change);
-        }
-        if is_one(&node.items()[first..first + n]) {
-            let mut pieces = Pieces::new();
-            let old = node.items()[first].way::<LeafHeader, Mapping>();
-            if let Way::Leaf(leaf) = old {
-                pieces.append(leaf);
+        if change.kind != Kind::Replace {
+            join_around(arena, node, shift, first)?;
+            if last != first {
+                join_around(arena, node, shift, last)?;
             }
-            pieces.apply(change)?;
-            arena.reserve_dead(1)?;
-            fill(arena, node, shift, first, n, pieces.as_slice())?;
-            if let Way::Leaf(leaf) = old {
-                arena.discard(leaf);
-            }
-            return Ok(());
         }
-        edit_ways(arena, node, shift, first, n / 2, change)?;
-        edit_ways(arena, node, shift, first + n / 2, n / 2, change)?;
-        if change.kind == Kind::Replace {
-            return Ok(());
-        }
-        Ok(join(arena, node, first, n, block)?)
+        Ok(())
     }
 }
 
-/// Makes one leaf of the two halves of some ways, if what they hold is little enough.
+/// # Safety
+/// As [`edit_ways`]; the ways are a run.
+unsafe fn edit_run(
+    arena: &mut Arena,
+    node: Inner,
+    shift: u32,
+    (first, n): (usize, usize),
+    change: &Change,
+) -> Result<(), Failure> {
+    // SAFETY: the node is private; what its ways name belongs to the working version.
+    unsafe {
+        if n == 1 {
+            let block = Block::of_ways(node.header().start, shift, first, 1);
+            return edit_entry(arena, &raw mut node.items_mut()[first], block, change);
+        }
+        let mut pieces = Pieces::new();
+        let old = node.items()[first].way::<LeafHeader, Mapping>();
+        if let Way::Leaf(leaf) = old {
+            pieces.append(leaf);
+        }
+        pieces.apply(change)?;
+        arena.reserve_dead(1)?;
+        fill(arena, node, shift, first, n, pieces.as_slice())?;
+        if let Way::Leaf(leaf) = old {
+            arena.discard(leaf);
+        }
+        Ok(())
+    }
+}
+
+/// Joins the run around `way` with its other half, and the result with its other half, as long as it goes.
+///
+/// # Safety
+/// As [`edit_ways`].
+unsafe fn join_around(arena: &mut Arena, node: Inner, shift: u32, way: usize) -> Result<(), OutOfMemory> {
+    // SAFETY: the node is private; what its ways name belongs to the working version.
+    unsafe {
+        let ways = node.items().len();
+        let (mut first, mut n) = run_of(node.items(), way);
+        while n < ways && !node.items()[first].is_inner() {
+            let whole = first & !n;
+            if !join(arena, node, shift, whole, 2 * n)? {
+                break;
+            }
+            (first, n) = (whole, 2 * n);
+        }
+        Ok(())
+    }
+}
+
+/// Makes one leaf of the two halves of some ways, if what they hold is little enough. Returns whether it did.
 ///
 /// # Safety
 /// As [`edit_ways`].
 unsafe fn join(
     arena: &mut Arena,
     node: Inner,
+    shift: u32,
     first: usize,
     n: usize,
-    block: Block,
-) -> Result<(), OutOfMemory> {
+) -> Result<bool, OutOfMemory> {
     // SAFETY: the node is private; what its ways name belongs to the working version.
     unsafe {
+        let block = Block::of_ways(node.header().start, shift, first, n);
         let ways = &mut node.items_mut()[first..first + n];
         let (low, high) = ways.split_at_mut(n / 2);
         if !is_one(low) || !is_one(high) {
-            return Ok(());
+            return Ok(false);
         }
+        let mut pieces = Pieces::new();
         match (low[0].way::<LeafHeader, Mapping>(), high[0].way::<LeafHeader, Mapping>()) {
-            (Way::Leaf(a), Way::Leaf(b)) if a != b => {
+            (Way::Leaf(a), Way::Leaf(b)) => {
                 if a.items().len() + b.items().len() > MERGE_SLOTS + 1 {
-                    return Ok(());
+                    return Ok(false);
                 }
-                let mut pieces = Pieces::new();
                 pieces.append(a);
                 pieces.append(b);
                 if !fits(pieces.as_slice(), block) {
-                    return Ok(());
+                    return Ok(false);
                 }
                 arena.reserve_dead(2)?;
                 let leaf = Entry::leaf(alloc_leaf(arena, pieces.as_slice())?);
@@ -596,15 +651,16 @@ unsafe fn join(
                 arena.discard(b);
             }
             (Way::Leaf(a), Way::Nothing) | (Way::Nothing, Way::Leaf(a)) => {
-                let mut pieces = Pieces::new();
                 pieces.append(a);
-                if fits(pieces.as_slice(), block) {
-                    ways.fill(Entry::leaf(a));
+                if !fits(pieces.as_slice(), block) {
+                    return Ok(false);
                 }
+                ways.fill(Entry::leaf(a));
             }
-            _ => {}
+            (Way::Nothing, Way::Nothing) => {}
+            _ => return Ok(false),
         }
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -79,10 +79,14 @@ impl Bounds {
         let base = items.clone().next().map_or(0, |(start, _)| start);
         let mut bounds = Self { base, starts: Keys([key(u32::MAX); KEYS]), ends: Keys([key(0); KEYS]) };
         for (i, (start, end)) in items.enumerate() {
-            bounds.starts.0[i] = key(saturated(start - base).min(u32::MAX - 1));
-            bounds.ends.0[i] = key(saturated(end - base));
+            bounds.set(i, start, end);
         }
         bounds
+    }
+
+    fn set(&mut self, at: usize, start: u64, end: u64) {
+        self.starts.0[at] = key(saturated(start - self.base).min(u32::MAX - 1));
+        self.ends.0[at] = key(saturated(end - self.base));
     }
 
     /// Which items overlap `[start, end)`, a bit for each.
@@ -109,6 +113,26 @@ fn one_leaf(first: u64, last: u64) -> bool {
 /// Leaves hold ids; starts and lengths are in the bounds.
 type Leaf = NodePtr<Bounds, u32>;
 type Inner = NodePtr<Bounds, Child>;
+
+/// Gives a node another child in the place of one.
+///
+/// # Safety
+/// The node is private.
+unsafe fn set_child(inner: Inner, at: usize, child: Child) {
+    // SAFETY: passed on; the copies lie outside of the node.
+    unsafe {
+        let old = core::mem::replace(&mut inner.items_mut()[at], child);
+        if at == 0 && old.start != child.start {
+            // All bounds count from the first child's start.
+            let (children, len) = copy_of(inner.items());
+            set_children(inner, &children[..len]);
+        } else if (old.start, old.end) != (child.start, child.end) {
+            let mut bounds = *inner.header();
+            bounds.set(at, child.start, child.end);
+            inner.set_header(bounds);
+        }
+    }
+}
 
 /// The items of a leaf, unpacked.
 struct Intervals {
@@ -331,8 +355,7 @@ unsafe fn insert(arena: &mut Arena, place: &mut Child, new: Interval) -> Result<
                     }
                     let mut child = inner.items()[at];
                     let result = insert(arena, &mut child, new);
-                    inner.items_mut()[at] = child;
-                    set_children(inner, &copy_of(inner.items()).0[..inner.items().len()]);
+                    set_child(inner, at, child);
                     result?;
                 }
             }
@@ -363,12 +386,21 @@ unsafe fn fits(child: Child, new: Interval) -> bool {
     match unsafe { Node::of(child.node) } {
         Node::Leaf(leaf) => {
             // SAFETY: passed on.
-            let items = unsafe { Intervals::of(leaf) };
-            let last = items.as_slice().last().map_or(child.start, |last| last.start);
+            let last = unsafe { last_start(leaf) };
             one_leaf(child.start.min(new.start), last.max(new.start))
         }
         Node::Inner(_) => true,
     }
+}
+
+/// Where the last interval of a leaf starts.
+///
+/// # Safety
+/// The leaf is alive and not empty.
+unsafe fn last_start(leaf: Leaf) -> u64 {
+    // SAFETY: passed on.
+    let (bounds, ids) = unsafe { (leaf.header(), leaf.items()) };
+    bounds.base + u64::from(offset(bounds.starts.0[(ids.len() - 1) % KEYS]))
 }
 
 /// A node's children, to be changed.
@@ -485,7 +517,7 @@ unsafe fn remove(arena: &mut Arena, place: &mut Child, old: Interval) -> Result<
                 let at = child_for(inner, old.key());
                 let mut child = inner.items()[at];
                 let result = remove(arena, &mut child, old);
-                inner.items_mut()[at] = child;
+                set_child(inner, at, child);
                 result?;
                 tidy(arena, inner, at)?;
             }
@@ -514,21 +546,16 @@ unsafe fn tidy(arena: &mut Arena, inner: Inner, at: usize) -> Result<(), OutOfMe
             return Ok(());
         }
         let low = if at > 0 { at - 1 } else { at };
-        let Some(&[left, right]) = inner.items().get(low..low + 2) else {
-            set_children(inner, &copy_of(inner.items()).0[..inner.items().len()]);
-            return Ok(());
-        };
+        let Some(&[left, right]) = inner.items().get(low..low + 2) else { return Ok(()) };
         let (left, right) = (Node::of(left.node), Node::of(right.node));
         let (first, len) = (left.len(), left.len() + right.len());
         let apart = match (left, right) {
             (Node::Leaf(a), Node::Leaf(b)) => {
-                let last = Intervals::of(b).as_slice().last().map_or(0, |last| last.start);
-                !one_leaf(a.header().base, last)
+                !one_leaf(a.header().base, last_start(b))
             }
             _ => false,
         };
         if len > MERGE_ITEMS || apart {
-            set_children(inner, &copy_of(inner.items()).0[..inner.items().len()]);
             return Ok(());
         }
         arena.reserve_dead(2)?;
