@@ -31,7 +31,7 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
     report.run(&Step::cargo("tests", ["xtask", "test"]).xtask());
     report.run(&Step::cargo("release build", ["build", "--quiet", "--release"]));
     for trace in &traces {
-        let name = trace.file_name().unwrap_or_default().display();
+        let name = trace.file_name().unwrap_or_default().to_string_lossy();
         report.run(
             &Step::cargo(&format!("replay {name}"), ["run", "--quiet", "--release", "--", "replay"])
                 .arg(trace.display().to_string())

@@ -59,7 +59,8 @@ fn gfn(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::
     for gpa in frames.iter().take(4096).copied().map(gpa) {
         let ours = table.view().translate(SPACE, Gpa::new(gpa)).map(|found| found.hva.get());
         let theirs = peer.find_region(GuestAddress(gpa));
-        let theirs = theirs.map(|region| region.hva + (gpa - vm_memory::GuestMemoryRegion::start_addr(region).0));
+        let theirs =
+            theirs.map(|region| region.hva + (gpa - vm_memory::GuestMemoryRegion::start_addr(region).0));
         anyhow::ensure!(ours == theirs, "both sides must find the same");
     }
 
@@ -114,7 +115,13 @@ fn gfn(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::
             })
         },
     );
-    report.times("last-used slot again", n, "vm-memory find_region", times, target(n, [5.0, 10.0, 15.0, 15.0]));
+    report.times(
+        "last-used slot again",
+        n,
+        "vm-memory find_region",
+        times,
+        target(n, [5.0, 10.0, 15.0, 15.0]),
+    );
     drop(pinned);
 
     let times = versus(
@@ -163,7 +170,8 @@ fn hva(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::
         .collect();
     let zero = black_box(0);
     let pinned = reader.pin();
-    let ours = |hva: u64| pinned.slot_ids_at_hva(SPACE, Hva::new(hva)).map(|id| u64::from(id.get())).sum::<u64>();
+    let ours =
+        |hva: u64| pinned.slot_ids_at_hva(SPACE, Hva::new(hva)).map(|id| u64::from(id.get())).sum::<u64>();
     let theirs = |hva: u64| peer.values(hva..hva + PAGE).map(|&id| u64::from(id)).sum::<u64>();
     for &page in pages.iter().take(4096) {
         anyhow::ensure!(ours(page) == theirs(page), "both sides must find the same");

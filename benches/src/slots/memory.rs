@@ -23,7 +23,9 @@ pub(crate) fn run(sizes: &[usize], report: &mut Report) -> anyhow::Result<()> {
             peer: "kernel: the slot alone".to_owned(),
             peer_ns: Some(KERNEL_BYTES),
             ratio: Some(KERNEL_BYTES / bytes),
-            target: (n == 32764).then_some(KERNEL_BYTES / 110.0).map(|target| (target * 100.0).round() / 100.0),
+            target: (n == 32764)
+                .then_some(KERNEL_BYTES / 110.0)
+                .map(|target| (target * 100.0).round() / 100.0),
         };
         report.add(row, &format!("{bytes:.1} B"), &format!("{KERNEL_BYTES} B"));
     }

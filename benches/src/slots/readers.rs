@@ -46,7 +46,9 @@ pub(crate) fn run(sizes: &[usize], effort: Effort, report: &mut Report) -> anyho
             per_update.push(update);
         }
         let [alone, unrelated, beside] = times.map(|mut times| median(&mut times));
-        for (peer, base, target) in [("alone", alone, None), ("beside a writer elsewhere", unrelated, Some(0.9))] {
+        for (peer, base, target) in
+            [("alone", alone, None), ("beside a writer elsewhere", unrelated, Some(0.9))]
+        {
             let row = Row {
                 bench: "reader beside a writer".to_owned(),
                 at: n.to_string(),

@@ -62,7 +62,8 @@ fn single(n: usize, effort: Effort, report: &mut Report) -> anyhow::Result<()> {
         };
         let repeat = if effort == Effort::Smoke { 1 } else { 20 };
         for _ in 0..repeat {
-            let deleted = once(&mut |piece| Ok(table.delete(SPACE, SlotId::new(piece.id)).map(drop)?), &batch);
+            let deleted =
+                once(&mut |piece| Ok(table.delete(SPACE, SlotId::new(piece.id)).map(drop)?), &batch);
             let created = once(&mut |piece| Ok(table.create(piece.spec()).map(drop)?), &batch);
             if round > 0 {
                 deletes.0.push(deleted);
@@ -124,12 +125,14 @@ fn transaction(n: usize, in_a_row: bool, effort: Effort, report: &mut Report) ->
         rounds,
         || {
             let elapsed = time(MANY, || {
-                let result = at_once.transaction(|tx| many.iter().try_for_each(|piece| tx.create(piece.spec())));
+                let result =
+                    at_once.transaction(|tx| many.iter().try_for_each(|piece| tx.create(piece.spec())));
                 if let Err(failed) = result {
                     error = Err(failed);
                 }
             });
-            let undone = at_once.transaction(|tx| many.iter().try_for_each(|p| tx.delete(SPACE, SlotId::new(p.id))));
+            let undone =
+                at_once.transaction(|tx| many.iter().try_for_each(|p| tx.delete(SPACE, SlotId::new(p.id))));
             undone.map_or(f64::NAN, |_| elapsed)
         },
         || {

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
-use vm_memory::{
-    GuestAddress, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection, GuestUsize,
-};
+use vm_memory::{GuestAddress, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection, GuestUsize};
 
 use crate::layout::{Piece, creation_order};
 

@@ -16,6 +16,11 @@
 
 extern crate alloc;
 
+/// Compiles and runs the example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
+
 pub mod addr;
 mod error;
 pub mod listener;

@@ -196,7 +196,10 @@ fn advance(rests: &mut Vec<Rest>, border: Gfn) {
     }
 }
 
-fn sorted(changes: &[SlotChange], pick: impl Fn(&SlotChange) -> Option<Slot>) -> Result<Vec<Rest>, OutOfMemory> {
+fn sorted(
+    changes: &[SlotChange],
+    pick: impl Fn(&SlotChange) -> Option<Slot>,
+) -> Result<Vec<Rest>, OutOfMemory> {
     let mut slots = Vec::new();
     slots.try_reserve(changes.len()).map_err(|_| OutOfMemory)?;
     slots.extend(changes.iter().filter_map(pick).map(|slot| Rest { slot, from: slot.base_gfn() }));

@@ -77,12 +77,7 @@ pub struct HostLimits {
 
 impl Default for HostLimits {
     fn default() -> Self {
-        Self {
-            user_end: 0x7fff_ffff_f000,
-            highest_gfn: (1 << 40) - 1,
-            readonly_mem: true,
-            guest_memfd: true,
-        }
+        Self { user_end: 0x7fff_ffff_f000, highest_gfn: (1 << 40) - 1, readonly_mem: true, guest_memfd: true }
     }
 }
 

@@ -176,7 +176,6 @@ impl Block {
     fn is_all(&self) -> bool {
         self.start == 0 && self.last == u64::MAX
     }
-
 }
 
 /// A leaf's slots and one more, in ascending order.
@@ -290,7 +289,8 @@ impl GfnIndex {
         prefetch(leaf.raw(), 2..5);
         // SAFETY: as above.
         let header = unsafe { leaf.header() };
-        let wanted = u32::try_from(gfn.wrapping_sub(header.base)).ok().filter(|&wanted| wanted != NO_OFFSET)?;
+        let wanted =
+            u32::try_from(gfn.wrapping_sub(header.base)).ok().filter(|&wanted| wanted != NO_OFFSET)?;
         // The first key is 0, so at least one is not above; places without a slot are above everything.
         let at = header.keys.not_above(key(wanted)).wrapping_sub(1);
         // SAFETY: as above; a key that is not above has its mapping.
@@ -337,9 +337,7 @@ impl GfnIndex {
     /// As [`insert`](Self::insert).
     unsafe fn edit(&mut self, arena: &mut Arena, slot: &Slot, kind: Kind) -> Result<(), Failure> {
         // SAFETY: passed on; the root is the writer's own.
-        unsafe {
-            edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), kind })
-        }
+        unsafe { edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), kind }) }
     }
 
     /// Frees every private node: the change did not come to be.
@@ -686,11 +684,7 @@ fn alloc_leaf(arena: &mut Arena, pieces: &[Piece]) -> Result<Leaf, OutOfMemory> 
 }
 
 /// A new subtree for the slots of a block. On failure nothing of it is left.
-fn build(
-    arena: &mut Arena,
-    block: Block,
-    pieces: &[Piece],
-) -> Result<Entry, OutOfMemory> {
+fn build(arena: &mut Arena, block: Block, pieces: &[Piece]) -> Result<Entry, OutOfMemory> {
     let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else {
         return Ok(Entry::NOTHING);
     };

@@ -550,9 +550,7 @@ unsafe fn tidy(arena: &mut Arena, inner: Inner, at: usize) -> Result<(), OutOfMe
         let (left, right) = (Node::of(left.node), Node::of(right.node));
         let (first, len) = (left.len(), left.len() + right.len());
         let apart = match (left, right) {
-            (Node::Leaf(a), Node::Leaf(b)) => {
-                !one_leaf(a.header().base, last_start(b))
-            }
+            (Node::Leaf(a), Node::Leaf(b)) => !one_leaf(a.header().base, last_start(b)),
             _ => false,
         };
         if len > MERGE_ITEMS || apart {

@@ -77,12 +77,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self {
-            page_size: PageSize::K4,
-            address_spaces: 2,
-            slots: 32764,
-            pages_per_slot: MAX_PAGES_PER_SLOT,
-        }
+        Self { page_size: PageSize::K4, address_spaces: 2, slots: 32764, pages_per_slot: MAX_PAGES_PER_SLOT }
     }
 }
 

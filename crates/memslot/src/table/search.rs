@@ -86,7 +86,8 @@ mod tests {
         let keys = Keys(keys);
         for wanted in [0, 1, 2, 4, 5, 6, 1 << 30, (1 << 31) - 1, 1 << 31, (1 << 31) + 1, u32::MAX - 1] {
             let expected = keys.0.iter().filter(|&&key| offset(key) <= wanted).count();
-            let above: u32 = keys.0.iter().enumerate().map(|(i, &k)| u32::from(offset(k) > wanted) << i).sum();
+            let above: u32 =
+                keys.0.iter().enumerate().map(|(i, &k)| u32::from(offset(k) > wanted) << i).sum();
             assert_eq!(keys.above(key(wanted)), above, "{wanted:#x}");
             assert_eq!(keys.not_above(key(wanted)), expected, "{wanted:#x}");
         }

@@ -145,8 +145,8 @@ impl<'t> Transaction<'t> {
         self.operation(|tx| {
             let slot = tx.find(space, id)?;
             let limit = tx.base.limits.pages_per_slot;
-            let gfns = GfnRange::with_len(slot.base_gfn(), pages)
-                .ok_or(Reason::BadLength { id, pages, limit })?;
+            let gfns =
+                GfnRange::with_len(slot.base_gfn(), pages).ok_or(Reason::BadLength { id, pages, limit })?;
             tx.replace(&slot, SlotSpec { gfns, ..slot.spec() })
         })
     }
@@ -199,8 +199,8 @@ impl<'t> Transaction<'t> {
             }
             let (id, pages) = (low.id(), low.pages() + high.pages());
             let limit = tx.base.limits.pages_per_slot;
-            let gfns = GfnRange::with_len(low.base_gfn(), pages)
-                .ok_or(Reason::BadLength { id, pages, limit })?;
+            let gfns =
+                GfnRange::with_len(low.base_gfn(), pages).ok_or(Reason::BadLength { id, pages, limit })?;
             tx.put(space, high.id(), None)?;
             tx.replace(&low, SlotSpec { gfns, ..low.spec() })
         })

@@ -343,7 +343,10 @@ impl<P, D: Copy> VersionList<P, D> {
         let versions = (self.live.len() + self.spare.len()) * size_of::<Version<P>>();
         let lists = self.live.iter().map(|live| live.dead.capacity() * size_of::<D>());
         let spare = self.spare_dead.iter().map(|dead| dead.capacity() * size_of::<D>());
-        versions + lists.sum::<usize>() + spare.sum::<usize>() + self.live.capacity() * size_of::<Live<P, D>>()
+        versions
+            + lists.sum::<usize>()
+            + spare.sum::<usize>()
+            + self.live.capacity() * size_of::<Live<P, D>>()
     }
 
     /// Lets go of every version that nobody holds, and frees the nodes that only they had.

@@ -23,7 +23,11 @@ impl Payload {
     fn check(&self) {
         assert!(self.alive.load(Ordering::Relaxed), "version {} was let go of while held", self.number);
         for node in [self.number, self.number.saturating_sub(1)] {
-            assert!(!self.freed[node].load(Ordering::Relaxed), "node {node} of version {} was freed", self.number);
+            assert!(
+                !self.freed[node].load(Ordering::Relaxed),
+                "node {node} of version {} was freed",
+                self.number
+            );
         }
     }
 }
@@ -62,9 +66,13 @@ impl Table {
 
     fn reclaim(&mut self, owner: &Owner<Payload, ()>) {
         let freed = self.freed.clone();
-        self.list.reclaim(owner, |node| node as u64, |node| {
-            assert!(!freed[node].swap(true, Ordering::Relaxed), "node {node} was freed twice");
-        });
+        self.list.reclaim(
+            owner,
+            |node| node as u64,
+            |node| {
+                assert!(!freed[node].swap(true, Ordering::Relaxed), "node {node} was freed twice");
+            },
+        );
     }
 }
 
