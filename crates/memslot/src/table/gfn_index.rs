@@ -376,6 +376,9 @@ unsafe fn edit_entry(
                 }
             }
             Way::Leaf(leaf) => {
+                if edit_in_place(arena, leaf, block, change)? {
+                    return Ok(());
+                }
                 let mut pieces = Pieces::new();
                 pieces.append(leaf);
                 pieces.apply(change)?;
@@ -513,6 +516,51 @@ fn is_one(ways: &[Entry]) -> bool {
     !ways[0].is_inner() && ways.iter().all(|way| *way == ways[0])
 }
 
+/// Changes a private leaf where it stands, if it has room and its base stays. Returns whether it did.
+///
+/// # Safety
+/// The leaf is alive and belongs to the working version; `block` is its block.
+unsafe fn edit_in_place(arena: &Arena, leaf: Leaf, block: Block, change: &Change) -> Result<bool, Failure> {
+    // SAFETY: the leaf is written only if it is private, and after the last use of what was read of it.
+    unsafe {
+        let (mut header, mappings) = (*leaf.header(), leaf.items());
+        let piece = change.piece;
+        let from = match piece.start.checked_sub(header.base).map(u32::try_from) {
+            Some(Ok(from)) if from != NO_OFFSET && arena.is_private(leaf) => from,
+            _ => return Ok(false),
+        };
+        // At least 1: the first key is 0.
+        let at = header.keys.not_above(key(from));
+        let (new_key, new) = piece.to_leaf(header.base);
+        let before = mappings[at - 1];
+        match change.kind {
+            Kind::Insert => {
+                if before.end > from {
+                    return Err(Failure::Overlap(before.label.id()));
+                }
+                if let Some(after) = mappings.get(at).filter(|_| offset(header.keys.0[at]) < new.end) {
+                    return Err(Failure::Overlap(after.label.id()));
+                }
+                let fits = piece.last().min(block.last) - header.base < u64::from(NO_OFFSET);
+                if !fits || mappings.len() == LEAF_SLOTS.min(leaf.capacity()) {
+                    return Ok(false);
+                }
+                header.keys.insert(at, new_key);
+                leaf.insert_item(at, new);
+            }
+            _ if header.keys.0[at - 1] != new_key => return Ok(false),
+            Kind::Remove if at == 1 => return Ok(false),
+            Kind::Remove => {
+                header.keys.remove(at - 1, key(NO_OFFSET));
+                leaf.remove_item(at - 1);
+            }
+            Kind::Replace => leaf.items_mut()[at - 1] = new,
+        }
+        leaf.set_header(header);
+        Ok(true)
+    }
+}
+
 /// The run of ways around `way` that lead where it leads: the largest block of 1, 2, 4 … ways that is one leaf, or
 /// nothing. An inner node is a run of its own.
 fn run_of(ways: &[Entry], way: usize) -> (usize, usize) {
@@ -573,13 +621,16 @@ unsafe fn edit_run(
 ) -> Result<(), Failure> {
     // SAFETY: the node is private; what its ways name belongs to the working version.
     unsafe {
+        let block = Block::of_ways(node.header().start, shift, first, n);
         if n == 1 {
-            let block = Block::of_ways(node.header().start, shift, first, 1);
             return edit_entry(arena, &raw mut node.items_mut()[first], block, change);
         }
         let mut pieces = Pieces::new();
         let old = node.items()[first].way::<LeafHeader, Mapping>();
         if let Way::Leaf(leaf) = old {
+            if edit_in_place(arena, leaf, block, change)? {
+                return Ok(());
+            }
             pieces.append(leaf);
         }
         pieces.apply(change)?;

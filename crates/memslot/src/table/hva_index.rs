@@ -334,6 +334,7 @@ unsafe fn insert(arena: &mut Arena, place: &mut Child, new: Interval) -> Result<
     // SAFETY: passed on; only private nodes are written.
     unsafe {
         match Node::of(place.node) {
+            Node::Leaf(leaf) if insert_in_place(arena, leaf, new) => {}
             Node::Leaf(leaf) => {
                 let mut items = Intervals::of(leaf);
                 let at = items.as_slice().partition_point(|item| item.key() < new.key());
@@ -423,6 +424,60 @@ unsafe fn add_child(inner: Inner, child: Child) {
     }
 }
 
+/// Where a key belongs in a leaf, and how far its start lies behind the base; `None` before the base.
+fn place_in(bounds: &Bounds, ids: &[u32], item: &Interval) -> Option<(usize, u32)> {
+    let from = u32::try_from(item.start.checked_sub(bounds.base)?).ok()?;
+    // Places that hold nothing are above; a full leaf has none.
+    let mut at = (bounds.starts.above(key(from)) | 1 << KEYS).trailing_zeros() as usize;
+    while at > 0 && bounds.starts.0[at - 1] == key(from) && ids[at - 1] >= item.id {
+        at -= 1;
+    }
+    Some((at, from))
+}
+
+/// Inserts into a private leaf that has room and whose base stays. Returns whether it did.
+///
+/// # Safety
+/// The leaf is alive and belongs to the working version; it has less than [`FAN_OUT`] items.
+unsafe fn insert_in_place(arena: &Arena, leaf: Leaf, new: Interval) -> bool {
+    // SAFETY: the leaf is written only if it is private, and after the last use of what was read of it.
+    unsafe {
+        let (mut bounds, ids) = (*leaf.header(), leaf.items());
+        match place_in(&bounds, ids, &new) {
+            // A new first item of the same start is fine: the base stays.
+            Some((at, from)) if arena.is_private(leaf) && ids.len() < leaf.capacity() => {
+                bounds.starts.insert(at, key(from));
+                bounds.ends.insert(at, key(from + new.pages));
+                leaf.insert_item(at, new.id);
+                leaf.set_header(bounds);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Removes from a private leaf whose base stays. Returns whether it did.
+///
+/// # Safety
+/// As [`insert_in_place`].
+unsafe fn remove_in_place(arena: &Arena, leaf: Leaf, old: Interval) -> bool {
+    // SAFETY: as above.
+    unsafe {
+        let (mut bounds, ids) = (*leaf.header(), leaf.items());
+        match place_in(&bounds, ids, &old) {
+            Some((at, _)) if at > 0 && ids.get(at) == Some(&old.id) && arena.is_private(leaf) => {
+                bounds.starts.remove(at, key(u32::MAX));
+                bounds.ends.remove(at, key(0));
+                leaf.remove_item(at);
+                leaf.set_header(bounds);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Replaces a leaf by one with other items.
 ///
 /// # Safety
@@ -504,6 +559,7 @@ unsafe fn remove(arena: &mut Arena, place: &mut Child, old: Interval) -> Result<
     // SAFETY: passed on; only private nodes are written.
     unsafe {
         match Node::of(place.node) {
+            Node::Leaf(leaf) if remove_in_place(arena, leaf, old) => {}
             Node::Leaf(leaf) => {
                 let mut items = Intervals::of(leaf);
                 let at = items.as_slice().partition_point(|item| item.key() < old.key());

@@ -151,6 +151,39 @@ impl<H: Copy, T: Copy> NodePtr<H, T> {
         (usize::from(class) * LINE - Self::ITEMS_AT) / size_of::<T>()
     }
 
+    /// Puts an item before the one at `at`. There is room for it.
+    ///
+    /// # Safety
+    /// The node is alive and private, and nothing else refers to it.
+    pub(super) unsafe fn insert_item(self, at: usize, item: T) {
+        // SAFETY: the node is private; the checks keep the copy inside of it.
+        unsafe {
+            let head: &mut Head = self.raw.cast().as_mut();
+            let len = usize::from(head.len);
+            assert!(at <= len && len < self.capacity(), "the item fits into the node");
+            head.len += 1;
+            let place = self.items_ptr().add(at);
+            core::ptr::copy(place, place.add(1), len - at);
+            place.write(item);
+        }
+    }
+
+    /// Takes the item at `at` out.
+    ///
+    /// # Safety
+    /// The node is alive and private, and nothing else refers to it.
+    pub(super) unsafe fn remove_item(self, at: usize) {
+        // SAFETY: the node is private; the checks keep the copy inside of it.
+        unsafe {
+            let head: &mut Head = self.raw.cast().as_mut();
+            let len = usize::from(head.len);
+            assert!(at < len, "the item is in the node");
+            head.len -= 1;
+            let place = self.items_ptr().add(at);
+            core::ptr::copy(place.add(1), place, len - at - 1);
+        }
+    }
+
     /// Replaces the items by `items`, which must fit.
     ///
     /// # Safety

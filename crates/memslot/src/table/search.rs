@@ -24,6 +24,18 @@ pub(super) const fn offset(key: i32) -> u32 {
 pub(super) struct Keys(pub(super) [i32; KEYS]);
 
 impl Keys {
+    /// Puts a key before the one at `at`; the last one goes.
+    pub(super) fn insert(&mut self, at: usize, key: i32) {
+        self.0.copy_within(at..KEYS - 1, at + 1);
+        self.0[at] = key;
+    }
+
+    /// Takes the key at `at` out and fills up with `rest`.
+    pub(super) fn remove(&mut self, at: usize, rest: i32) {
+        self.0.copy_within(at + 1.., at);
+        self.0[KEYS - 1] = rest;
+    }
+
     /// How many keys are not above `wanted`, where the last one is.
     #[inline]
     pub(super) fn not_above(&self, wanted: i32) -> usize {
