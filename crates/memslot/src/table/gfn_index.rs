@@ -467,14 +467,33 @@ unsafe fn widen(
             parent.items_mut()[at] = *place;
             *place = Entry::inner(parent, above);
         } else {
-            // A wide root becomes two ordinary nodes.
-            let halves = arena.reserve_dead(1).and_then(|()| {
-                let low = narrow(arena, node, shift, 0)?;
-                let high = narrow(arena, node, shift, WAYS).inspect_err(|_| free_half(arena, low))?;
-                Ok([low, high])
+            // A wide root becomes two ordinary nodes, side by side in the level above: in the parent, or in a
+            // node of their own where the parent is higher still.
+            let next = shift + WAYS.trailing_zeros();
+            let mut made = [Entry::NOTHING; 3];
+            let result = arena.reserve_dead(1).and_then(|()| {
+                made[0] = narrow(arena, node, shift, 0)?;
+                made[1] = narrow(arena, node, shift, WAYS)?;
+                if above > next {
+                    let between = arena.alloc_inner(start, next, WAYS)?;
+                    made[2] = Entry::inner(between, next);
+                }
+                Ok(())
             });
-            let halves = halves.inspect_err(|_| arena.free_private(parent))?;
-            parent.items_mut()[at..at + 2].copy_from_slice(&halves);
+            if result.is_err() {
+                made.into_iter().for_each(|entry| free_made(arena, entry));
+                arena.free_private(parent);
+                return Err(OutOfMemory);
+            }
+            let both = match made[2].way::<LeafHeader, Mapping>() {
+                Way::Inner(between, _) => {
+                    parent.items_mut()[at] = made[2];
+                    between
+                }
+                _ => parent,
+            };
+            let at = way_of(start, next, both.items().len());
+            both.items_mut()[at..at + 2].copy_from_slice(&made[..2]);
             *place = Entry::inner(parent, above);
             arena.discard(node);
         }
@@ -500,13 +519,13 @@ unsafe fn narrow(arena: &mut Arena, node: Inner, shift: u32, first: usize) -> Re
     }
 }
 
-/// Frees what [`narrow`] has just made, without what it leads to.
+/// Frees an inner node that has just been made, without what it leads to.
 ///
 /// # Safety
-/// The entry comes from [`narrow`] and is used no more.
-unsafe fn free_half(arena: &mut Arena, half: Entry) {
-    if let Way::Inner(node, _) = half.way::<LeafHeader, Mapping>() {
-        // SAFETY: an inner node from `narrow` is new and private.
+/// The entry is used no more; if it is an inner node, that node is new and private.
+unsafe fn free_made(arena: &mut Arena, entry: Entry) {
+    if let Way::Inner(node, _) = entry.way::<LeafHeader, Mapping>() {
+        // SAFETY: passed on.
         unsafe { arena.free_private(node) };
     }
 }
