@@ -147,7 +147,10 @@ impl Pair {
             self.model = after;
         }
         let generation = self.table.view().generation();
-        assert!(generation == before + u64::from(changed) || (expected && generation == before + 1), "{ops:?}");
+        assert!(
+            generation == before + u64::from(changed) || (expected && generation == before + 1),
+            "{ops:?}"
+        );
         expected
     }
 
@@ -215,9 +218,8 @@ fn check_frame(view: &View, slots: &[SlotSpec], space: AddressSpaceId, gfn: u64)
     let wanted = slots.get(at).filter(|slot| slot.gfns.contains(Gfn::new(gfn)));
     assert_eq!(view.slot_at(space, Gfn::new(gfn)).map(Slot::spec).as_ref(), wanted, "gfn {gfn:#x}");
     let Some(gpa) = gfn.checked_mul(PAGE).map(|gpa| Gpa::new(gpa + 5)) else { return };
-    let translated = view.translate(space, gpa).map(|found| {
-        (found.hva.get(), found.bytes_left, found.slot, found.flags)
-    });
+    let translated =
+        view.translate(space, gpa).map(|found| (found.hva.get(), found.bytes_left, found.slot, found.flags));
     let wanted = wanted.and_then(|slot| {
         let into = gfn - slot.gfns.start().get();
         let left = (slot.gfns.len() - into) * PAGE - 5;
@@ -319,7 +321,8 @@ fn random_op(random: &mut Random, model: &Model, ids: u64) -> Op {
         12 => Op::Resize(s, i, pages),
         13 | 14 => {
             let slot = model.get(&existing);
-            let inside = slot.map_or(base, |slot| slot.gfns.start().get() + random.below(slot.gfns.len() + 1));
+            let inside =
+                slot.map_or(base, |slot| slot.gfns.start().get() + random.below(slot.gfns.len() + 1));
             Op::Split(s, i, inside, id)
         }
         _ => {

@@ -114,7 +114,8 @@ mod linux {
                 2 => region.guest_phys_addr |= random.pick(&[1, 0x800, 0xfff]),
                 3 => region.userspace_addr |= random.pick(&[1, 0x800, 0xfff]),
                 4 => {
-                    let end = USER_END.wrapping_add(random.pick(&[0, PAGE, 2 * PAGE, 0u64.wrapping_sub(PAGE)]));
+                    let end =
+                        USER_END.wrapping_add(random.pick(&[0, PAGE, 2 * PAGE, 0u64.wrapping_sub(PAGE)]));
                     region.userspace_addr = end.wrapping_sub(region.memory_size);
                 }
                 5 => {

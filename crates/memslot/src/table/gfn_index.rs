@@ -26,7 +26,7 @@ use super::node::{Arena, NodePtr};
 use super::radix::{Entry, Inner, WAYS, WIDE, Way, common_shift, region_last, way_of};
 use super::search::{KEYS, Keys, key, offset, prefetch};
 use crate::error::OutOfMemory;
-use crate::slot::{MAX_SLOTS, Slot, SlotFlags};
+use crate::slot::{MAX_PAGES_PER_SLOT, MAX_SLOTS, Slot, SlotFlags};
 
 /// Slots in a leaf, at most: one key is always above everything.
 const LEAF_SLOTS: usize = KEYS - 1;
@@ -147,6 +147,7 @@ impl Piece {
     }
 
     fn to_leaf(self, base: u64) -> (i32, Mapping) {
+        // Whoever asks has checked with `fits` that nothing saturates here.
         let from = u32::try_from(self.start - base).unwrap_or(NO_OFFSET);
         let end = from.saturating_add(self.pages);
         (key(from), Mapping { delta: self.delta, end, label: self.label })
@@ -376,7 +377,7 @@ unsafe fn edit_entry(
                 }
             }
             Way::Leaf(leaf) => {
-                if edit_in_place(arena, leaf, block, change)? {
+                if edit_in_place(arena, leaf, change)? {
                     return Ok(());
                 }
                 let mut pieces = Pieces::new();
@@ -538,8 +539,8 @@ fn is_one(ways: &[Entry]) -> bool {
 /// Changes a private leaf where it stands, if it has room and its base stays. Returns whether it did.
 ///
 /// # Safety
-/// The leaf is alive and belongs to the working version; `block` is its block.
-unsafe fn edit_in_place(arena: &Arena, leaf: Leaf, block: Block, change: &Change) -> Result<bool, Failure> {
+/// The leaf is alive and belongs to the working version.
+unsafe fn edit_in_place(arena: &Arena, leaf: Leaf, change: &Change) -> Result<bool, Failure> {
     // SAFETY: the leaf is written only if it is private, and after the last use of what was read of it.
     unsafe {
         let (mut header, mappings) = (*leaf.header(), leaf.items());
@@ -560,7 +561,7 @@ unsafe fn edit_in_place(arena: &Arena, leaf: Leaf, block: Block, change: &Change
                 if let Some(after) = mappings.get(at).filter(|_| offset(header.keys.0[at]) < new.end) {
                     return Err(Failure::Overlap(after.label.id()));
                 }
-                let fits = piece.last().min(block.last) - header.base < u64::from(NO_OFFSET);
+                let fits = piece.last() - header.base < u64::from(NO_OFFSET) - 1;
                 if !fits || mappings.len() == LEAF_SLOTS.min(leaf.capacity()) {
                     return Ok(false);
                 }
@@ -620,9 +621,9 @@ unsafe fn edit_ways(
             way = start + n;
         }
         if change.kind != Kind::Replace {
-            join_around(arena, node, shift, first)?;
+            join_around(arena, node, first)?;
             if last != first {
-                join_around(arena, node, shift, last)?;
+                join_around(arena, node, last)?;
             }
         }
         Ok(())
@@ -640,14 +641,14 @@ unsafe fn edit_run(
 ) -> Result<(), Failure> {
     // SAFETY: the node is private; what its ways name belongs to the working version.
     unsafe {
-        let block = Block::of_ways(node.header().start, shift, first, n);
         if n == 1 {
+            let block = Block::of_ways(node.header().start, shift, first, 1);
             return edit_entry(arena, &raw mut node.items_mut()[first], block, change);
         }
         let mut pieces = Pieces::new();
         let old = node.items()[first].way::<LeafHeader, Mapping>();
         if let Way::Leaf(leaf) = old {
-            if edit_in_place(arena, leaf, block, change)? {
+            if edit_in_place(arena, leaf, change)? {
                 return Ok(());
             }
             pieces.append(leaf);
@@ -666,14 +667,14 @@ unsafe fn edit_run(
 ///
 /// # Safety
 /// As [`edit_ways`].
-unsafe fn join_around(arena: &mut Arena, node: Inner, shift: u32, way: usize) -> Result<(), OutOfMemory> {
+unsafe fn join_around(arena: &mut Arena, node: Inner, way: usize) -> Result<(), OutOfMemory> {
     // SAFETY: the node is private; what its ways name belongs to the working version.
     unsafe {
         let ways = node.items().len();
         let (mut first, mut n) = run_of(node.items(), way);
         while n < ways && !node.items()[first].is_inner() {
             let whole = first & !n;
-            if !join(arena, node, shift, whole, 2 * n)? {
+            if !join(arena, node, whole, 2 * n)? {
                 break;
             }
             (first, n) = (whole, 2 * n);
@@ -686,16 +687,9 @@ unsafe fn join_around(arena: &mut Arena, node: Inner, shift: u32, way: usize) ->
 ///
 /// # Safety
 /// As [`edit_ways`].
-unsafe fn join(
-    arena: &mut Arena,
-    node: Inner,
-    shift: u32,
-    first: usize,
-    n: usize,
-) -> Result<bool, OutOfMemory> {
+unsafe fn join(arena: &mut Arena, node: Inner, first: usize, n: usize) -> Result<bool, OutOfMemory> {
     // SAFETY: the node is private; what its ways name belongs to the working version.
     unsafe {
-        let block = Block::of_ways(node.header().start, shift, first, n);
         let ways = &mut node.items_mut()[first..first + n];
         let (low, high) = ways.split_at_mut(n / 2);
         if !is_one(low) || !is_one(high) {
@@ -709,7 +703,7 @@ unsafe fn join(
                 }
                 pieces.append(a);
                 pieces.append(b);
-                if !fits(pieces.as_slice(), block) {
+                if !fits(pieces.as_slice()) {
                     return Ok(false);
                 }
                 arena.reserve_dead(2)?;
@@ -720,7 +714,7 @@ unsafe fn join(
             }
             (Way::Leaf(a), Way::Nothing) | (Way::Nothing, Way::Leaf(a)) => {
                 pieces.append(a);
-                if !fits(pieces.as_slice(), block) {
+                if !fits(pieces.as_slice()) {
                     return Ok(false);
                 }
                 ways.fill(Entry::leaf(a));
@@ -732,16 +726,20 @@ unsafe fn join(
     }
 }
 
-/// Whether one leaf can hold these slots for `block`: few enough, and every gfn of the block that one of them
-/// covers within 32 bits of the first.
-fn fits(pieces: &[Piece], block: Block) -> bool {
+/// Whether one leaf can hold these slots: few enough, and all of them within 32 bits of the first.
+///
+/// Two slots of the largest size side by side still fit. Where more lies between, ever smaller blocks keep them
+/// apart, so halving comes to an end.
+fn fits(pieces: &[Piece]) -> bool {
     match (pieces.first(), pieces.last()) {
         (Some(first), Some(last)) => {
-            pieces.len() <= LEAF_SLOTS && last.last().min(block.last) - first.start < u64::from(NO_OFFSET)
+            pieces.len() <= LEAF_SLOTS && last.last() - first.start < u64::from(NO_OFFSET) - 1
         }
         _ => true,
     }
 }
+
+const _: () = assert!(2 * MAX_PAGES_PER_SLOT < NO_OFFSET as u64);
 
 fn alloc_leaf(arena: &mut Arena, pieces: &[Piece]) -> Result<Leaf, OutOfMemory> {
     let base = pieces[0].start;
@@ -758,7 +756,7 @@ fn build(arena: &mut Arena, block: Block, pieces: &[Piece]) -> Result<Entry, Out
     let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else {
         return Ok(Entry::NOTHING);
     };
-    if fits(pieces, block) {
+    if fits(pieces) {
         return Ok(Entry::leaf(alloc_leaf(arena, pieces)?));
     }
     let low = first.start.max(block.start);
@@ -791,7 +789,7 @@ unsafe fn fill(
     let from = pieces.partition_point(|piece| piece.last() < block.start);
     let to = pieces.partition_point(|piece| piece.start <= block.last);
     let pieces = &pieces[from..to];
-    if n == 1 || fits(pieces, block) {
+    if n == 1 || fits(pieces) {
         ways.fill(build(arena, block, pieces)?);
         return Ok(());
     }
