@@ -439,7 +439,7 @@ impl Handle {
     /// # Errors
     /// [`OutOfMemory`].
     pub fn reader(&self) -> Result<Reader, OutOfMemory> {
-        Ok(Reader { seat: self.shared.reader()?, last_used: Cell::new(LastUsed::NONE) })
+        Ok(Reader { seat: self.shared.reader()?, last_used: LastUsed::new() })
     }
 
     /// The current version, to be kept. A [`Reader`] does this without looking for a cell first.
@@ -454,22 +454,52 @@ impl Handle {
 /// A thread's (a vCPU's) own access to the table. Make one per thread and keep it.
 pub struct Reader {
     seat: Seat<View, Writer>,
-    last_used: Cell<LastUsed>,
+    last_used: LastUsed,
 }
 
 /// What the last lookup found. Valid in its generation only; it holds values and no pointer.
-#[derive(Clone, Copy)]
+///
+/// Each field is a cell of its own: most are not looked at when the lookup misses.
 struct LastUsed {
-    generation: u64,
+    generation: Cell<u64>,
     /// The slot's first frame.
-    base: u64,
-    found: Found,
-    space: AddressSpaceId,
+    base: Cell<u64>,
+    /// 0 before the first lookup: nothing lies in it, whatever the generation.
+    pages: Cell<u32>,
+    space: Cell<AddressSpaceId>,
+    found: Cell<Found>,
 }
 
 impl LastUsed {
-    /// No pages left: nothing lies in it, whatever the generation.
-    const NONE: Self = Self { generation: 0, base: 0, found: Found::NONE, space: AddressSpaceId::NORMAL };
+    const fn new() -> Self {
+        Self {
+            generation: Cell::new(0),
+            base: Cell::new(0),
+            pages: Cell::new(0),
+            space: Cell::new(AddressSpaceId::NORMAL),
+            found: Cell::new(Found::NONE),
+        }
+    }
+
+    #[inline]
+    fn find(&self, generation: u64, space: AddressSpaceId, gfn: Gfn) -> Option<Found> {
+        let further = gfn.get().wrapping_sub(self.base.get());
+        let hit = generation == self.generation.get()
+            && further < u64::from(self.pages.get())
+            && space == self.space.get();
+        #[expect(clippy::cast_possible_truncation, reason = "below the slot's 32-bit number of pages")]
+        hit.then(|| self.found.get().further(further as u32))
+    }
+
+    #[inline]
+    fn remember(&self, generation: u64, space: AddressSpaceId, gfn: Gfn, found: &Found) {
+        let whole = found.at_start();
+        self.generation.set(generation);
+        self.base.set(gfn.get() - u64::from(found.pages_before));
+        self.pages.set(whole.pages_left);
+        self.space.set(space);
+        self.found.set(whole);
+    }
 }
 
 impl Reader {
@@ -508,22 +538,12 @@ impl Pinned<'_> {
         let view: &View = self;
         let page = view.page_size();
         let gfn = gpa.gfn(page);
-        let last = self.reader.last_used.get();
-        let further = gfn.get().wrapping_sub(last.base);
-        if last.generation == view.generation
-            && further < u64::from(last.found.pages_left)
-            && last.space == space
-        {
-            #[expect(clippy::cast_possible_truncation, reason = "below the slot's 32-bit number of pages")]
-            return translation(&last.found.further(further as u32), gpa, page);
+        let last_used = &self.reader.last_used;
+        if let Some(found) = last_used.find(view.generation, space, gfn) {
+            return translation(&found, gpa, page);
         }
         let found = view.find(space, gfn)?;
-        self.reader.last_used.set(LastUsed {
-            generation: view.generation,
-            base: gfn.get() - u64::from(found.pages_before),
-            found: found.at_start(),
-            space,
-        });
+        last_used.remember(view.generation, space, gfn, &found);
         translation(&found, gpa, page)
     }
 
