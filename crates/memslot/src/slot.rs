@@ -16,7 +16,7 @@ use crate::addr::{Gfn, GfnRange, Hva, HvaRange, PageSize};
 
 /// The most pages one slot can have: 2^31 - 1, KVM's `KVM_MEM_MAX_NR_PAGES`.
 ///
-/// The gfn index keeps page offsets in 32 bits because of it (`table/gfn_index.rs`).
+/// The gfn index keeps page offsets in 32 bits because of it (`table/gfn_index`).
 pub const MAX_PAGES_PER_SLOT: u64 = (1 << 31) - 1;
 
 /// The most slots an address space can have: 2^28; their ids are below it.

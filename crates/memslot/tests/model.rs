@@ -296,7 +296,7 @@ fn random_op(random: &mut Random, model: &Model, ids: u64) -> Op {
         0..6 => {
             let hva = match random.below(12) {
                 0 => u64::MAX - 0xfff - random.below(50) * PAGE,
-                1 => 0x5555_0000_0000 + random.below(1 << 30) * PAGE,
+                1 => 0x5555_0000_0000 + random.below(1 << 33) * PAGE,
                 2 => random.below(1 << 51) * PAGE,
                 _ => 0x7f00_0000_0000 + random.below(ids * 12) * PAGE,
             };

@@ -14,7 +14,7 @@
 //! Both keep exactly the memory of their version alive and never delay the writer.
 //!
 //! What is where: `view.rs` answers questions, `transaction.rs` makes the next version, three indexes
-//! (`gfn_index.rs`, `hva_index.rs`, `id_index.rs`) are made of nodes (`node.rs`), and `versions.rs` publishes
+//! (`gfn_index`, `hva_index`, `id_index.rs`) are made of nodes (`node.rs`), and `versions.rs` publishes
 //! versions and decides when an old one can go.
 
 mod gfn_index;

@@ -1,0 +1,239 @@
+//! Leaves: up to 15 slots in ascending order, and what a change does to them.
+
+use super::super::node::{Arena, NodePtr};
+use super::super::search::{KEYS, Keys, key, offset};
+use super::Failure;
+use crate::error::OutOfMemory;
+use crate::slot::{MAX_PAGES_PER_SLOT, MAX_SLOTS, Slot};
+
+/// Slots in a leaf, at most: one key is always above everything.
+pub(super) const LEAF_SLOTS: usize = KEYS - 1;
+
+/// The key of a place in a leaf that holds no slot; no frame is that far from its leaf's base.
+pub(super) const NO_OFFSET: u32 = u32::MAX;
+
+/// What a leaf says of one slot: all that translating an address needs.
+#[derive(Clone, Copy)]
+pub(super) struct Mapping {
+    /// The slot's host address minus its guest physical address.
+    pub(super) delta: u64,
+    /// The first page behind the slot, counted from the leaf's base.
+    pub(super) end: u32,
+    pub(super) label: Label,
+}
+
+/// A slot's id with, in the four highest bits, its [`SlotFlags`] and whether it has host memory.
+#[derive(Clone, Copy)]
+pub(super) struct Label(pub(super) u32);
+
+impl Label {
+    pub(super) const NO_HOST_MEMORY: u32 = 1 << 31;
+    pub(super) const FLAGS_AT: u32 = 28;
+
+    pub(super) fn of(slot: &Slot) -> Self {
+        let no_memory = if slot.hva().is_none() { Self::NO_HOST_MEMORY } else { 0 };
+        Self(slot.id().get() | slot.flags().bits() << Self::FLAGS_AT | no_memory)
+    }
+
+    #[inline]
+    pub(super) fn id(self) -> u32 {
+        self.0 & (MAX_SLOTS - 1)
+    }
+}
+
+const _: () = assert!(MAX_SLOTS == 1 << Label::FLAGS_AT);
+
+#[derive(Clone, Copy)]
+#[repr(C, align(16))]
+pub(super) struct LeafHeader {
+    /// First gfn of the leaf's first slot; keys and mappings count from here.
+    pub(super) base: u64,
+    pub(super) keys: Keys,
+}
+
+pub(super) type Leaf = NodePtr<LeafHeader, Mapping>;
+
+/// A slot on its way from one leaf to another: as [`Mapping`], but with its own start.
+#[derive(Clone, Copy)]
+pub(super) struct Piece {
+    pub(super) start: u64,
+    pub(super) delta: u64,
+    pub(super) pages: u32,
+    pub(super) label: Label,
+}
+
+impl Piece {
+    pub(super) fn of(slot: &Slot) -> Self {
+        let start = slot.base_gfn().get();
+        let delta = slot.address().wrapping_sub(start << slot.page_size().shift());
+        Self { start, delta, pages: slot.pages32(), label: Label::of(slot) }
+    }
+
+    pub(super) fn from_leaf(header: &LeafHeader, key: i32, mapping: &Mapping) -> Self {
+        let from = offset(key);
+        Self {
+            start: header.base + u64::from(from),
+            delta: mapping.delta,
+            pages: mapping.end - from,
+            label: mapping.label,
+        }
+    }
+
+    pub(super) fn to_leaf(self, base: u64) -> (i32, Mapping) {
+        // Whoever asks has checked with `fits` that nothing saturates here.
+        let from = u32::try_from(self.start - base).unwrap_or(NO_OFFSET);
+        let end = from.saturating_add(self.pages);
+        (key(from), Mapping { delta: self.delta, end, label: self.label })
+    }
+
+    pub(super) fn last(&self) -> u64 {
+        self.start + u64::from(self.pages) - 1
+    }
+}
+
+/// A leaf's slots and one more, in ascending order.
+pub(super) struct Pieces {
+    pub(super) array: [Piece; LEAF_SLOTS + 1],
+    pub(super) len: usize,
+}
+
+impl Pieces {
+    pub(super) fn new() -> Self {
+        let none = Piece { start: 0, delta: 0, pages: 1, label: Label(0) };
+        Self { array: [none; LEAF_SLOTS + 1], len: 0 }
+    }
+
+    pub(super) fn as_slice(&self) -> &[Piece] {
+        &self.array[..self.len]
+    }
+
+    pub(super) fn push(&mut self, piece: Piece) {
+        self.array[self.len] = piece;
+        self.len += 1;
+    }
+
+    /// Appends a leaf's slots, without those that are there already (they lie across the border).
+    ///
+    /// # Safety
+    /// The leaf is alive.
+    pub(super) unsafe fn append(&mut self, leaf: Leaf) {
+        // SAFETY: passed on.
+        let (header, mappings) = unsafe { (leaf.header(), leaf.items()) };
+        for (&key, mapping) in header.keys.0.iter().zip(mappings) {
+            let piece = Piece::from_leaf(header, key, mapping);
+            if self.len == 0 || self.array[self.len - 1].start < piece.start {
+                self.push(piece);
+            }
+        }
+    }
+
+    /// An insertion meets every slot in its way: both are in the leaf of the block where they overlap.
+    pub(super) fn apply(&mut self, change: &Change) -> Result<(), Failure> {
+        let at = self.as_slice().partition_point(|piece| piece.start < change.piece.start);
+        let there = at < self.len && self.array[at].start == change.piece.start;
+        match change.kind {
+            Kind::Insert => {
+                let new = change.piece;
+                let before = at.checked_sub(1).map(|before| self.array[before]);
+                let after = self.as_slice().get(at).copied();
+                let in_the_way = before.filter(|piece| piece.last() >= new.start);
+                if let Some(other) = in_the_way.or(after.filter(|piece| piece.start <= new.last())) {
+                    return Err(Failure::Overlap(other.label.id()));
+                }
+                self.array.copy_within(at..self.len, at + 1);
+                self.array[at] = change.piece;
+                self.len += 1;
+            }
+            Kind::Remove if there => {
+                self.array.copy_within(at + 1..self.len, at);
+                self.len -= 1;
+            }
+            Kind::Replace if there => self.array[at] = change.piece,
+            Kind::Remove | Kind::Replace => {}
+        }
+        Ok(())
+    }
+}
+
+pub(super) struct Change {
+    pub(super) piece: Piece,
+    pub(super) kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Insert,
+    Remove,
+    /// The same gfns, said otherwise.
+    Replace,
+}
+
+/// Changes a private leaf where it stands, if it has room and its base stays. Returns whether it did.
+///
+/// # Safety
+/// The leaf is alive and belongs to the working version.
+pub(super) unsafe fn edit_in_place(arena: &Arena, leaf: Leaf, change: &Change) -> Result<bool, Failure> {
+    // SAFETY: the leaf is written only if it is private, and after the last use of what was read of it.
+    unsafe {
+        let (mut header, mappings) = (*leaf.header(), leaf.items());
+        let piece = change.piece;
+        let from = match piece.start.checked_sub(header.base).map(u32::try_from) {
+            Some(Ok(from)) if from != NO_OFFSET && arena.is_private(leaf) => from,
+            _ => return Ok(false),
+        };
+        // At least 1: the first key is 0.
+        let at = header.keys.not_above(key(from));
+        let (new_key, new) = piece.to_leaf(header.base);
+        let before = mappings[at - 1];
+        match change.kind {
+            Kind::Insert => {
+                if before.end > from {
+                    return Err(Failure::Overlap(before.label.id()));
+                }
+                if let Some(after) = mappings.get(at).filter(|_| offset(header.keys.0[at]) < new.end) {
+                    return Err(Failure::Overlap(after.label.id()));
+                }
+                let fits = piece.last() - header.base < u64::from(NO_OFFSET) - 1;
+                if !fits || mappings.len() == LEAF_SLOTS.min(leaf.capacity()) {
+                    return Ok(false);
+                }
+                header.keys.insert(at, new_key);
+                leaf.insert_item(at, new);
+            }
+            _ if header.keys.0[at - 1] != new_key => return Ok(false),
+            Kind::Remove if at == 1 => return Ok(false),
+            Kind::Remove => {
+                header.keys.remove(at - 1, key(NO_OFFSET));
+                leaf.remove_item(at - 1);
+            }
+            Kind::Replace => leaf.items_mut()[at - 1] = new,
+        }
+        leaf.set_header(header);
+        Ok(true)
+    }
+}
+
+/// Whether one leaf can hold these slots: few enough, and all of them within 32 bits of the first.
+///
+/// Two slots of the largest size side by side still fit. Where more lies between, ever smaller blocks keep them
+/// apart, so halving comes to an end.
+pub(super) fn fits(pieces: &[Piece]) -> bool {
+    match (pieces.first(), pieces.last()) {
+        (Some(first), Some(last)) => {
+            pieces.len() <= LEAF_SLOTS && last.last() - first.start < u64::from(NO_OFFSET) - 1
+        }
+        _ => true,
+    }
+}
+
+const _: () = assert!(2 * MAX_PAGES_PER_SLOT < NO_OFFSET as u64);
+
+pub(super) fn alloc_leaf(arena: &mut Arena, pieces: &[Piece]) -> Result<Leaf, OutOfMemory> {
+    let base = pieces[0].start;
+    let mut keys = [key(NO_OFFSET); KEYS];
+    let mut mappings = [Mapping { delta: 0, end: 0, label: Label(0) }; KEYS];
+    for ((key, mapping), piece) in keys.iter_mut().zip(&mut mappings).zip(pieces) {
+        (*key, *mapping) = piece.to_leaf(base);
+    }
+    arena.alloc(LeafHeader { base, keys: Keys(keys) }, &mappings[..pieces.len()], pieces.len())
+}

@@ -1,0 +1,176 @@
+//! gfn → slot: a page table whose leaves are small sorted arrays.
+//!
+//! # Shape
+//!
+//! Inner nodes split the gfn space 64 ways (`radix.rs`). A leaf holds up to 15 slots, in ascending order: every
+//! slot that touches the leaf's block of gfns. A slot that lies across the border of two blocks is in both
+//! leaves, so that one walk always suffices. Within an inner node a leaf may stand in 2, 4, 8 … neighbouring
+//! ways at once; when it overflows, its ways are halved (as in extendible hashing), and only when one way is
+//! left does a new inner node appear. So leaves stay half full or better at any density, and a slot of many
+//! pages costs a few leaves, not one entry a page.
+//!
+//! # Why not a search tree
+//!
+//! Looking a gfn up in a balanced tree is a chain of compare steps, each waiting for the one before. A walk
+//! here is a chain of plain loads, two for tens of thousands of slots, and one search in 16 keys that are
+//! compared all at once. Leaves keep their keys as 32-bit offsets from the leaf's first slot, so that the
+//! search touches one or two cache lines; that is why a slot has at most 2^31 - 1 pages.
+//!
+//! # Changing it
+//!
+//! [`GfnIndex::insert`] and [`GfnIndex::remove`] work from the root down: a published node is copied and the
+//! copy linked in its place before the next step, so that every new node can be reached from the working root
+//! when a later allocation fails, and [`GfnIndex::abandon`] finds it.
+
+mod edit;
+mod leaf;
+mod walk;
+
+pub(super) use self::walk::Walk;
+
+use self::edit::{Block, edit_entry, free_private};
+use self::leaf::{Change, Kind, Label, Leaf, NO_OFFSET, Piece};
+use super::node::Arena;
+use super::radix::Entry;
+use super::search::{KEYS, key, offset, prefetch};
+use crate::error::OutOfMemory;
+use crate::slot::{Slot, SlotFlags};
+
+/// What a lookup finds: a slot, and where the frame lies in it.
+#[derive(Clone, Copy)]
+pub(super) struct Found {
+    delta: u64,
+    /// Pages from the frame to the end of the slot.
+    pub(super) pages_left: u32,
+    /// Pages from the start of the slot to the frame.
+    pub(super) pages_before: u32,
+    label: Label,
+}
+
+impl Found {
+    /// No slot: no page is left.
+    pub(super) const NONE: Self =
+        Self { delta: 0, pages_left: 0, pages_before: 0, label: Label(Label::NO_HOST_MEMORY) };
+
+    /// The host address of a guest physical address in the slot, if the slot has host memory.
+    #[inline]
+    pub(super) fn hva(&self, gpa: u64) -> Option<u64> {
+        (self.label.0 & Label::NO_HOST_MEMORY == 0).then_some(gpa.wrapping_add(self.delta))
+    }
+
+    #[inline]
+    pub(super) fn id(&self) -> u32 {
+        self.label.id()
+    }
+
+    #[inline]
+    pub(super) fn flags(&self) -> SlotFlags {
+        SlotFlags::from_bits_truncate(self.label.0 >> Label::FLAGS_AT)
+    }
+
+    /// The same slot at its first frame.
+    pub(super) fn at_start(&self) -> Self {
+        Self { pages_left: self.pages_left + self.pages_before, pages_before: 0, ..*self }
+    }
+
+    /// The same slot, `pages` further on; fewer than are left.
+    #[inline]
+    pub(super) fn further(&self, pages: u32) -> Self {
+        Self { pages_left: self.pages_left - pages, pages_before: self.pages_before + pages, ..*self }
+    }
+}
+
+/// Why a change of the index failed. What it has done so far is abandoned with the transaction.
+pub(super) enum Failure {
+    OutOfMemory,
+    /// The slot with this id covers some of the gfns.
+    Overlap(u32),
+}
+
+impl From<OutOfMemory> for Failure {
+    fn from(_: OutOfMemory) -> Self {
+        Self::OutOfMemory
+    }
+}
+
+/// The index of one address space in one version; copying it copies the root only.
+#[derive(Clone, Copy)]
+pub(super) struct GfnIndex {
+    root: Entry,
+}
+
+impl GfnIndex {
+    pub(super) const EMPTY: Self = Self { root: Entry::NOTHING };
+
+    /// The slot that covers `gfn`.
+    ///
+    /// # Safety
+    /// The index belongs to a version that is held.
+    #[inline]
+    pub(super) unsafe fn find(&self, gfn: u64) -> Option<Found> {
+        // SAFETY: the version is held; the leaf is reachable from it.
+        let leaf: Leaf = unsafe { self.root.walk(gfn)? };
+        // The search decides which line of the mappings is needed; by then it is there.
+        prefetch(leaf.raw(), 2..5);
+        // SAFETY: as above.
+        let header = unsafe { leaf.header() };
+        let wanted =
+            u32::try_from(gfn.wrapping_sub(header.base)).ok().filter(|&wanted| wanted != NO_OFFSET)?;
+        // The first key is 0, so at least one is not above; places without a slot are above everything.
+        let at = header.keys.not_above(key(wanted)).wrapping_sub(1);
+        // SAFETY: as above; a key that is not above has its mapping.
+        let mapping = unsafe { leaf.item(at) };
+        (wanted < mapping.end).then(|| Found {
+            delta: mapping.delta,
+            pages_left: mapping.end - wanted,
+            pages_before: wanted - offset(header.keys.0[at % KEYS]),
+            label: mapping.label,
+        })
+    }
+
+    /// Adds a slot.
+    ///
+    /// # Errors
+    /// [`Failure::Overlap`] where some of its gfns are covered.
+    ///
+    /// # Safety
+    /// The index belongs to the writer's working version, whose stamp is the arena's.
+    pub(super) unsafe fn insert(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), Failure> {
+        // SAFETY: passed on.
+        unsafe { self.edit(arena, slot, Kind::Insert) }
+    }
+
+    /// Removes a slot that is there.
+    ///
+    /// # Safety
+    /// As [`insert`](Self::insert).
+    pub(super) unsafe fn remove(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), Failure> {
+        // SAFETY: passed on.
+        unsafe { self.edit(arena, slot, Kind::Remove) }
+    }
+
+    /// Puts a slot in the place of one with the same gfns.
+    ///
+    /// # Safety
+    /// As [`insert`](Self::insert).
+    pub(super) unsafe fn replace(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), Failure> {
+        // SAFETY: passed on.
+        unsafe { self.edit(arena, slot, Kind::Replace) }
+    }
+
+    /// # Safety
+    /// As [`insert`](Self::insert).
+    unsafe fn edit(&mut self, arena: &mut Arena, slot: &Slot, kind: Kind) -> Result<(), Failure> {
+        // SAFETY: passed on; the root is the writer's own.
+        unsafe { edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece: Piece::of(slot), kind }) }
+    }
+
+    /// Frees every private node: the change did not come to be.
+    ///
+    /// # Safety
+    /// As [`insert`](Self::insert), and the working version is not used again.
+    pub(super) unsafe fn abandon(self, arena: &mut Arena) {
+        // SAFETY: passed on.
+        unsafe { free_private(arena, self.root) };
+    }
+}

@@ -1,0 +1,267 @@
+//! Changing the tree: insertion splits on the way down, removal joins on the way up.
+
+use core::ptr::NonNull;
+
+use super::super::node::Arena;
+use super::node::{
+    Bounds, Child, FAN_OUT, Inner, Interval, Intervals, Leaf, Node, add_child, alloc_inner, alloc_leaf,
+    drop_child, insert_in_place, last_start, one_leaf, remove_in_place, set_child,
+};
+use crate::error::OutOfMemory;
+
+/// Two neighbours become one node when they have this many items or fewer together.
+pub(super) const MERGE_ITEMS: usize = 10;
+
+/// Inserts below `place`, whose node is not full. `place` names the private copy afterwards, also on failure.
+///
+/// # Safety
+/// The node belongs to the working version.
+pub(super) unsafe fn insert(arena: &mut Arena, place: &mut Child, new: Interval) -> Result<(), OutOfMemory> {
+    // SAFETY: passed on; only private nodes are written.
+    unsafe {
+        match Node::of(place.node) {
+            Node::Leaf(leaf) if insert_in_place(arena, leaf, new) => {}
+            Node::Leaf(leaf) => {
+                let mut items = Intervals::of(leaf);
+                let at = items.as_slice().partition_point(|item| item.key() < new.key());
+                items.insert(at, new);
+                replace_leaf(arena, place, leaf, items.as_slice())?;
+            }
+            Node::Inner(inner) => {
+                let inner = arena.privately(inner)?;
+                place.node = inner.raw();
+                let mut at = child_for(inner, new.key());
+                if !fits(inner.items()[at], new) {
+                    // Too far from the leaf where it would belong: a leaf of its own.
+                    let child = Node::Leaf(alloc_leaf(arena, &[new])?).as_child();
+                    add_child(inner, child);
+                } else {
+                    if Node::of(inner.items()[at].node).len() == FAN_OUT {
+                        split(arena, inner, at, new.key())?;
+                        at = child_for(inner, new.key());
+                    }
+                    let mut child = inner.items()[at];
+                    let result = insert(arena, &mut child, new);
+                    set_child(inner, at, child);
+                    result?;
+                }
+            }
+        }
+        if new.key() < place.key() {
+            (place.start, place.id) = new.key();
+        }
+        place.end = place.end.max(new.end());
+        Ok(())
+    }
+}
+
+/// The child below which a key belongs.
+///
+/// # Safety
+/// The node is alive.
+pub(super) unsafe fn child_for(inner: Inner, key: (u64, u32)) -> usize {
+    // SAFETY: passed on.
+    unsafe { inner.items() }.partition_point(|child| child.key() <= key).saturating_sub(1)
+}
+
+/// Whether `new` can go below `child`: always, unless the child is a leaf and would span too much.
+///
+/// # Safety
+/// The child is alive.
+pub(super) unsafe fn fits(child: Child, new: Interval) -> bool {
+    // SAFETY: passed on.
+    match unsafe { Node::of(child.node) } {
+        Node::Leaf(leaf) => {
+            // SAFETY: passed on.
+            let last = unsafe { last_start(leaf) };
+            one_leaf(child.start.min(new.start), last.max(new.start))
+        }
+        Node::Inner(_) => true,
+    }
+}
+
+/// Replaces a leaf by one with other items.
+///
+/// # Safety
+/// The leaf belongs to the working version and is what `place` names; `items` lies outside of it.
+pub(super) unsafe fn replace_leaf(
+    arena: &mut Arena,
+    place: &mut Child,
+    leaf: Leaf,
+    items: &[Interval],
+) -> Result<(), OutOfMemory> {
+    // SAFETY: passed on; the leaf is written only if it is private.
+    unsafe {
+        arena.reserve_dead(1)?;
+        if items.is_empty() {
+            // The parent drops it; until then it is empty.
+            let empty: Leaf = arena.alloc(Bounds::of([].into_iter()), &[], 0)?;
+            place.node = empty.raw();
+        } else {
+            place.node = alloc_leaf(arena, items)?.raw();
+        }
+        arena.discard(leaf);
+        Ok(())
+    }
+}
+
+/// Splits the full child `at` of a private node that has room.
+///
+/// Keys that arrive in order (a VMM that plugs memory upwards) go to the end of a node: there nearly all
+/// stays in the left half, so that the nodes left behind are full and not half empty.
+///
+/// # Safety
+/// `inner` is private; its children belong to the working version.
+pub(super) unsafe fn split(
+    arena: &mut Arena,
+    inner: Inner,
+    at: usize,
+    key: (u64, u32),
+) -> Result<(), OutOfMemory> {
+    // SAFETY: passed on; only private nodes are written.
+    unsafe {
+        let child = inner.items()[at];
+        let (left, right) = match Node::of(child.node) {
+            Node::Leaf(leaf) => {
+                let items = Intervals::of(leaf);
+                let items = items.as_slice();
+                let from = split_point(key < items[0].key(), key > items[FAN_OUT - 1].key());
+                arena.reserve_dead(1)?;
+                let left = alloc_leaf(arena, &items[..from])?;
+                let right = alloc_leaf(arena, &items[from..]).inspect_err(|_| arena.free_private(left))?;
+                arena.discard(leaf);
+                (Node::Leaf(left), Node::Leaf(right))
+            }
+            Node::Inner(node) => {
+                let items = node.items();
+                let from = split_point(key < items[0].key(), key > items[FAN_OUT - 1].key());
+                let level = node.head().level;
+                arena.reserve_dead(1)?;
+                let left = alloc_inner(arena, &items[..from], level)?;
+                let right =
+                    alloc_inner(arena, &items[from..], level).inspect_err(|_| arena.free_private(left))?;
+                arena.discard(node);
+                (Node::Inner(left), Node::Inner(right))
+            }
+        };
+        inner.items_mut()[at] = left.as_child();
+        add_child(inner, right.as_child());
+        Ok(())
+    }
+}
+
+pub(super) fn split_point(before_all: bool, after_all: bool) -> usize {
+    match (before_all, after_all) {
+        (true, _) => 1,
+        (_, true) => FAN_OUT - 1,
+        _ => FAN_OUT / 2,
+    }
+}
+
+/// Removes from below `place`, which names the private copy afterwards, also on failure.
+///
+/// # Safety
+/// The node belongs to the working version.
+pub(super) unsafe fn remove(arena: &mut Arena, place: &mut Child, old: Interval) -> Result<(), OutOfMemory> {
+    // SAFETY: passed on; only private nodes are written.
+    unsafe {
+        match Node::of(place.node) {
+            Node::Leaf(leaf) if remove_in_place(arena, leaf, old) => {}
+            Node::Leaf(leaf) => {
+                let mut items = Intervals::of(leaf);
+                let at = items.as_slice().partition_point(|item| item.key() < old.key());
+                debug_assert!(items.as_slice().get(at).is_some_and(|item| item.key() == old.key()));
+                items.remove(at);
+                replace_leaf(arena, place, leaf, items.as_slice())?;
+            }
+            Node::Inner(inner) => {
+                let inner = arena.privately(inner)?;
+                place.node = inner.raw();
+                let at = child_for(inner, old.key());
+                let mut child = inner.items()[at];
+                let result = remove(arena, &mut child, old);
+                set_child(inner, at, child);
+                result?;
+                tidy(arena, inner, at)?;
+            }
+        }
+        if Node::of(place.node).len() > 0 {
+            *place = Node::of(place.node).as_child();
+        }
+        Ok(())
+    }
+}
+
+/// After a removal below child `at`: drops the child if it is empty, joins it with a neighbour if both are small.
+///
+/// # Safety
+/// `inner` is private; its children belong to the working version.
+pub(super) unsafe fn tidy(arena: &mut Arena, inner: Inner, at: usize) -> Result<(), OutOfMemory> {
+    // SAFETY: passed on; only private nodes are written.
+    unsafe {
+        let node = Node::of(inner.items()[at].node);
+        if node.len() == 0 {
+            match node {
+                Node::Leaf(leaf) => arena.free_private(leaf),
+                Node::Inner(empty) => arena.free_private(empty),
+            }
+            drop_child(inner, at);
+            return Ok(());
+        }
+        let low = if at > 0 { at - 1 } else { at };
+        let Some(&[left, right]) = inner.items().get(low..low + 2) else { return Ok(()) };
+        let (left, right) = (Node::of(left.node), Node::of(right.node));
+        let (first, len) = (left.len(), left.len() + right.len());
+        let apart = match (left, right) {
+            (Node::Leaf(a), Node::Leaf(b)) => !one_leaf(a.header().base, last_start(b)),
+            _ => false,
+        };
+        if len > MERGE_ITEMS || apart {
+            return Ok(());
+        }
+        arena.reserve_dead(2)?;
+        let joined = match (left, right) {
+            (Node::Leaf(a), Node::Leaf(b)) => {
+                let (mut items, others) = (Intervals::of(a), Intervals::of(b));
+                items.array[first..len].copy_from_slice(others.as_slice());
+                let joined = alloc_leaf(arena, &items.array[..len])?;
+                arena.discard(a);
+                arena.discard(b);
+                Node::Leaf(joined)
+            }
+            (Node::Inner(a), Node::Inner(b)) => {
+                let mut buffer = [a.items()[0]; FAN_OUT];
+                buffer[..first].copy_from_slice(a.items());
+                buffer[first..len].copy_from_slice(b.items());
+                let joined = alloc_inner(arena, &buffer[..len], a.head().level)?;
+                arena.discard(a);
+                arena.discard(b);
+                Node::Inner(joined)
+            }
+            _ => unreachable!("neighbours have the same level"),
+        };
+        inner.items_mut()[low] = joined.as_child();
+        drop_child(inner, low + 1);
+        Ok(())
+    }
+}
+
+/// Frees the private nodes of a subtree. A published node has no private ones below it.
+///
+/// # Safety
+/// The subtree belongs to the working version, and nobody uses it again.
+pub(super) unsafe fn free_private(arena: &mut Arena, raw: NonNull<u8>) {
+    // SAFETY: passed on; every node stands in one place.
+    unsafe {
+        match Node::of(raw) {
+            Node::Leaf(leaf) if arena.is_private(leaf) => arena.free_private(leaf),
+            Node::Inner(inner) if arena.is_private(inner) => {
+                for child in inner.items() {
+                    free_private(arena, child.node);
+                }
+                arena.free_private(inner);
+            }
+            _ => {}
+        }
+    }
+}
