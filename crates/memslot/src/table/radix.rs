@@ -66,14 +66,15 @@ impl Entry {
     #[inline]
     pub(super) fn way<H: Copy, T: Copy>(self) -> Way<NodePtr<H, T>> {
         let tag = self.0.addr() & TAG;
-        let Some(raw) = NonNull::new(self.0.map_addr(|address| address & !TAG)) else {
-            return Way::Nothing;
-        };
+        // Subtracting the tag, not masking it off: for a leaf that is a constant, which costs nothing.
         if tag == LEAF {
-            Way::Leaf(NodePtr::from_raw(raw))
-        } else {
+            // SAFETY: the entry of a leaf is its node's address plus LEAF, so what is left is not null.
+            Way::Leaf(NodePtr::from_raw(unsafe { NonNull::new_unchecked(self.0.wrapping_byte_sub(LEAF)) }))
+        } else if let Some(raw) = NonNull::new(self.0.wrapping_byte_sub(tag)) {
             #[expect(clippy::cast_possible_truncation, reason = "a tag has six bits")]
             Way::Inner(Inner::from_raw(raw), tag as u32)
+        } else {
+            Way::Nothing
         }
     }
 

@@ -55,7 +55,11 @@ impl Found {
     /// The host address of a guest physical address in the slot, if the slot has host memory.
     #[inline]
     pub(super) fn hva(&self, gpa: u64) -> Option<u64> {
-        (self.label.0 & Label::NO_HOST_MEMORY == 0).then_some(gpa.wrapping_add(self.delta))
+        if self.label.0 & Label::NO_HOST_MEMORY != 0 {
+            rare();
+            return None;
+        }
+        Some(gpa.wrapping_add(self.delta))
     }
 
     #[inline]
@@ -92,6 +96,10 @@ impl From<OutOfMemory> for Failure {
         Self::OutOfMemory
     }
 }
+
+/// Keeps a branch a branch: with a conditional move, every translation would wait for the label, too.
+#[cold]
+const fn rare() {}
 
 /// The index of one address space in one version; copying it copies the root only.
 #[derive(Clone, Copy)]
