@@ -1,6 +1,7 @@
 //! What can go wrong with a change of the table.
 
 use alloc::boxed::Box;
+use alloc::string::String;
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange};
@@ -209,8 +210,8 @@ pub enum Reason {
     /// A listener refused the change while it prepared, or failed while it committed (and was undone).
     #[error("listener {listener} refused: {error}")]
     Listener {
-        /// The listener's name.
-        listener: Box<str>,
+        /// The listener's name; empty where there was no memory for it.
+        listener: String,
         /// Its error.
         error: Box<dyn core::error::Error + Send + Sync>,
     },

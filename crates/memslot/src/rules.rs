@@ -330,6 +330,10 @@ impl Rules {
 
     /// `KVM_SET_USER_MEMORY_REGION`.
     ///
+    /// As in KVM, this form can delete a slot that has a guest_memfd file. It has no way to tell anybody that the
+    /// file's range is free again: whoever keeps [`GuestMemfdFiles`] deletes such slots with
+    /// [`set_user_memory_region2`](Self::set_user_memory_region2).
+    ///
     /// # Errors
     /// What KVM would answer, with the reason.
     pub fn set_user_memory_region(

@@ -31,6 +31,7 @@ mod view;
 mod tests;
 
 use alloc::boxed::Box;
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::cell::Cell;
 use core::ops::Deref;
@@ -46,7 +47,7 @@ use self::versions::{Held, Owner, Seat, Version, VersionList, share};
 use self::view::translation;
 use crate::addr::{Gfn, Gpa, PageSize};
 use crate::error::{LimitsError, OutOfMemory, Reason, TransactionError};
-use crate::listener::{Listener, Piece, Update, cut};
+use crate::listener::{Listener, ListenerError, Piece, Update, cut};
 use crate::slot::{AddressSpaceId, MAX_PAGES_PER_SLOT, MAX_SLOTS, SlotFlags, SlotId, SlotSpec};
 
 /// The most address spaces a table can have.
@@ -295,16 +296,13 @@ impl SlotTable {
         let Some(next) = transaction.finish()? else {
             return Ok(base.generation);
         };
-        let prepared = writer
-            .reserve(!self.listeners.is_empty())
-            .map_err(TransactionError::from)
-            .and_then(|()| prepare(&mut self.listeners, base, &next, writer));
-        if let Err(error) = prepared {
-            abandon(&next, &mut writer.arena);
-            writer.arena.dead.clear();
-            return Err(error);
+        let mut unpublished = Unpublished { writer, next: Some(next) };
+        unpublished.prepare(&mut self.listeners, base)?;
+        let mut generation = base.generation;
+        if let Some(next) = unpublished.next.take() {
+            generation = unpublished.writer.publish(owner, next);
         }
-        let mut generation = writer.publish(owner, next);
+        let writer = &mut *unpublished.writer;
         let committed = if self.listeners.is_empty() {
             Ok(())
         } else {
@@ -375,28 +373,56 @@ impl Writer {
     }
 }
 
-fn prepare(
-    listeners: &mut [Box<dyn Listener + Send>],
-    before: &View,
-    after: &View,
-    writer: &mut Writer,
-) -> Result<(), TransactionError> {
-    if listeners.is_empty() {
-        return Ok(());
-    }
-    // Should the change be taken back, its nodes go to the list of the dead, which must not fail then.
-    writer.arena.reserve_burial()?;
-    let update = Update { before, after, slots: &writer.lists.changes, pieces: &writer.pieces };
-    for i in 0..listeners.len() {
-        if let Err(error) = listeners[i].prepare(&update) {
-            let listener = listeners[i].name().into();
-            for prepared in listeners[..i].iter_mut().rev() {
-                prepared.abort(&update);
-            }
-            return Err(Reason::Listener { listener, error }.into());
+/// A version that is complete and not published. Unless it is, it goes, also when a listener panics.
+struct Unpublished<'w> {
+    writer: &'w mut Writer,
+    next: Option<View>,
+}
+
+impl Drop for Unpublished<'_> {
+    fn drop(&mut self) {
+        if let Some(next) = self.next.take() {
+            abandon(&next, &mut self.writer.arena);
+            self.writer.arena.dead.clear();
         }
     }
-    Ok(())
+}
+
+impl Unpublished<'_> {
+    /// Reserves what publishing needs, and lets the listeners do so.
+    fn prepare(
+        &mut self,
+        listeners: &mut [Box<dyn Listener + Send>],
+        before: &View,
+    ) -> Result<(), TransactionError> {
+        let (writer, Some(after)) = (&mut *self.writer, &self.next) else { return Ok(()) };
+        writer.reserve(!listeners.is_empty())?;
+        if listeners.is_empty() {
+            return Ok(());
+        }
+        // Should the change be taken back, its nodes go to the list of the dead, which must not fail then.
+        writer.arena.reserve_burial()?;
+        let update = Update { before, after, slots: &writer.lists.changes, pieces: &writer.pieces };
+        for i in 0..listeners.len() {
+            if let Err(error) = listeners[i].prepare(&update) {
+                let refused = refused(&*listeners[i], error);
+                for prepared in listeners[..i].iter_mut().rev() {
+                    prepared.abort(&update);
+                }
+                return Err(refused);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The error that names the listener; without its name where there is no memory for a copy.
+fn refused(listener: &dyn Listener, error: ListenerError) -> TransactionError {
+    let mut name = String::new();
+    if name.try_reserve_exact(listener.name().len()).is_ok() {
+        name.push_str(listener.name());
+    }
+    Reason::Listener { listener: name, error }.into()
 }
 
 fn commit(
@@ -408,14 +434,14 @@ fn commit(
     let update = Update { before, after, slots: &writer.lists.changes, pieces: &writer.pieces };
     for i in 0..listeners.len() {
         if let Err(error) = listeners[i].commit(&update) {
-            let listener = listeners[i].name().into();
+            let refused = refused(&*listeners[i], error);
             for waiting in listeners[i + 1..].iter_mut().rev() {
                 waiting.abort(&update);
             }
             for committed in listeners[..i].iter_mut().rev() {
                 committed.undo(&update);
             }
-            return Err(Reason::Listener { listener, error }.into());
+            return Err(refused);
         }
     }
     Ok(())

@@ -156,3 +156,53 @@ fn a_failed_commit_publishes_what_was_before() {
     table.reclaim();
     assert_eq!(table.stats().nodes, nodes);
 }
+
+/// Panics while it prepares.
+struct Panics;
+
+impl Listener for Panics {
+    fn name(&self) -> &str {
+        "panics"
+    }
+
+    fn prepare(&mut self, _: &Update<'_>) -> Result<(), crate::ListenerError> {
+        panic!("on purpose")
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), crate::ListenerError> {
+        Ok(())
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
+}
+
+#[test]
+fn a_panic_of_a_listener_leaks_nothing_and_frees_nothing() {
+    let mut table = some_slots(0);
+    table.reclaim();
+    let (before, nodes) = (dump(table.view()), table.stats().nodes);
+    table.add_listener(Box::new(Panics)).unwrap();
+    for _ in 0..3 {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| table.transaction(everything)));
+        assert!(result.is_err());
+        table.reclaim();
+        assert_eq!((dump(table.view()), table.stats().nodes), (before.clone(), nodes));
+    }
+    table.listeners.clear();
+    table.transaction(everything).unwrap();
+    for i in 40..90 {
+        let _ = table.delete(RAM, SlotId::new(i));
+    }
+    table.reclaim();
+    assert_eq!(table.view().slots(RAM).count(), table.view().len(RAM));
+}
+
+#[test]
+fn an_empty_range_of_host_memory_hits_nothing() {
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    table.create(spec(0, 16, 10, 100)).unwrap();
+    for at in [100 << 12, (105 << 12) + 7, 110 << 12] {
+        let empty = crate::HvaRange::with_len(Hva::new(at), 0).unwrap();
+        assert_eq!(table.view().slots_at_hva(RAM, empty).count(), 0);
+    }
+}

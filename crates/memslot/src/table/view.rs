@@ -259,8 +259,12 @@ impl View {
     /// ```
     pub fn slots_at_hva(&self, space: AddressSpaceId, hvas: HvaRange) -> impl Iterator<Item = HvaHit<'_>> {
         let shift = self.page_size().shift();
-        let first = hvas.start().get() >> shift;
-        let end = if hvas.is_empty() { first } else { ((hvas.end().get() - 1) >> shift) + 1 };
+        // An empty range overlaps nothing, wherever it lies.
+        let (first, end) = if hvas.is_empty() {
+            (0, 0)
+        } else {
+            (hvas.start().get() >> shift, ((hvas.end().get() - 1) >> shift) + 1)
+        };
         self.ids_at_host_pages(space, first, end).filter_map(move |id| {
             let slot = self.slot(space, SlotId::new(id))?;
             let base = slot.hva()?.get() >> shift;
