@@ -143,9 +143,7 @@ pub(crate) fn cut(changes: &[SlotChange], pieces: &mut Vec<Piece>) -> Result<(),
         let mut push = |kind| pieces.push(Piece { address_space: space, gfns, kind });
         match (a, b) {
             (Some(a), Some(b)) if a.slot.same_backing_at_same_gfn(&b.slot) => {
-                if a.slot != b.slot {
-                    push(PieceKind::Changed { old: a.slot, new: b.slot });
-                }
+                push(PieceKind::Changed { old: a.slot, new: b.slot });
             }
             (a, b) => {
                 if let Some(a) = a {
