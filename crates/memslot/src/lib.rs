@@ -22,6 +22,7 @@ extern crate alloc;
 struct Readme;
 
 pub mod addr;
+pub mod dirty;
 mod error;
 pub mod listener;
 pub mod rules;

@@ -22,7 +22,7 @@ use alloc::vec::Vec;
 use crate::addr::{Gfn, GfnRange};
 use crate::error::OutOfMemory;
 use crate::slot::{AddressSpaceId, Slot};
-use crate::table::View;
+use crate::table::{Snapshot, View};
 
 /// An error of a listener; any error type will do.
 pub type ListenerError = Box<dyn core::error::Error + Send + Sync>;
@@ -111,6 +111,16 @@ pub struct Update<'a> {
     /// The same as pieces: first all removed, then all changed, then all added ones, each in order of gfn.
     /// In this order they can be applied one by one without ever overlapping.
     pub pieces: &'a [Piece],
+    /// The version after, once it is published.
+    pub(crate) published: Option<&'a Snapshot>,
+}
+
+impl Update<'_> {
+    /// The version after, to be kept; `None` in [`prepare`](Listener::prepare), where it is not published yet.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<Snapshot> {
+        self.published.cloned()
+    }
 }
 
 /// Cuts changed slots into pieces.

@@ -101,9 +101,14 @@ pub enum Change {
 #[non_exhaustive]
 #[allow(clippy::upper_case_acronyms, missing_docs, reason = "these are their names")]
 pub enum Errno {
+    ENOENT = 2,
+    EINTR = 4,
     EIO = 5,
+    ENXIO = 6,
+    E2BIG = 7,
     EBADF = 9,
     ENOMEM = 12,
+    EFAULT = 14,
     EEXIST = 17,
     EINVAL = 22,
 }
@@ -119,9 +124,14 @@ impl Errno {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::ENOENT => "ENOENT",
+            Self::EINTR => "EINTR",
             Self::EIO => "EIO",
+            Self::ENXIO => "ENXIO",
+            Self::E2BIG => "E2BIG",
             Self::EBADF => "EBADF",
             Self::ENOMEM => "ENOMEM",
+            Self::EFAULT => "EFAULT",
             Self::EEXIST => "EEXIST",
             Self::EINVAL => "EINVAL",
         }

@@ -1,7 +1,40 @@
-//! The atomics, which loom replaces when the crate is built with `--cfg loom`.
+//! The atomics, which loom replaces when the crate is built with `--cfg loom`, and the one lock.
 
 #[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
+pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
 
 #[cfg(not(loom))]
-pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
+pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
+
+/// Sequentially consistent accesses are enough; loom knows sequential consistency of fences only.
+#[inline(always)]
+pub(crate) fn fence_for_loom() {
+    #[cfg(loom)]
+    fence(Ordering::SeqCst);
+}
+
+/// A lock for what is rare and short: the system's where there is one, else one that spins.
+///
+/// Poison means nothing here: whoever holds the lock leaves the data whole at every step that can panic.
+pub(crate) struct Mutex<T>(Inner<T>);
+
+#[cfg(feature = "std")]
+type Inner<T> = std::sync::Mutex<T>;
+#[cfg(not(feature = "std"))]
+type Inner<T> = spin::Mutex<T>;
+
+impl<T> Mutex<T> {
+    pub(crate) const fn new(value: T) -> Self {
+        Self(Inner::new(value))
+    }
+
+    #[cfg(feature = "std")]
+    pub(crate) fn lock(&self) -> impl core::ops::DerefMut<Target = T> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    #[cfg(not(feature = "std"))]
+    pub(crate) fn lock(&self) -> impl core::ops::DerefMut<Target = T> {
+        self.0.lock()
+    }
+}

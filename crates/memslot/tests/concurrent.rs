@@ -151,6 +151,63 @@ fn snapshots_and_readers_outlive_their_table() {
 }
 
 #[test]
+fn readers_come_and_go_beside_a_writer() {
+    let mut table = table();
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            let handle = table.handle();
+            let stop = &stop;
+            scope.spawn(move || {
+                let mut last = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    // Two at once, and one that takes the place the other left.
+                    let (mut one, mut two) = (handle.reader().unwrap(), handle.reader().unwrap());
+                    let held = one.pin();
+                    let generation = held.generation();
+                    let told = check(&held);
+                    assert!(told >= last, "never back");
+                    last = check(&two.pin());
+                    assert!(last >= told, "never back");
+                    drop(two);
+                    assert!(check(&handle.reader().unwrap().pin()) >= last);
+                    assert_eq!((held.generation(), check(&held)), (generation, told), "pinned all the time");
+                }
+            });
+        }
+        let start = Instant::now();
+        let mut round = 1;
+        while start.elapsed() < a_while() {
+            round += 1;
+            write(&mut table, round);
+            table.reclaim();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    table.reclaim();
+    assert_eq!((table.stats().versions, table.stats().dead_nodes), (1, 0), "who went holds nothing");
+}
+
+#[test]
+fn a_reader_never_takes_the_place_of_another() {
+    let mut table = table();
+    let mut readers: Vec<_> = (0..4).map(|_| table.reader().unwrap()).collect();
+    let (one, others) = readers.split_first_mut().unwrap();
+    let held = one.pin();
+    for other in others {
+        drop(other.pin());
+    }
+    drop(table.reader().unwrap());
+    write(&mut table, 2);
+    table.reclaim();
+    assert_eq!(table.stats().versions, 2, "the pin still counts");
+    assert_eq!(check(&held), 1);
+    drop(held);
+    table.reclaim();
+    assert_eq!(table.stats().versions, 1);
+}
+
+#[test]
 fn a_forgotten_pin_only_keeps_its_version() {
     let mut table = table();
     let mut reader = table.reader().unwrap();

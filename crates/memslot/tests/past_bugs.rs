@@ -18,7 +18,7 @@ mod past_bugs {
     use std::collections::BTreeMap;
     use std::sync::{Arc, Mutex};
 
-    use memslot::rules::{Errno, GuestMemfdFiles, Rules, UserMemoryRegion, UserMemoryRegion2};
+    use memslot::rules::{Errno, GuestMemfdFiles, Rules, UserMemoryRegion, UserMemoryRegion2, Why};
     use memslot::{
         AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, Listener, ListenerError, Piece, PieceKind,
         Slot, SlotFlags, SlotId, SlotSpec, SlotTable, Update,
@@ -55,7 +55,7 @@ mod past_bugs {
         let end = rules.host.user_end;
         let call = |userspace_addr, memory_size| {
             let region = UserMemoryRegion { userspace_addr, memory_size, ..Default::default() };
-            rules.set_user_memory_region(&mut table(), &region).map_err(|refusal| refusal.errno)
+            rules.set_user_memory_region(&mut table(), &region)
         };
         assert!(call(end - 0x1000, 0x1000).is_ok(), "the last page of user space");
         for (userspace_addr, memory_size) in [
@@ -67,7 +67,10 @@ mod past_bugs {
             (HVA | 1 << 57, 0x1000),
             (1 << 47, 0x1000),
         ] {
-            assert_eq!(call(userspace_addr, memory_size), Err(Errno::EINVAL), "{userspace_addr:#x}");
+            // The reason, too: the table refuses a backing that wraps by itself, and would hide a missing check.
+            let refusal = call(userspace_addr, memory_size).unwrap_err();
+            assert_eq!(refusal.errno, Errno::EINVAL, "{userspace_addr:#x}");
+            assert!(matches!(refusal.why, Why::NotUserMemory { .. }), "{userspace_addr:#x}: {refusal}");
         }
     }
 
@@ -306,6 +309,29 @@ mod past_bugs {
         assert_eq!(call(0, 0, 0), (true, 0), "deleted and unbound");
     }
 
+    /// Row 8, the other way to a dangling binding: one that stays when its slot did not come to be.
+    #[test]
+    fn row_8_a_create_that_fails_after_the_bind_unbinds() {
+        let (rules, mut table, mut files) = (Rules::default(), table(), Bindings::default());
+        let mut region = UserMemoryRegion2::default();
+        region.region.flags = 4;
+        region.region.memory_size = 0x4000;
+        // The highest gfn is looked at behind the bind, as in KVM.
+        region.region.guest_phys_addr = (rules.host.highest_gfn + 1) << 12;
+        let refusal = rules.set_user_memory_region2(&mut table, &region, &mut files).unwrap_err();
+        assert!(matches!(refusal.why, Why::GfnTooHigh { .. }), "{refusal}");
+        assert_eq!(files.0, 0);
+        // A listener's refusal comes even later.
+        let breaks = Breaks(Arc::new(Mutex::new(true)));
+        table.add_listener(Box::new(breaks.clone())).unwrap();
+        region.region.guest_phys_addr = 0;
+        let refusal = rules.set_user_memory_region2(&mut table, &region, &mut files).unwrap_err();
+        assert_eq!((refusal.errno, files.0), (Errno::EIO, 0));
+        *breaks.0.lock().unwrap() = false;
+        assert!(rules.set_user_memory_region2(&mut table, &region, &mut files).is_ok());
+        assert_eq!(files.0, 1);
+    }
+
     /// Row 9: deleting one slot disturbed the memory of others. Here listeners hear of exactly its frames.
     #[test]
     fn row_9_deleting_a_slot_touches_no_other() {
@@ -359,6 +385,25 @@ mod past_bugs {
         }
         generations.dedup();
         assert_eq!(generations.len(), 20, "a slot that came back is another slot");
+    }
+
+    /// Row 16, for both address spaces: what was cached for one is no answer for the other.
+    #[test]
+    fn row_16_a_cached_translation_stays_in_its_address_space() {
+        let mut table = table();
+        let smm = AddressSpaceId::SMM;
+        table.create(spec(0, 64, 8, HVA)).unwrap();
+        let mut reader = table.reader().unwrap();
+        for _ in 0..2 {
+            assert!(reader.translate(RAM, page(65)).is_some());
+            assert_eq!(reader.translate(smm, page(65)), None);
+        }
+        let other = HVA + (1 << 30);
+        table.create(SlotSpec { address_space: smm, ..spec(0, 64, 8, other) }).unwrap();
+        for _ in 0..2 {
+            assert_eq!(reader.translate(RAM, page(65)).unwrap().hva.get(), HVA + 0x1000);
+            assert_eq!(reader.translate(smm, page(65)).unwrap().hva.get(), other + 0x1000);
+        }
     }
 
     /// Row 17 (CVE-2022-49882 and its like): caches that outlived their slots or crossed a border. Here a

@@ -307,8 +307,11 @@ impl SlotTable {
             Ok(())
         } else {
             // SAFETY: as above; versions are reclaimed further down only.
-            let after = unsafe { &owner.current().payload };
-            let committed = commit(&mut self.listeners, base, after, writer);
+            let current = unsafe { owner.current() };
+            // SAFETY: the version is the owner's current one.
+            let snapshot = Snapshot { held: unsafe { Held::new(owner, NonNull::from(current)) } };
+            let after = &current.payload;
+            let committed = commit(&mut self.listeners, base, &snapshot, writer);
             if committed.is_err() {
                 generation = writer.take_back(owner, base, after);
             }
@@ -402,7 +405,8 @@ impl Unpublished<'_> {
         }
         // Should the change be taken back, its nodes go to the list of the dead, which must not fail then.
         writer.arena.reserve_burial()?;
-        let update = Update { before, after, slots: &writer.lists.changes, pieces: &writer.pieces };
+        let lists = &writer.lists;
+        let update = Update { before, after, slots: &lists.changes, pieces: &writer.pieces, published: None };
         for i in 0..listeners.len() {
             if let Err(error) = listeners[i].prepare(&update) {
                 let refused = refused(&*listeners[i], error);
@@ -428,10 +432,11 @@ fn refused(listener: &dyn Listener, error: ListenerError) -> TransactionError {
 fn commit(
     listeners: &mut [Box<dyn Listener + Send>],
     before: &View,
-    after: &View,
+    after: &Snapshot,
     writer: &Writer,
 ) -> Result<(), TransactionError> {
-    let update = Update { before, after, slots: &writer.lists.changes, pieces: &writer.pieces };
+    let (slots, pieces) = (&writer.lists.changes, &writer.pieces);
+    let update = Update { before, after, slots, pieces, published: Some(after) };
     for i in 0..listeners.len() {
         if let Err(error) = listeners[i].commit(&update) {
             let refused = refused(&*listeners[i], error);
@@ -571,6 +576,21 @@ impl Pinned<'_> {
         let found = view.find(space, gfn)?;
         last_used.remember(view.generation, space, gfn, &found);
         translation(&found, gpa, page)
+    }
+
+    /// Whether no newer version has been published.
+    #[inline]
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.reader.seat.owner().is_current(self.version)
+    }
+
+    /// The newest version, to be kept.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn latest(&self) -> Result<Snapshot, OutOfMemory> {
+        Handle { shared: self.reader.seat.owner().clone() }.snapshot()
     }
 
     /// The same version, to be kept.

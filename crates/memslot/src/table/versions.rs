@@ -461,6 +461,12 @@ impl<P, W> Owner<P, W> {
         unsafe { &*self.shared().writer.0.get() }
     }
 
+    /// Whether a version is the current one.
+    #[inline]
+    pub(super) fn is_current(&self, version: NonNull<Version<P>>) -> bool {
+        ptr::eq(self.shared().current.0.load(Ordering::SeqCst), version.as_ptr())
+    }
+
     /// The current version.
     ///
     /// # Safety

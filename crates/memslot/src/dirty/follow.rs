@@ -1,0 +1,362 @@
+//! What becomes of dirty bits when slots change.
+//!
+//! Bits belong to gfns, so most changes need nothing: a split, merge, grown, shrunk or read-only slot has its bits
+//! where they were. What is left:
+//!
+//! | change | bits |
+//! |---|---|
+//! | logging starts, or a logged slot is created | what is there is stale and goes; all are set with `INITIALLY_SET` |
+//! | logging stops | go |
+//! | the memory moves to other frames | go with it |
+//! | a slot is deleted | go, or to the consumers that keep them |
+//!
+//! Readers are not waited for, so a late writer may mark pages of the version before at any time. The bits of frames
+//! that lose their slot are therefore taken twice: before the new version is published, when whose they are is
+//! certain, and again afterwards. What comes in between is the old slot's if nothing else is logged there now, and
+//! counts for both if something is. (Later still, [`DirtyLog::mark_through`](super::DirtyLog::mark_through) finds the
+//! slot's new place by itself.)
+//!
+//! What was taken is kept until the next change, so that a change that is taken back finds it again.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use super::bitmap::{Bitmap, Held};
+use super::log::{RemovedSet, Shared, State, moved_to, spread_everything};
+use super::runs::Runs;
+use super::set::Set;
+use crate::addr::{Gfn, GfnRange};
+use crate::error::OutOfMemory;
+use crate::listener::{Listener, ListenerError, PieceKind, Update};
+use crate::slot::{AddressSpaceId, Slot, SlotFlags};
+use crate::sync::{Ordering, fence};
+use crate::table::Snapshot;
+
+/// The log as a listener of its table.
+pub(super) struct Follower {
+    shared: Arc<Shared>,
+    taken: Vec<Taken>,
+    /// What the last change published instead of.
+    previous: Option<Snapshot>,
+}
+
+/// Frames that lost their logged slot.
+struct Taken {
+    old: Slot,
+    /// Whether the frames lost their memory, not just their logging.
+    removed: bool,
+    bits: Bits,
+}
+
+/// The bits of some frames, taken from everybody who had them.
+struct Bits {
+    space: AddressSpaceId,
+    gfns: GfnRange,
+    /// From the bitmap. A chunk may appear more than once.
+    fresh: Vec<(u64, Held)>,
+    /// From each consumer, by its number.
+    kept: Vec<Vec<(u64, Held)>>,
+}
+
+impl Follower {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, taken: Vec::new(), previous: None }
+    }
+
+    fn try_prepare(&mut self, update: &Update<'_>) -> Result<(), OutOfMemory> {
+        let shared = &*self.shared;
+        let mut state = shared.state.lock();
+        self.previous = None;
+        for taken in self.taken.drain(..) {
+            taken.bits.forget(shared);
+        }
+        spread_everything(shared, &state.current);
+        let leaving = update.pieces.iter().filter(|piece| lost(&piece.kind).is_some()).count();
+        self.taken.try_reserve(leaving).map_err(|_| OutOfMemory)?;
+        for kept in state.consumers.iter_mut().flatten().filter(|kept| kept.keeps_removed) {
+            // A piece can leave something in front of what moves, and behind.
+            kept.removed.try_reserve(2 * leaving).map_err(|_| OutOfMemory)?;
+        }
+        for piece in update.pieces {
+            let bitmap = &shared.spaces[usize::from(piece.address_space.get())];
+            if let Some((old, removed)) = lost(&piece.kind) {
+                let bits = Bits::none(piece.address_space, piece.gfns, state.consumers.len())?;
+                self.taken.push(Taken { old, removed, bits });
+                if let Some(taken) = self.taken.last_mut() {
+                    taken.bits.take(bitmap, &mut state)?;
+                }
+            } else if gained(&piece.kind) {
+                bitmap.reserve(piece.gfns)?;
+                let mut stale = Bits::none(piece.address_space, piece.gfns, state.consumers.len())?;
+                let result = stale.take(bitmap, &mut state);
+                stale.forget(shared);
+                result?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Listener for Follower {
+    fn name(&self) -> &str {
+        "dirty log"
+    }
+
+    fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        self.try_prepare(update).map_err(|error| {
+            self.abort(update);
+            Box::from(error)
+        })
+    }
+
+    fn commit(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        // Pairs with the fence in `mark_through`: a mark that is not seen here sees the new version.
+        fence(Ordering::SeqCst);
+        let shared = &*self.shared;
+        let mut state = shared.state.lock();
+        if let Some(snapshot) = update.snapshot() {
+            self.previous = Some(core::mem::replace(&mut state.current, snapshot));
+        }
+        for taken in &mut self.taken {
+            taken.bits.take_late(shared, &mut state);
+        }
+        for taken in self.taken.iter().filter(|taken| taken.removed) {
+            taken.settle(shared, &mut state, update);
+        }
+        if shared.initially_set.load(Ordering::SeqCst) {
+            for piece in update.pieces.iter().filter(|piece| gained(&piece.kind)) {
+                shared.spaces[usize::from(piece.address_space.get())].mark_range(piece.gfns);
+            }
+        }
+        Ok(())
+    }
+
+    fn undo(&mut self, update: &Update<'_>) {
+        let shared = &*self.shared;
+        let mut state = shared.state.lock();
+        let generation = update.after.generation();
+        for kept in state.consumers.iter_mut().flatten() {
+            while kept.removed.last().is_some_and(|removed| removed.generation == generation) {
+                if let Some(mut removed) = kept.removed.pop() {
+                    let bitmap = &shared.spaces[usize::from(removed.slot.address_space().get())];
+                    // SAFETY: we have the lock.
+                    unsafe { removed.set.clear(bitmap) };
+                }
+            }
+        }
+        // What moved goes back, with what was marked at the new place since: all is taken before any is put back.
+        let mut back = Vec::new();
+        for taken in self.taken.iter().filter(|taken| taken.removed) {
+            for (from, to) in taken.moves(update) {
+                let bitmap = taken.bits.bitmap(shared);
+                let bits = Bits::none(taken.bits.space, to, state.consumers.len()).and_then(|mut bits| {
+                    let result = bits.take(bitmap, &mut state);
+                    back.try_reserve(1).map_err(|_| OutOfMemory)?;
+                    back.push((from, bits));
+                    result
+                });
+                if bits.is_err() {
+                    // What was written at the new place is not known: so all of it.
+                    bitmap.mark_range(from);
+                }
+            }
+        }
+        for (from, bits) in back {
+            bits.copy(shared, &mut state, bits.gfns, from);
+            bits.forget(shared);
+        }
+        if let Some(previous) = self.previous.take() {
+            state.current = previous;
+        }
+        for taken in self.taken.drain(..) {
+            taken.bits.restore(shared, &mut state);
+        }
+    }
+
+    fn abort(&mut self, _: &Update<'_>) {
+        let mut state = self.shared.state.lock();
+        for taken in self.taken.drain(..) {
+            taken.bits.restore(&self.shared, &mut state);
+        }
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _state = self.shared.state.lock();
+        for taken in self.taken.drain(..) {
+            taken.bits.forget(&self.shared);
+        }
+    }
+}
+
+impl Taken {
+    /// Where parts of the frames' memory are after the update: from, to.
+    fn moves<'a>(&'a self, update: &'a Update<'_>) -> impl Iterator<Item = (GfnRange, GfnRange)> + 'a {
+        let new = update.slots.iter().filter_map(|change| change.new);
+        let new = new.filter(move |slot| slot.address_space() == self.bits.space && logs(slot));
+        new.filter_map(|slot| moved_to(&self.old, self.bits.gfns, &slot))
+    }
+
+    /// Brings bits to where their memory is now, and the rest to the consumers that keep what was removed.
+    fn settle(&self, shared: &Shared, state: &mut State, update: &Update<'_>) {
+        for (from, to) in self.moves(update) {
+            self.bits.copy(shared, state, from, to);
+        }
+        let gfns = self.bits.gfns;
+        for (number, kept) in state.consumers.iter_mut().enumerate() {
+            let Some(kept) = kept.as_mut().filter(|kept| kept.keeps_removed) else { continue };
+            let mut at = gfns.start();
+            while at < gfns.end() {
+                // What moved next; memory that two slots show now may have moved twice.
+                let moves = self.moves(update).map(|(from, _)| from).filter(|from| from.end() > at);
+                let moved = moves.min_by_key(GfnRange::start);
+                let end = moved.map_or(gfns.end(), |moved| moved.start().max(at));
+                if let Some(gone) = GfnRange::new(at, end).filter(|gone| !gone.is_empty()) {
+                    let set = self.bits.of_consumer(shared, number, gone);
+                    let generation = update.after.generation();
+                    // Room was reserved for as many as a piece usually leaves.
+                    if !set.chunks.is_empty() && kept.removed.try_reserve(1).is_ok() {
+                        kept.removed.push(RemovedSet { generation, slot: self.old, gfns: gone, set });
+                    }
+                }
+                at = moved.map_or(gfns.end(), |moved| moved.end());
+            }
+        }
+    }
+}
+
+/// The caller of each of these has the log's lock.
+impl Bits {
+    fn none(space: AddressSpaceId, gfns: GfnRange, consumers: usize) -> Result<Self, OutOfMemory> {
+        let mut kept = Vec::new();
+        kept.try_reserve_exact(consumers).map_err(|_| OutOfMemory)?;
+        kept.resize_with(consumers, Vec::new);
+        Ok(Self { space, gfns, fresh: Vec::new(), kept })
+    }
+
+    fn bitmap<'a>(&self, shared: &'a Shared) -> &'a Bitmap {
+        &shared.spaces[usize::from(self.space.get())]
+    }
+
+    /// Takes the bits of the frames from the bitmap and from every consumer.
+    fn take(&mut self, bitmap: &Bitmap, state: &mut State) -> Result<(), OutOfMemory> {
+        let (from, to) = (self.gfns.start().get(), self.gfns.end().get());
+        // SAFETY: the caller has the lock.
+        unsafe {
+            bitmap.take(from, to, &mut self.fresh)?;
+            for (kept, got) in state.consumers.iter_mut().zip(&mut self.kept) {
+                if let Some(kept) = kept {
+                    kept.sets[usize::from(self.space.get())].take(bitmap, from, to, got)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what was marked since; where another logged slot is there now, it keeps the marks, too.
+    fn take_late(&mut self, shared: &Shared, state: &mut State) {
+        let bitmap = self.bitmap(shared);
+        let before = self.fresh.len();
+        if self.take(bitmap, state).is_err() {
+            // Whose the marks are is open: they stay, and all memory counts as dirty, wherever it is now.
+            bitmap.mark_everything();
+        }
+        for piece in state.current.slots_in(self.space, self.gfns).filter(|piece| logs(piece.slot)) {
+            for (from, to) in bits_of(&self.fresh[before..], piece.gfns) {
+                mark(bitmap, from, to);
+            }
+        }
+    }
+
+    /// All that a consumer would have seen of some of the frames.
+    fn of_consumer(&self, shared: &Shared, number: usize, gfns: GfnRange) -> Set {
+        let mut set = Set::default();
+        let own = self.kept.get(number).map_or(&[][..], Vec::as_slice);
+        for (from, to) in bits_of(&self.fresh, gfns).chain(bits_of(own, gfns)) {
+            // SAFETY: the caller has the lock.
+            unsafe { set.add_range(self.bitmap(shared), from, to) };
+        }
+        set
+    }
+
+    /// Copies the bits of the frames `from` to the frames `to`.
+    fn copy(&self, shared: &Shared, state: &mut State, from: GfnRange, to: GfnRange) {
+        let bitmap = self.bitmap(shared);
+        let there = |gfn: u64| gfn - from.start().get() + to.start().get();
+        for (first, end) in bits_of(&self.fresh, from) {
+            mark(bitmap, there(first), there(end));
+        }
+        for (kept, own) in state.consumers.iter_mut().zip(&self.kept) {
+            let Some(kept) = kept else { continue };
+            let set = &mut kept.sets[usize::from(self.space.get())];
+            for (first, end) in bits_of(own, from) {
+                // SAFETY: the caller has the lock.
+                unsafe { set.add_range(bitmap, there(first), there(end)) };
+            }
+        }
+    }
+
+    /// Puts everything back where it came from.
+    fn restore(self, shared: &Shared, state: &mut State) {
+        let (bitmap, space) = (self.bitmap(shared), usize::from(self.space.get()));
+        // SAFETY: the caller has the lock.
+        unsafe {
+            for (number, held) in self.fresh {
+                bitmap.restore(number, held);
+            }
+            for (at, own) in self.kept.into_iter().enumerate() {
+                for (number, held) in own {
+                    match state.consumers.get_mut(at) {
+                        Some(Some(kept)) => kept.sets[space].add(bitmap, number, held),
+                        _ => bitmap.give_back(number, held),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lets go of everything.
+    fn forget(self, shared: &Shared) {
+        let bitmap = self.bitmap(shared);
+        for (number, held) in self.fresh.into_iter().chain(self.kept.into_iter().flatten()) {
+            // SAFETY: the caller has the lock.
+            unsafe { bitmap.give_back(number, held) };
+        }
+    }
+}
+
+fn logs(slot: &Slot) -> bool {
+    slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES)
+}
+
+/// Runs of set bits; where a chunk appears twice, a run may, too.
+fn bits_of(chunks: &[(u64, Held)], gfns: GfnRange) -> impl Iterator<Item = (u64, u64)> {
+    let chunks = chunks.chunks(1);
+    chunks.flat_map(move |chunk| Runs::new(chunk, gfns.start().get(), gfns.end().get()))
+}
+
+fn mark(bitmap: &Bitmap, from: u64, to: u64) {
+    if let Some(gfns) = GfnRange::new(Gfn::new(from), Gfn::new(to)) {
+        bitmap.mark_range(gfns);
+    }
+}
+
+/// The slot that no longer logs these frames, and whether it no longer has them either.
+fn lost(kind: &PieceKind) -> Option<(Slot, bool)> {
+    match kind {
+        PieceKind::Removed { old } if logs(old) => Some((*old, true)),
+        PieceKind::Changed { old, new } if logs(old) && !logs(new) => Some((*old, false)),
+        _ => None,
+    }
+}
+
+/// Whether these frames are logged and were not.
+fn gained(kind: &PieceKind) -> bool {
+    match kind {
+        PieceKind::Added { new } => logs(new),
+        PieceKind::Changed { old, new } => !logs(old) && logs(new),
+        PieceKind::Removed { .. } => false,
+    }
+}
