@@ -38,7 +38,8 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ptr::{self, NonNull};
 
-use super::chunk::{Chunk, PAGES, WORDS, try_box, words_of};
+use super::chunk::{Chunk, PAGES, try_box, words_of};
+use super::place::{Held, Place};
 use crate::addr::GfnRange;
 use crate::error::OutOfMemory;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence, fence_for_loom};
@@ -47,21 +48,6 @@ const WAY_BITS: u32 = if cfg!(loom) { 1 } else { 9 };
 const WAYS: usize = 1 << WAY_BITS;
 /// Pages below a directory: 64 GiB of 4 KiB pages.
 const DIRECTORY_SHIFT: u32 = PAGES.trailing_zeros() + WAY_BITS;
-
-/// Where a chunk can be.
-struct Place {
-    /// Nothing, [`FULL`], or the chunk that takes marks.
-    active: AtomicPtr<Chunk>,
-    /// How often what was active has been taken away.
-    turn: AtomicUsize,
-    /// Chunks that a marker put aside because the place became full; not yet cleared.
-    aside: AtomicPtr<Chunk>,
-    /// Cleared chunks. Only whoever takes bits away looks at these.
-    spare: AtomicPtr<Chunk>,
-}
-
-/// Stands for a chunk whose bits are all set.
-const FULL: *mut Chunk = ptr::without_provenance_mut(64);
 
 #[repr(align(64))]
 struct Directory {
@@ -86,50 +72,6 @@ pub(super) struct Bitmap {
 }
 
 const LEVELS: usize = 63;
-
-/// Bits taken away: a chunk, or the word that all bits of a chunk were set.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Held {
-    Full,
-    Bits(NonNull<Chunk>),
-}
-
-// SAFETY: whoever has a `Held` is its only user, apart from late markers, whose accesses are atomic; the memory
-// lives as long as the bitmap.
-unsafe impl Send for Held {}
-// SAFETY: all of a chunk is atomics.
-unsafe impl Sync for Held {}
-
-impl Held {
-    /// The chunk, unless it is full.
-    #[inline]
-    pub(super) fn chunk(&self) -> Option<&Chunk> {
-        match self {
-            Self::Full => None,
-            // SAFETY: chunks are freed with the bitmap, which outlives what was taken from it (`DirtyLog` and all
-            // that hold bits share it).
-            Self::Bits(chunk) => Some(unsafe { chunk.as_ref() }),
-        }
-    }
-
-    /// The bits of a word.
-    #[inline]
-    pub(super) fn word(&self, word: usize) -> u64 {
-        self.chunk().map_or(u64::MAX, |chunk| chunk.word(word))
-    }
-
-    /// The first word at `from` or behind it that may have bits.
-    #[inline]
-    pub(super) fn next_word(&self, from: usize) -> Option<usize> {
-        self.chunk().map_or_else(|| (from < WORDS).then_some(from), |chunk| chunk.next_word(from))
-    }
-
-    /// The first word at `from` or behind it that is not all ones; `WORDS` where there is none.
-    #[inline]
-    pub(super) fn skip_full(&self, from: usize) -> usize {
-        self.chunk().map_or(WORDS, |chunk| chunk.skip_full(from, WORDS))
-    }
-}
 
 impl Bitmap {
     pub(super) fn new() -> Self {
@@ -226,15 +168,7 @@ impl Bitmap {
         };
         let at = way_of_place(gfn);
         let place = &directory.places[at];
-        let turn = place.turn.load(Ordering::Acquire);
-        let active = place.active.load(Ordering::Acquire);
-        if active.is_null() || active == FULL {
-            return self.mark_slowly(gfn, gfn + 1);
-        }
-        // SAFETY: chunks are freed with the bitmap.
-        unsafe { &*active }.mark(word_of(gfn), 1 << (gfn % 64));
-        fence_for_loom();
-        if place.turn.load(Ordering::SeqCst) != turn {
+        if !place.mark_bit(word_of(gfn), 1 << (gfn % 64)) {
             return self.mark_slowly(gfn, gfn + 1);
         }
         directory.announce(at);
@@ -441,239 +375,16 @@ impl Bitmap {
     /// As [`take`](Self::take), and nobody uses it again.
     pub(super) unsafe fn give_back(&self, number: u64, held: Held) {
         if let (Some(chunk), Ok(place)) = (held.chunk(), self.place(number)) {
-            chunk.clear();
-            push(&place.spare, chunk);
+            place.put_back(chunk);
         }
     }
-}
-
-impl Place {
-    /// Marks the pages `[from, to)` of the place.
-    fn mark(&self, from: u64, to: u64, bytes: &AtomicUsize) {
-        loop {
-            let turn = self.turn.load(Ordering::Acquire);
-            let active = self.active.load(Ordering::Acquire);
-            if active == FULL {
-                // An exchange, though nothing changes: whoever takes the place later sees what the caller wrote.
-                if self.replace(active, FULL) {
-                    return;
-                }
-            } else if to - from == PAGES {
-                if self.replace(active, FULL) {
-                    if let Some(chunk) = NonNull::new(active) {
-                        // SAFETY: chunks are freed with the bitmap.
-                        push(&self.aside, unsafe { chunk.as_ref() });
-                    }
-                    return;
-                }
-            } else if let Some(chunk) = NonNull::new(active) {
-                // SAFETY: chunks are freed with the bitmap.
-                unsafe { chunk.as_ref() }.mark_range(from, to);
-                fence_for_loom();
-                if self.turn.load(Ordering::SeqCst) == turn {
-                    return;
-                }
-            } else {
-                match alloc(bytes) {
-                    Ok(chunk) => {
-                        if !self.replace(active, chunk.as_ptr()) {
-                            // SAFETY: it was never seen by anybody.
-                            unsafe { free(chunk, bytes) };
-                        }
-                    }
-                    Err(OutOfMemory) => {
-                        self.replace(active, FULL);
-                    }
-                }
-            }
-        }
-    }
-
-    fn replace(&self, current: *mut Chunk, new: *mut Chunk) -> bool {
-        self.active.compare_exchange(current, new, Ordering::SeqCst, Ordering::Relaxed).is_ok()
-    }
-
-    fn count_turn(&self) {
-        self.turn.fetch_add(1, Ordering::SeqCst);
-        fence_for_loom();
-    }
-
-    /// What is there, to look at.
-    fn look(&self) -> Option<Held> {
-        match self.active.load(Ordering::SeqCst) {
-            FULL => Some(Held::Full),
-            active => NonNull::new(active).map(Held::Bits),
-        }
-    }
-
-    /// # Safety
-    /// As [`Bitmap::take`].
-    unsafe fn take(&self, bytes: &AtomicUsize) -> Result<Option<Held>, OutOfMemory> {
-        loop {
-            let active = self.active.load(Ordering::SeqCst);
-            let new = match self.look() {
-                None => return Ok(None),
-                Some(Held::Full) => self.pop().map_or(ptr::null_mut(), NonNull::as_ptr),
-                Some(Held::Bits(chunk)) => {
-                    // SAFETY: chunks are freed with the bitmap.
-                    if unsafe { chunk.as_ref() }.is_clean() {
-                        return Ok(None);
-                    }
-                    // SAFETY: passed on.
-                    unsafe { self.empty(bytes)?.as_ptr() }
-                }
-            };
-            if self.replace(active, new) {
-                self.count_turn();
-                return Ok(Some(match NonNull::new(active) {
-                    Some(chunk) if active != FULL => Held::Bits(chunk),
-                    _ => Held::Full,
-                }));
-            }
-            // A marker made the place full in between.
-            if let Some(new) = NonNull::new(new) {
-                // SAFETY: chunks are freed with the bitmap; this one came from the spare ones.
-                push(&self.spare, unsafe { new.as_ref() });
-            }
-        }
-    }
-
-    /// Takes the marks of the pages `[from, to)` only.
-    ///
-    /// # Safety
-    /// As [`Bitmap::take`].
-    unsafe fn take_part(&self, from: u64, to: u64, bytes: &AtomicUsize) -> Result<Option<Held>, OutOfMemory> {
-        // SAFETY: passed on; both chunks are alive.
-        unsafe {
-            let part = self.empty(bytes)?;
-            let taken = part.as_ref();
-            loop {
-                match self.look() {
-                    None => break,
-                    Some(Held::Bits(active)) => {
-                        let active = active.as_ref();
-                        for (word, bits) in words_of(from, to) {
-                            let got = active.take(word, bits);
-                            if got != 0 {
-                                taken.add(word, got);
-                            }
-                        }
-                        fence_for_loom();
-                        // Had it become full in between, the bits would be set all the same.
-                        if self.active.load(Ordering::SeqCst) != FULL {
-                            break;
-                        }
-                    }
-                    Some(Held::Full) => {
-                        // From now on all bits but these are set.
-                        let rest = self.empty(bytes).inspect_err(|_| push(&self.spare, taken))?;
-                        rest.as_ref().fill();
-                        for (word, bits) in words_of(from, to) {
-                            taken.add(word, rest.as_ref().remove(word, bits));
-                        }
-                        if self.replace(FULL, rest.as_ptr()) {
-                            self.count_turn();
-                            break;
-                        }
-                    }
-                }
-            }
-            if taken.is_clean() {
-                push(&self.spare, taken);
-                return Ok(None);
-            }
-            Ok(Some(Held::Bits(part)))
-        }
-    }
-
-    /// # Safety
-    /// As [`Bitmap::take`].
-    unsafe fn take_word(&self, word: usize, bits: u64, bytes: &AtomicUsize) -> Result<u64, OutOfMemory> {
-        loop {
-            match self.look() {
-                None => return Ok(0),
-                // SAFETY: chunks are freed with the bitmap.
-                Some(Held::Bits(active)) => {
-                    let got = unsafe { active.as_ref() }.take(word, bits);
-                    fence_for_loom();
-                    if self.active.load(Ordering::SeqCst) != FULL {
-                        return Ok(got);
-                    }
-                }
-                Some(Held::Full) => {
-                    // SAFETY: passed on; the chunk is alive.
-                    let rest = unsafe { self.empty(bytes)?.as_ref() };
-                    rest.fill();
-                    rest.remove(word, bits);
-                    if self.replace(FULL, ptr::from_ref(rest).cast_mut()) {
-                        self.count_turn();
-                        return Ok(bits);
-                    }
-                }
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Bitmap::take`].
-    unsafe fn empty(&self, bytes: &AtomicUsize) -> Result<NonNull<Chunk>, OutOfMemory> {
-        self.pop().map_or_else(|| alloc(bytes), Ok)
-    }
-
-    /// A cleared chunk that waits here. Only whoever takes bits away pops, so nothing comes back in between.
-    fn pop(&self) -> Option<NonNull<Chunk>> {
-        let mut aside = self.aside.swap(ptr::null_mut(), Ordering::Acquire);
-        while let Some(chunk) = NonNull::new(aside) {
-            // SAFETY: chunks are freed with the bitmap; what was put aside is not shared any more.
-            let chunk = unsafe { chunk.as_ref() };
-            aside = chunk.next.load(Ordering::Relaxed);
-            chunk.clear();
-            push(&self.spare, chunk);
-        }
-        let first = NonNull::new(self.spare.load(Ordering::Acquire))?;
-        // SAFETY: as above.
-        self.spare.store(unsafe { first.as_ref() }.next.load(Ordering::Relaxed), Ordering::Release);
-        Some(first)
-    }
-}
-
-fn push(stack: &AtomicPtr<Chunk>, chunk: &Chunk) {
-    let new = ptr::from_ref(chunk).cast_mut();
-    let mut top = stack.load(Ordering::Relaxed);
-    loop {
-        chunk.next.store(top, Ordering::Relaxed);
-        match stack.compare_exchange(top, new, Ordering::Release, Ordering::Relaxed) {
-            Ok(_) => return,
-            Err(now) => top = now,
-        }
-    }
-}
-
-fn alloc(bytes: &AtomicUsize) -> Result<NonNull<Chunk>, OutOfMemory> {
-    let chunk = Chunk::alloc()?;
-    bytes.fetch_add(size_of::<Chunk>(), Ordering::Relaxed);
-    Ok(chunk)
-}
-
-/// # Safety
-/// From [`alloc`], and nobody uses it again.
-unsafe fn free(chunk: NonNull<Chunk>, bytes: &AtomicUsize) {
-    bytes.fetch_sub(size_of::<Chunk>(), Ordering::Relaxed);
-    // SAFETY: passed on.
-    drop(unsafe { Box::from_raw(chunk.as_ptr()) });
 }
 
 impl Directory {
     fn new() -> Result<Box<Self>, OutOfMemory> {
-        let null = || AtomicPtr::new(ptr::null_mut());
         try_box(Self {
             occupied: core::array::from_fn(|_| AtomicU64::new(0)),
-            places: core::array::from_fn(|_| Place {
-                active: null(),
-                turn: AtomicUsize::new(0),
-                aside: null(),
-                spare: null(),
-            }),
+            places: core::array::from_fn(|_| Place::new()),
         })
     }
 
@@ -715,17 +426,7 @@ unsafe fn free_node(node: *mut u8, levels: usize, bytes: &AtomicUsize) {
             return;
         }
         let directory = Box::from_raw(node.cast::<Directory>());
-        for place in &directory.places {
-            for stack in [&place.active, &place.aside, &place.spare] {
-                let mut chunk = stack.load(Ordering::Acquire);
-                while !chunk.is_null() && chunk != FULL {
-                    let next = (*chunk).next.load(Ordering::Relaxed);
-                    free(NonNull::new_unchecked(chunk), bytes);
-                    // The active chunk's link is a remnant of its time as a spare one.
-                    chunk = if ptr::eq(stack, &raw const place.active) { ptr::null_mut() } else { next };
-                }
-            }
-        }
+        directory.places.iter().for_each(|place| place.free(bytes));
     }
 }
 
@@ -749,13 +450,11 @@ fn way(gfn: u64, below: usize) -> usize {
 }
 
 #[inline]
-#[expect(clippy::cast_possible_truncation, reason = "below WORDS")]
 pub(super) fn word_of(gfn: u64) -> usize {
     (gfn % PAGES / 64) as usize
 }
 
 #[inline]
-#[expect(clippy::cast_possible_truncation, reason = "the low bits are wanted")]
 fn way_of_place(gfn: u64) -> usize {
     (gfn / PAGES) as usize % WAYS
 }
@@ -767,9 +466,7 @@ fn steps(from: u64, to: u64, size: u64) -> impl Iterator<Item = (u64, u64)> {
         if at >= to {
             return None;
         }
-        let end = (at | (size - 1)).checked_add(1).unwrap_or(u64::MAX).min(to);
+        let end = (at | (size - 1)).saturating_add(1).min(to);
         Some((core::mem::replace(&mut at, end), end))
     })
 }
-
-const _: () = assert!(PAGES as usize == 64 * WORDS);

@@ -22,8 +22,9 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use super::bitmap::{Bitmap, Held};
+use super::bitmap::Bitmap;
 use super::log::{RemovedSet, Shared, State, moved_to, spread_everything};
+use super::place::Held;
 use super::runs::Runs;
 use super::set::Set;
 use crate::addr::{Gfn, GfnRange};

@@ -239,6 +239,7 @@ impl KvmDirtyLog {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is what `map_err` passes")]
 fn errno<E>(error: HarvestError<E>) -> Errno {
     match error {
         HarvestError::OutOfMemory => Errno::ENOMEM,

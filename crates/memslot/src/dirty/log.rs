@@ -4,9 +4,10 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use super::bitmap::{Bitmap, Held};
+use super::bitmap::Bitmap;
 use super::follow::Follower;
 use super::harvest::Harvest;
+use super::place::Held;
 use super::rearm::Rearm;
 use super::runs::Runs;
 use super::set::Set;

@@ -27,6 +27,7 @@ mod follow;
 mod harvest;
 pub mod kvm;
 mod log;
+mod place;
 mod rearm;
 mod runs;
 mod set;

@@ -1,7 +1,8 @@
 //! From bits to runs of pages.
 
-use super::bitmap::{Held, word_of};
+use super::bitmap::word_of;
 use super::chunk::{PAGES, WORDS};
+use super::place::Held;
 
 /// The runs `[first, end)` of set bits among the gfns `[from, to)`, in order and as long as can be: a run goes on
 /// across words and chunks.

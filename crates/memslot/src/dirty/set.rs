@@ -2,8 +2,9 @@
 
 use alloc::vec::Vec;
 
-use super::bitmap::{Bitmap, Held, word_of};
+use super::bitmap::{Bitmap, word_of};
 use super::chunk::{PAGES, words_of};
+use super::place::Held;
 use super::runs::Runs;
 use crate::error::OutOfMemory;
 
