@@ -1,5 +1,6 @@
 //! `memslot-bench`: memslot beside its peers, in one process, as ratios. `cargo xtask bench` runs it.
 
+mod dirty;
 mod layout;
 mod measure;
 mod report;
@@ -33,6 +34,8 @@ struct Options {
 enum Family {
     /// The slot engine: lookups, updates, transactions, memory.
     Slots,
+    /// The dirty engine: marking, harvesting, memory.
+    Dirty,
 }
 
 /// How much to measure.
@@ -56,6 +59,7 @@ fn main() -> anyhow::Result<()> {
     let mut report = report::Report::new(options.only);
     match options.family {
         Family::Slots => slots::run(effort, &mut report)?,
+        Family::Dirty => dirty::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

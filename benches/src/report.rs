@@ -26,7 +26,7 @@ pub(crate) struct Report {
 impl Report {
     pub(crate) fn new(only: Option<String>) -> Self {
         println!(
-            "{:<34} {:>8} {:>12}   {:<26} {:>12} {:>8} {:>8}",
+            "{:<36} {:>8} {:>12}   {:<26} {:>12} {:>8} {:>8}",
             "bench", "at", "ours", "peer", "", "ratio", "target"
         );
         Self { rows: Vec::new(), only, missed: 0 }
@@ -39,9 +39,21 @@ impl Report {
 
     /// Adds a row of times.
     pub(crate) fn times(&mut self, bench: &str, at: usize, peer: &str, ns: (f64, f64), target: Option<f64>) {
+        self.text_row(bench, &at.to_string(), peer, ns, target);
+    }
+
+    /// Adds a row of times, measured at something that is no number.
+    pub(crate) fn text_row(
+        &mut self,
+        bench: &str,
+        at: &str,
+        peer: &str,
+        ns: (f64, f64),
+        target: Option<f64>,
+    ) {
         let row = Row {
             bench: bench.to_owned(),
-            at: at.to_string(),
+            at: at.to_owned(),
             ours_ns: ns.0,
             peer: peer.to_owned(),
             peer_ns: Some(ns.1),
@@ -57,7 +69,7 @@ impl Report {
         let target = row.target.map(|target| format!("{target}")).unwrap_or_default();
         let missed = matches!((row.ratio, row.target), (Some(ratio), Some(target)) if ratio < target);
         println!(
-            "{:<34} {:>8} {:>12}   {:<26} {:>12} {:>8} {:>8}{}",
+            "{:<36} {:>8} {:>12}   {:<26} {:>12} {:>8} {:>8}{}",
             row.bench,
             row.at,
             ours,

@@ -25,6 +25,7 @@ pub mod addr;
 pub mod dirty;
 mod error;
 pub mod listener;
+mod prefetch;
 pub mod rules;
 pub mod slot;
 mod sync;

@@ -42,7 +42,7 @@ use super::chunk::{Chunk, PAGES, try_box, words_of};
 use super::place::{Held, Place};
 use crate::addr::GfnRange;
 use crate::error::OutOfMemory;
-use crate::sync::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence, fence_for_loom};
+use crate::sync::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence_for_loom};
 
 const WAY_BITS: u32 = if cfg!(loom) { 1 } else { 9 };
 const WAYS: usize = 1 << WAY_BITS;
@@ -163,15 +163,9 @@ impl Bitmap {
     /// Marks one page.
     #[inline]
     pub(super) fn mark(&self, gfn: u64) {
-        let Some(directory) = self.directory(gfn) else {
-            return self.mark_slowly(gfn, gfn + 1);
-        };
-        let at = way_of_place(gfn);
-        let place = &directory.places[at];
-        if !place.mark_bit(word_of(gfn), 1 << (gfn % 64)) {
-            return self.mark_slowly(gfn, gfn + 1);
+        if !self.directory(gfn).is_some_and(|directory| directory.mark(gfn)) {
+            self.mark_slowly(gfn, gfn + 1);
         }
-        directory.announce(at);
     }
 
     /// Marks the pages of a range, a word or more at a time.
@@ -181,10 +175,8 @@ impl Bitmap {
         }
     }
 
-    #[cold]
+    #[inline(never)]
     fn mark_slowly(&self, from: u64, to: u64) {
-        // What the caller wrote before is visible to whoever takes a bit that we find set.
-        fence(Ordering::SeqCst);
         for (first, end) in steps(from, to, PAGES) {
             match self.make_directory(first) {
                 Ok(directory) => {
@@ -375,7 +367,7 @@ impl Bitmap {
     /// As [`take`](Self::take), and nobody uses it again.
     pub(super) unsafe fn give_back(&self, number: u64, held: Held) {
         if let (Some(chunk), Ok(place)) = (held.chunk(), self.place(number)) {
-            place.put_back(chunk);
+            place.push(chunk);
         }
     }
 }
@@ -386,6 +378,17 @@ impl Directory {
             occupied: core::array::from_fn(|_| AtomicU64::new(0)),
             places: core::array::from_fn(|_| Place::new()),
         })
+    }
+
+    /// Marks a page where there is a chunk; returns whether there is.
+    #[inline]
+    fn mark(&self, gfn: u64) -> bool {
+        let at = way_of_place(gfn);
+        let marked = self.places[at].mark_bit(word_of(gfn), 1 << (gfn % 64));
+        if marked {
+            self.announce(at);
+        }
+        marked
     }
 
     #[inline]

@@ -5,13 +5,15 @@ use alloc::vec::Vec;
 use core::ptr::NonNull;
 
 use crate::error::OutOfMemory;
-use crate::sync::{AtomicPtr, AtomicU64, Ordering, fence_for_loom};
+use crate::prefetch::prefetch;
+use crate::sync::{AtomicPtr, AtomicU64, Ordering, fence, fence_for_loom};
 
 /// Words of 64 pages in a chunk. A model checker looks at every one of them, so it gets a smaller chunk.
 pub(super) const WORDS: usize = if cfg!(loom) { 2 } else { 512 };
 /// Pages in a chunk: 32768, which is 128 MiB of pages of 4 KiB.
 pub(super) const PAGES: u64 = 64 * WORDS as u64;
-const SUMMARY: usize = WORDS.div_ceil(64);
+/// Words of a chunk's summary.
+pub(super) const SUMMARY: usize = WORDS.div_ceil(64);
 
 /// Bits of pages. Bit `i` of word `w` is page `64 * w + i`, as in KVM's bitmaps.
 #[repr(C, align(64))]
@@ -40,6 +42,8 @@ impl Chunk {
     /// Sets bits of a word, for everybody to see.
     #[inline]
     pub(super) fn mark(&self, word: usize, bits: u64) {
+        // Nothing is loaded beside an atomic exchange: so before it, what is looked at after it.
+        prefetch(NonNull::from(&self.summary).cast(), 0..1);
         self.words[word].fetch_or(bits, Ordering::SeqCst);
         fence_for_loom();
         self.announce(word / 64, 1 << (word % 64));
@@ -52,12 +56,24 @@ impl Chunk {
         }
     }
 
-    /// Sets the bits of the pages `[from, to)`, a word at a time. A fence has come before, so that a word whose
-    /// bits are all there need not be written: whoever takes them later sees what the caller wrote before.
+    /// Sets the bits of the pages `[from, to)`, a word at a time.
     pub(super) fn mark_range(&self, from: u64, to: u64) {
+        let mut dirty_already = false;
         for (word, bits) in words_of(from, to) {
-            if self.words[word].load(Ordering::SeqCst) & bits != bits {
+            if self.words[word].load(Ordering::Relaxed) & bits == bits {
+                dirty_already = true;
+            } else {
                 self.words[word].fetch_or(bits, Ordering::SeqCst);
+            }
+        }
+        if dirty_already {
+            // A word that is not written says nothing of what the caller wrote before. After a fence, whoever
+            // takes bits that we find set does see it.
+            fence(Ordering::SeqCst);
+            for (word, bits) in words_of(from, to) {
+                if self.words[word].load(Ordering::SeqCst) & bits != bits {
+                    self.words[word].fetch_or(bits, Ordering::SeqCst);
+                }
             }
         }
         fence_for_loom();
@@ -78,6 +94,12 @@ impl Chunk {
     #[inline]
     pub(super) fn word(&self, word: usize) -> u64 {
         self.words[word].load(Ordering::Acquire)
+    }
+
+    /// A bit for each of 64 words: whether it may have bits.
+    #[inline]
+    pub(super) fn summary(&self, group: usize) -> u64 {
+        self.summary[group].load(Ordering::Acquire)
     }
 
     /// Whether no word may have bits.
@@ -150,8 +172,10 @@ impl Chunk {
     pub(super) fn clear(&self) {
         for (at, summary) in self.summary.iter().enumerate() {
             let mut words = summary.load(Ordering::Relaxed);
-            if words == u64::MAX {
-                self.words[64 * at..64 * at + 64].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+            if words.count_ones() > 16 {
+                self.words[64 * at..(64 * at + 64).min(WORDS)]
+                    .iter()
+                    .for_each(|word| word.store(0, Ordering::Relaxed));
             } else {
                 while words != 0 {
                     self.words[64 * at + words.trailing_zeros() as usize].store(0, Ordering::Relaxed);

@@ -21,7 +21,8 @@ use crate::table::{MAX_ADDRESS_SPACES, Pinned, SlotTable, Snapshot, View};
 const GFN_END: u64 = 1 << 52;
 
 pub(super) struct Shared {
-    pub(super) spaces: Vec<Bitmap>,
+    /// Those of the table's address spaces; the others are never used.
+    pub(super) spaces: [Bitmap; MAX_ADDRESS_SPACES],
     pub(super) initially_set: AtomicBool,
     pub(super) state: Mutex<State>,
 }
@@ -93,9 +94,7 @@ impl DirtyLog {
     /// [`OutOfMemory`].
     pub fn attach(table: &mut SlotTable) -> Result<Self, OutOfMemory> {
         let current = table.snapshot();
-        let mut spaces = Vec::new();
-        spaces.try_reserve_exact(MAX_ADDRESS_SPACES).map_err(|_| OutOfMemory)?;
-        spaces.extend(current.address_spaces().map(|_| Bitmap::new()));
+        let spaces: [Bitmap; MAX_ADDRESS_SPACES] = core::array::from_fn(|_| Bitmap::new());
         for (bitmap, space) in spaces.iter().zip(current.address_spaces()) {
             for slot in logged(&current, space) {
                 bitmap.reserve(slot.gfns())?;

@@ -17,10 +17,9 @@ pub(super) struct Place {
     active: AtomicPtr<Chunk>,
     /// How often what was active has been taken away.
     turn: AtomicUsize,
-    /// Chunks that a marker put aside because the place became full; not yet cleared.
-    aside: AtomicPtr<Chunk>,
-    /// Cleared chunks. Only whoever takes bits away looks at these.
-    spare: AtomicPtr<Chunk>,
+    /// Chunks that wait for their next turn, linked, and with old bits in them. Anybody pushes; only whoever takes
+    /// bits away pops, so a chunk cannot come back between a pop's look at it and its exchange.
+    idle: AtomicPtr<Chunk>,
 }
 
 /// Bits taken away: a chunk, or the word that all bits of a chunk were set.
@@ -35,6 +34,9 @@ pub(super) enum Held {
 unsafe impl Send for Held {}
 // SAFETY: all of a chunk is atomics.
 unsafe impl Sync for Held {}
+
+/// The summary of a full chunk.
+const ALL_WORDS: u64 = if WORDS < 64 { (1 << (WORDS % 64)) - 1 } else { u64::MAX };
 
 impl Held {
     /// The chunk, unless it is full.
@@ -54,10 +56,10 @@ impl Held {
         self.chunk().map_or(u64::MAX, |chunk| chunk.word(word))
     }
 
-    /// The first word at `from` or behind it that may have bits.
+    /// A bit for each of 64 words: whether it may have bits.
     #[inline]
-    pub(super) fn next_word(&self, from: usize) -> Option<usize> {
-        self.chunk().map_or_else(|| (from < WORDS).then_some(from), |chunk| chunk.next_word(from))
+    pub(super) fn summary(&self, group: usize) -> u64 {
+        self.chunk().map_or(ALL_WORDS, |chunk| chunk.summary(group))
     }
 
     /// The first word at `from` or behind it that is not all ones; `WORDS` where there is none.
@@ -70,7 +72,7 @@ impl Held {
 impl Place {
     pub(super) fn new() -> Self {
         let nothing = || AtomicPtr::new(ptr::null_mut());
-        Self { active: nothing(), turn: AtomicUsize::new(0), aside: nothing(), spare: nothing() }
+        Self { active: nothing(), turn: AtomicUsize::new(0), idle: nothing() }
     }
 
     /// Marks a page where there is a chunk. Returns whether there is, and the mark certain to be seen.
@@ -101,7 +103,7 @@ impl Place {
                 if self.replace(active, FULL) {
                     if let Some(chunk) = NonNull::new(active) {
                         // SAFETY: chunks are freed with the bitmap.
-                        push(&self.aside, unsafe { chunk.as_ref() });
+                        self.push(unsafe { chunk.as_ref() });
                     }
                     return;
                 }
@@ -172,7 +174,7 @@ impl Place {
             // A marker made the place full in between.
             if let Some(new) = NonNull::new(new) {
                 // SAFETY: chunks are freed with the bitmap; this one came from the spare ones.
-                push(&self.spare, unsafe { new.as_ref() });
+                self.push(unsafe { new.as_ref() });
             }
         }
     }
@@ -210,7 +212,7 @@ impl Place {
                     }
                     Some(Held::Full) => {
                         // From now on all bits but these are set.
-                        let rest = self.empty(bytes).inspect_err(|_| push(&self.spare, taken))?;
+                        let rest = self.empty(bytes).inspect_err(|_| self.push(taken))?;
                         rest.as_ref().fill();
                         for (word, bits) in words_of(from, to) {
                             taken.add(word, rest.as_ref().remove(word, bits));
@@ -223,7 +225,7 @@ impl Place {
                 }
             }
             if taken.is_clean() {
-                push(&self.spare, taken);
+                self.push(taken);
                 return Ok(None);
             }
             Ok(Some(Held::Bits(part)))
@@ -269,18 +271,12 @@ impl Place {
         self.pop().map_or_else(|| alloc(bytes), Ok)
     }
 
-    /// Clears a chunk and keeps it. Only whoever takes bits away does this.
-    pub(super) fn put_back(&self, chunk: &Chunk) {
-        chunk.clear();
-        push(&self.spare, chunk);
-    }
-
     /// Frees all chunks.
     ///
     /// # Safety
     /// Nobody uses the place again.
     pub(super) unsafe fn free(&self, bytes: &AtomicUsize) {
-        for stack in [&self.active, &self.aside, &self.spare] {
+        for stack in [&self.active, &self.idle] {
             let mut chunk = stack.load(Ordering::Acquire);
             while let Some(gone) = NonNull::new(chunk).filter(|_| chunk != FULL) {
                 // SAFETY: passed on; every chunk is in one place. The active one's link is a remnant.
@@ -293,31 +289,34 @@ impl Place {
         }
     }
 
-    /// A cleared chunk that waits here. Only whoever takes bits away pops, so nothing comes back in between.
+    /// An empty one of the chunks that wait here.
     fn pop(&self) -> Option<NonNull<Chunk>> {
-        let mut aside = self.aside.swap(ptr::null_mut(), Ordering::Acquire);
-        while let Some(chunk) = NonNull::new(aside) {
-            // SAFETY: chunks are freed with the bitmap; what was put aside is not shared any more.
-            let chunk = unsafe { chunk.as_ref() };
-            aside = chunk.next.load(Ordering::Relaxed);
-            chunk.clear();
-            push(&self.spare, chunk);
+        let mut top = self.idle.load(Ordering::Acquire);
+        loop {
+            let first = NonNull::new(top)?;
+            // SAFETY: chunks are freed with the bitmap.
+            let chunk = unsafe { first.as_ref() };
+            let next = chunk.next.load(Ordering::Relaxed);
+            match self.idle.compare_exchange(top, next, Ordering::Acquire, Ordering::Acquire) {
+                Ok(_) => {
+                    chunk.clear();
+                    return Some(first);
+                }
+                Err(now) => top = now,
+            }
         }
-        let first = NonNull::new(self.spare.load(Ordering::Acquire))?;
-        // SAFETY: as above.
-        self.spare.store(unsafe { first.as_ref() }.next.load(Ordering::Relaxed), Ordering::Release);
-        Some(first)
     }
-}
 
-fn push(stack: &AtomicPtr<Chunk>, chunk: &Chunk) {
-    let new = ptr::from_ref(chunk).cast_mut();
-    let mut top = stack.load(Ordering::Relaxed);
-    loop {
-        chunk.next.store(top, Ordering::Relaxed);
-        match stack.compare_exchange(top, new, Ordering::Release, Ordering::Relaxed) {
-            Ok(_) => return,
-            Err(now) => top = now,
+    /// Keeps a chunk for later.
+    pub(super) fn push(&self, chunk: &Chunk) {
+        let new = ptr::from_ref(chunk).cast_mut();
+        let mut top = self.idle.load(Ordering::Relaxed);
+        loop {
+            chunk.next.store(top, Ordering::Relaxed);
+            match self.idle.compare_exchange(top, new, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => top = now,
+            }
         }
     }
 }

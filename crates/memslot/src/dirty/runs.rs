@@ -1,17 +1,21 @@
 //! From bits to runs of pages.
 
 use super::bitmap::word_of;
-use super::chunk::{PAGES, WORDS};
+use super::chunk::{PAGES, SUMMARY, WORDS};
 use super::place::Held;
 
 /// The runs `[first, end)` of set bits among the gfns `[from, to)`, in order and as long as can be: a run goes on
 /// across words and chunks.
 #[derive(Clone)]
 pub(super) struct Runs<'a> {
-    /// Sorted by number, each number once. The first is being read.
+    /// Those behind the current one; sorted by number, each number once.
     chunks: &'a [(u64, Held)],
-    /// The first page of the next word to look at.
-    next: u64,
+    held: Held,
+    /// The current chunk's first page.
+    start: u64,
+    /// Which word of the chunk's summary is being read, and those of its bits that have not been.
+    group: usize,
+    words: u64,
     /// The word looked at last: its first page, and those of its bits that are not part of a run yet.
     word: u64,
     bits: u64,
@@ -22,28 +26,44 @@ pub(super) struct Runs<'a> {
 impl<'a> Runs<'a> {
     pub(super) fn new(chunks: &'a [(u64, Held)], from: u64, to: u64) -> Self {
         let skipped = chunks.partition_point(|&(number, _)| number < from / PAGES);
-        Self { chunks: &chunks[skipped..], next: from & !63, word: 0, bits: 0, from, to }
+        let chunks = &chunks[skipped..];
+        let mut runs =
+            Self { chunks, held: Held::Full, start: 0, group: SUMMARY, words: 0, word: 0, bits: 0, from, to };
+        if chunks.first().is_some_and(|&(number, _)| number == from / PAGES) {
+            runs.enter(word_of(from));
+        }
+        runs
+    }
+
+    /// Goes to the next chunk, to its word `first`.
+    fn enter(&mut self, first: usize) -> Option<()> {
+        let (&(number, held), rest) = self.chunks.split_first()?;
+        (self.chunks, self.held, self.start) = (rest, held, number * PAGES);
+        self.group = first / 64;
+        self.words = held.summary(self.group) & (u64::MAX << (first % 64));
+        Some(())
     }
 
     /// Goes to the next word that has bits.
     #[inline]
     fn find_word(&mut self) -> Option<()> {
         loop {
-            let (number, held) = self.chunks.first()?;
-            let start = number * PAGES;
-            let first = if start >= self.next { 0 } else { word_of(self.next) };
-            let passed = start + PAGES <= self.next;
-            let Some(word) = held.next_word(first).filter(|_| !passed) else {
-                self.chunks = &self.chunks[1..];
-                continue;
-            };
-            self.word = start + 64 * word as u64;
-            self.next = self.word + 64;
+            while self.words == 0 {
+                self.group += 1;
+                if self.group < SUMMARY {
+                    self.words = self.held.summary(self.group);
+                } else {
+                    self.enter(0)?;
+                }
+            }
+            let word = 64 * self.group + self.words.trailing_zeros() as usize;
+            self.words &= self.words - 1;
+            self.word = self.start + 64 * word as u64;
             if self.word >= self.to {
-                self.chunks = &[];
+                self.finish();
                 return None;
             }
-            self.bits = held.word(word);
+            self.bits = self.held.word(word);
             if self.word < self.from {
                 self.bits &= u64::MAX << (self.from - self.word);
             }
@@ -53,33 +73,43 @@ impl<'a> Runs<'a> {
         }
     }
 
-    /// The end of a run that reaches up to `next`.
-    fn extend(&mut self) -> u64 {
-        while let Some((number, held)) = self.chunks.first() {
-            let start = number * PAGES;
-            if start + PAGES <= self.next {
-                self.chunks = &self.chunks[1..];
-                continue;
+    /// The end of a run that reaches up to `next`, the start of a word.
+    fn extend(&mut self, mut next: u64) -> u64 {
+        while next < self.to {
+            if next == self.start + PAGES {
+                // What is left of the summary is of words that the run has covered.
+                (self.words, self.group) = (0, SUMMARY);
+                if self.chunks.first().is_none_or(|&(number, _)| number * PAGES != next) {
+                    break;
+                }
+                self.enter(0);
             }
-            if start > self.next || self.next >= self.to {
-                break;
-            }
-            let word = held.skip_full(word_of(self.next));
-            self.next = start + 64 * word as u64;
+            let word = self.held.skip_full(word_of(next));
+            next = self.start + 64 * word as u64;
             if word < WORDS {
-                self.bits = held.word(word);
+                self.group = word / 64;
+                self.words = self.held.summary(self.group) & (u64::MAX << (word % 64)) << 1;
+                self.word = next;
+                self.bits = self.held.word(word);
                 let ones = self.bits.trailing_ones();
-                self.word = self.next;
-                self.next += 64;
                 if ones < 64 {
                     self.bits &= u64::MAX << ones;
-                    return self.word + u64::from(ones);
+                    return next + u64::from(ones);
                 }
                 // It became full just now.
                 self.bits = 0;
+                next += 64;
             }
         }
-        self.next
+        if next >= self.to {
+            self.finish();
+        }
+        next
+    }
+
+    /// Nothing is left.
+    fn finish(&mut self) {
+        (self.chunks, self.group, self.words, self.bits) = (&[], SUMMARY, 0, 0);
     }
 }
 
@@ -95,7 +125,7 @@ impl Iterator for Runs<'_> {
         let end = start + (self.bits >> start).trailing_ones();
         let first = self.word + u64::from(start);
         if first >= self.to {
-            (self.bits, self.chunks) = (0, &[]);
+            self.finish();
             return None;
         }
         let end = if end < 64 {
@@ -103,7 +133,7 @@ impl Iterator for Runs<'_> {
             self.word + u64::from(end)
         } else {
             self.bits = 0;
-            self.extend()
+            self.extend(self.word + 64)
         };
         Some((first, end.min(self.to)))
     }

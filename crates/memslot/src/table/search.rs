@@ -72,19 +72,6 @@ impl Keys {
     }
 }
 
-/// Asks the processor to fetch the cache lines of a node before it is known which of them is needed.
-#[inline]
-pub(super) fn prefetch(node: core::ptr::NonNull<u8>, lines: core::ops::Range<usize>) {
-    #[cfg(target_arch = "x86_64")]
-    for line in lines {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: SSE is part of x86-64; a prefetch reads nothing and may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(node.as_ptr().wrapping_add(line * super::node::LINE).cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (node, lines);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

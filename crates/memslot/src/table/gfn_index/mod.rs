@@ -32,8 +32,9 @@ use self::edit::{Block, edit_entry, free_private};
 use self::leaf::{Change, Kind, Label, Leaf, NO_OFFSET, Piece};
 use super::node::Arena;
 use super::radix::Entry;
-use super::search::{KEYS, key, offset, prefetch};
+use super::search::{KEYS, key, offset};
 use crate::error::OutOfMemory;
+use crate::prefetch::prefetch;
 use crate::slot::{Slot, SlotFlags};
 
 /// What a lookup finds: a slot, and where the frame lies in it.
