@@ -170,8 +170,12 @@ impl Bitmap {
 
     /// Marks the pages of a range, a word or more at a time.
     pub(super) fn mark_range(&self, gfns: GfnRange) {
-        if !gfns.is_empty() {
-            self.mark_slowly(gfns.start().get(), gfns.end().get());
+        let (from, to) = (gfns.start().get(), gfns.end().get());
+        // Most ranges lie in one chunk, which is there.
+        let chunk = self.directory(from).filter(|_| from < to && from | (PAGES - 1) >= to - 1);
+        match chunk {
+            Some(directory) => directory.mark_range(from, to, &self.bytes),
+            None => self.mark_slowly(from, to),
         }
     }
 
@@ -179,12 +183,7 @@ impl Bitmap {
     fn mark_slowly(&self, from: u64, to: u64) {
         for (first, end) in steps(from, to, PAGES) {
             match self.make_directory(first) {
-                Ok(directory) => {
-                    let at = way_of_place(first);
-                    let start = first & !(PAGES - 1);
-                    directory.places[at].mark(first - start, end - start, &self.bytes);
-                    directory.announce(at);
-                }
+                Ok(directory) => directory.mark_range(first, end, &self.bytes),
                 Err(OutOfMemory) => return self.mark_everything(),
             }
         }
@@ -389,6 +388,14 @@ impl Directory {
             self.announce(at);
         }
         marked
+    }
+
+    /// Marks the pages `[from, to)`, which lie in one place.
+    #[inline]
+    fn mark_range(&self, from: u64, to: u64, bytes: &AtomicUsize) {
+        let (at, start) = (way_of_place(from), from & !(PAGES - 1));
+        self.places[at].mark(from - start, to - start, bytes);
+        self.announce(at);
     }
 
     #[inline]

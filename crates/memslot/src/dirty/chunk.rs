@@ -6,7 +6,7 @@ use core::ptr::NonNull;
 
 use crate::error::OutOfMemory;
 use crate::prefetch::prefetch;
-use crate::sync::{AtomicPtr, AtomicU64, Ordering, fence, fence_for_loom};
+use crate::sync::{AtomicPtr, AtomicU64, Ordering, fence_for_loom};
 
 /// Words of 64 pages in a chunk. A model checker looks at every one of them, so it gets a smaller chunk.
 pub(super) const WORDS: usize = if cfg!(loom) { 2 } else { 512 };
@@ -56,25 +56,11 @@ impl Chunk {
         }
     }
 
-    /// Sets the bits of the pages `[from, to)`, a word at a time.
+    /// Sets the bits of the pages `[from, to)`, a word at a time. A word is written also where all its bits are set
+    /// already: so whoever takes them later sees what the caller wrote before.
     pub(super) fn mark_range(&self, from: u64, to: u64) {
-        let mut dirty_already = false;
         for (word, bits) in words_of(from, to) {
-            if self.words[word].load(Ordering::Relaxed) & bits == bits {
-                dirty_already = true;
-            } else {
-                self.words[word].fetch_or(bits, Ordering::SeqCst);
-            }
-        }
-        if dirty_already {
-            // A word that is not written says nothing of what the caller wrote before. After a fence, whoever
-            // takes bits that we find set does see it.
-            fence(Ordering::SeqCst);
-            for (word, bits) in words_of(from, to) {
-                if self.words[word].load(Ordering::SeqCst) & bits != bits {
-                    self.words[word].fetch_or(bits, Ordering::SeqCst);
-                }
-            }
+            self.words[word % WORDS].fetch_or(bits, Ordering::SeqCst);
         }
         fence_for_loom();
         for (at, words) in words_of(from / 64, to.div_ceil(64)) {
