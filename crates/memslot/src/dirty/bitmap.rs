@@ -480,3 +480,7 @@ fn steps(from: u64, to: u64, size: u64) -> impl Iterator<Item = (u64, u64)> {
         Some((core::mem::replace(&mut at, end), end))
     })
 }
+
+#[cfg(all(test, loom))]
+#[path = "bitmap_loom.rs"]
+mod loom_tests;

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `KVM_GET_DIRTY_LOG` | copies a slot's bits out and takes them; with manual protection it only copies |
 //! | `KVM_CLEAR_DIRTY_LOG` | takes the bits of a mask, with or without manual protection |
+//! | `KVM_RESET_DIRTY_RINGS` | re-arms and frees what was collected from the rings |
 //! | `KVM_ENABLE_CAP` | manual protection, pages initially set, the dirty ring |
 //!
 //! The checks come in this order. GET: a ring in use (`ENXIO`), address space and id (`EINVAL`), a slot that is
@@ -16,12 +17,15 @@
 //! As in KVM, a GET without manual protection whose copy fails has lost the bits. [`Consumer::harvest`] loses
 //! nothing; this front end is for those who need KVM's own answers.
 
+use core::ops::DerefMut;
+
 use crate::addr::{GfnRange, PageSize};
 use crate::rules::Errno;
 use crate::slot::{AddressSpaceId, Slot, SlotFlags, SlotId};
 
 use super::log::{Consumer, HarvestError};
 use super::rearm::Rearm;
+use super::ring::{DirtyRing, Entry, RingError, RingSize, Rings};
 
 /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
 pub const KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
@@ -33,12 +37,6 @@ pub const KVM_CAP_DIRTY_LOG_RING_ACQ_REL: u32 = 223;
 pub const KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: u64 = 1 << 0;
 /// `KVM_DIRTY_LOG_INITIALLY_SET`; only together with `KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE`.
 pub const KVM_DIRTY_LOG_INITIALLY_SET: u64 = 1 << 1;
-
-/// The most entries of a dirty ring.
-const RING_ENTRIES: u64 = 65536;
-/// Entries of a ring that the soft limit keeps back.
-const RING_RESERVED: u64 = 64;
-const RING_ENTRY_BYTES: u64 = 16;
 
 /// The argument of `KVM_CLEAR_DIRTY_LOG`, but for the bitmap.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -79,7 +77,8 @@ pub struct ClearDirtyLog {
 pub struct KvmDirtyLog {
     consumer: Consumer,
     manual_protect: bool,
-    ring_bytes: Option<u32>,
+    ring: Option<RingSize>,
+    ring_reserve: u32,
     vcpus: bool,
     page: PageSize,
 }
@@ -89,7 +88,7 @@ impl KvmDirtyLog {
     #[must_use]
     pub fn new(consumer: Consumer) -> Self {
         let page = consumer.view().page_size();
-        Self { consumer, manual_protect: false, ring_bytes: None, vcpus: false, page }
+        Self { consumer, manual_protect: false, ring: None, ring_reserve: 0, vcpus: false, page }
     }
 
     /// The consumer.
@@ -104,10 +103,44 @@ impl KvmDirtyLog {
         self.manual_protect
     }
 
-    /// The bytes of a vCPU's dirty ring, where it is used in place of the bitmaps.
+    /// The size of a vCPU's dirty ring, where rings are used in place of the bitmaps.
     #[must_use]
-    pub fn ring_bytes(&self) -> Option<u32> {
-        self.ring_bytes
+    pub fn ring(&self) -> Option<RingSize> {
+        self.ring
+    }
+
+    /// How many entries of a ring the hardware needs for itself: [`PML_ENTRIES`](super::ring::PML_ENTRIES) or, as at
+    /// first, none.
+    pub fn set_ring_reserve(&mut self, entries: u32) {
+        self.ring_reserve = entries;
+    }
+
+    /// `KVM_RESET_DIRTY_RINGS`: resets the rings of all vCPUs. Returns how many entries were reset.
+    ///
+    /// # Errors
+    /// `EINVAL` without a ring, `EINTR` where `stop` said so before the first entry, `EIO` where pages could not be
+    /// re-armed.
+    pub fn reset_dirty_rings<G, M, R>(
+        &self,
+        rings: &mut [G],
+        rearm: &mut R,
+        stop: impl FnMut() -> bool,
+    ) -> Result<usize, Errno>
+    where
+        G: DerefMut<Target = DirtyRing<M>>,
+        M: AsRef<[Entry]>,
+        R: Rearm,
+    {
+        if self.ring.is_none() {
+            return Err(Errno::EINVAL);
+        }
+        let view = self.consumer.view();
+        let Some(mut rings) = Rings::new(rings) else { return Ok(0) };
+        match rings.reset(&view, rearm, stop) {
+            Ok(reset) if reset.stopped && reset.entries == 0 => Err(Errno::EINTR),
+            Ok(reset) => Ok(reset.entries),
+            Err(_) => Err(Errno::EIO),
+        }
     }
 
     /// A vCPU was created: from now on it is too late for a dirty ring.
@@ -132,24 +165,23 @@ impl KvmDirtyLog {
                     return Err(Errno::EINVAL);
                 }
                 self.manual_protect = enable;
-                self.consumer.log().set_initially_set(initially_set && self.ring_bytes.is_none());
+                self.consumer.log().set_initially_set(initially_set && self.ring.is_none());
                 Ok(())
             }
             KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
                 if flags != 0 {
                     return Err(Errno::EINVAL);
                 }
-                let least = (RING_RESERVED * RING_ENTRY_BYTES).max(self.page.bytes());
-                if !arg.is_power_of_two() || arg < least {
+                let size =
+                    RingSize::from_bytes(arg, self.page, self.ring_reserve).map_err(|error| match error {
+                        RingError::TooLarge { .. } => Errno::E2BIG,
+                        RingError::OutOfMemory(_) => Errno::ENOMEM,
+                        _ => Errno::EINVAL,
+                    })?;
+                if self.ring.is_some() || self.vcpus {
                     return Err(Errno::EINVAL);
                 }
-                if arg > RING_ENTRIES * RING_ENTRY_BYTES {
-                    return Err(Errno::E2BIG);
-                }
-                if self.ring_bytes.is_some() || self.vcpus {
-                    return Err(Errno::EINVAL);
-                }
-                self.ring_bytes = u32::try_from(arg).ok();
+                self.ring = Some(size);
                 self.consumer.log().set_initially_set(false);
                 Ok(())
             }
@@ -220,7 +252,7 @@ impl KvmDirtyLog {
     }
 
     fn check_slot(&self, slot: u32) -> Result<(AddressSpaceId, SlotId), Errno> {
-        if self.ring_bytes.is_some() {
+        if self.ring.is_some() {
             return Err(Errno::ENXIO);
         }
         let view = self.consumer.view();

@@ -16,7 +16,7 @@
 //!   levels of summaries tell which chunks and words have any.
 //! * **Too much, never too little**: without memory for bits, all pages of a chunk, or of all slots, count as
 //!   dirty. A page that is written while it is harvested may be reported twice.
-//! * [`kvm`] has KVM's calls with their errnos.
+//! * [`kvm`] has KVM's calls with their errnos, [`ring`] the dirty ring.
 //!
 //! What this module does not do: notice writes. A page-table backend marks a page when it grants write access
 //! and implements [`Rearm`]; software that writes guest memory marks what it wrote.
@@ -29,6 +29,7 @@ pub mod kvm;
 mod log;
 mod place;
 mod rearm;
+pub mod ring;
 mod runs;
 mod set;
 

@@ -2,6 +2,7 @@
 //!
 //! The protocol is explained in `bitmap.rs`.
 
+use alloc::boxed::Box;
 use core::ptr::{self, NonNull};
 
 use super::chunk::{Chunk, PAGES, WORDS, words_of};
