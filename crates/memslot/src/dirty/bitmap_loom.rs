@@ -128,7 +128,9 @@ fn a_writer_and_one_that_makes_the_place_full() {
                 },
             );
         let seen = guest.take(0, PAGES);
-        threads.map(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
         let rest = guest.take(0, PAGES);
         assert_eq!(rest.or(seen), Some(1));
     });

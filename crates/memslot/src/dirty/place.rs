@@ -194,35 +194,26 @@ impl Place {
         unsafe {
             let part = self.empty(bytes)?;
             let taken = part.as_ref();
-            loop {
-                match self.look() {
-                    None => break,
-                    Some(Held::Bits(active)) => {
-                        let active = active.as_ref();
-                        for (word, bits) in words_of(from, to) {
-                            let got = active.take(word, bits);
-                            if got != 0 {
-                                taken.add(word, got);
-                            }
-                        }
-                        fence_for_loom();
-                        // Had it become full in between, the bits would be set all the same.
-                        if self.active.load(Ordering::SeqCst) != FULL {
-                            break;
+            match self.look() {
+                None => {}
+                // Where it becomes full meanwhile, the pages are reported again.
+                Some(Held::Bits(active)) => {
+                    for (word, bits) in words_of(from, to) {
+                        let got = active.as_ref().take(word, bits);
+                        if got != 0 {
+                            taken.add(word, got);
                         }
                     }
-                    Some(Held::Full) => {
-                        // From now on all bits but these are set.
-                        let rest = self.empty(bytes).inspect_err(|_| self.push(taken))?;
-                        rest.as_ref().fill();
-                        for (word, bits) in words_of(from, to) {
-                            taken.add(word, rest.as_ref().remove(word, bits));
-                        }
-                        if self.replace(FULL, rest.as_ptr()) {
-                            self.count_turn();
-                            break;
-                        }
+                }
+                // From now on all bits but these are set. Markers leave a full place as it is.
+                Some(Held::Full) => {
+                    let rest = self.empty(bytes).inspect_err(|_| self.push(taken))?;
+                    rest.as_ref().fill();
+                    for (word, bits) in words_of(from, to) {
+                        taken.add(word, rest.as_ref().remove(word, bits));
                     }
+                    self.replace(FULL, rest.as_ptr());
+                    self.count_turn();
                 }
             }
             if taken.is_clean() {
@@ -241,27 +232,19 @@ impl Place {
         bits: u64,
         bytes: &AtomicUsize,
     ) -> Result<u64, OutOfMemory> {
-        loop {
-            match self.look() {
-                None => return Ok(0),
-                Some(Held::Bits(active)) => {
-                    // SAFETY: chunks are freed with the bitmap.
-                    let got = unsafe { active.as_ref() }.take(word, bits);
-                    fence_for_loom();
-                    if self.active.load(Ordering::SeqCst) != FULL {
-                        return Ok(got);
-                    }
-                }
-                Some(Held::Full) => {
-                    // SAFETY: passed on; the chunk is alive.
-                    let rest = unsafe { self.empty(bytes)?.as_ref() };
-                    rest.fill();
-                    rest.remove(word, bits);
-                    if self.replace(FULL, ptr::from_ref(rest).cast_mut()) {
-                        self.count_turn();
-                        return Ok(bits);
-                    }
-                }
+        match self.look() {
+            None => Ok(0),
+            // SAFETY: chunks are freed with the bitmap.
+            Some(Held::Bits(active)) => Ok(unsafe { active.as_ref() }.take(word, bits)),
+            // As in `take_part`.
+            Some(Held::Full) => {
+                // SAFETY: passed on; the chunk is alive.
+                let rest = unsafe { self.empty(bytes)?.as_ref() };
+                rest.fill();
+                rest.remove(word, bits);
+                self.replace(FULL, ptr::from_ref(rest).cast_mut());
+                self.count_turn();
+                Ok(bits)
             }
         }
     }

@@ -446,7 +446,7 @@ struct Pass<'p, A> {
     armed: bool,
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::dirty::SoftwareOnly;
