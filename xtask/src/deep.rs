@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// How many random programs to try for each property.
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     cases: u32,
+    /// How long to fuzz each target, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    fuzz_seconds: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -44,6 +47,8 @@ enum Proof {
     Tsan,
     /// The properties, with many cases each
     Proptest,
+    /// Bytes that nobody would write on purpose, as traces, ring memory and programs (needs nightly with cargo-fuzz)
+    Fuzz,
     /// Changes the core on purpose and lists the changes that no test notices (needs cargo-mutants)
     Mutants,
 }
@@ -62,6 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
                 sanitizer(&mut report, "tsan", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer");
             }
             Proof::Proptest => report.run(&proptest(args.cases)),
+            Proof::Fuzz => fuzz(&mut report, args.fuzz_seconds),
             Proof::Mutants => mutants(&mut report),
         }
     }
@@ -114,6 +120,27 @@ fn sanitizer(report: &mut Report, name: &str, flags: &str) {
 fn proptest(cases: u32) -> Step {
     let arguments = ["test", "--quiet", "--release", "-p", "memslot", "--lib", "--tests", "--no-fail-fast"];
     Step::cargo("proptest", arguments).env("PROPTEST_CASES", cases.to_string()).tests()
+}
+
+/// Every target of `fuzz/`, from its seeds on. What is found is kept below `fuzz/`.
+fn fuzz(report: &mut Report, seconds: u32) {
+    if !tools::has_fuzz() {
+        return report.skip("fuzz", "cargo-fuzz or a nightly toolchain is not installed");
+    }
+    for target in ["trace", "ring", "dirty"] {
+        let corpus = format!("fuzz/corpus/{target}");
+        if let Err(error) = fs::create_dir_all(step::workspace_root().join(&corpus)) {
+            return report.skip("fuzz", &format!("{corpus} cannot be made: {error}"));
+        }
+        let name = format!("fuzz {target}");
+        let step = Step::cargo(&name, ["+nightly", "fuzz", "run", target])
+            .arg(corpus)
+            .arg(format!("fuzz/seeds/{target}"))
+            .arg("--")
+            .arg(format!("-max_total_time={seconds}"))
+            .arg("-max_len=4096");
+        report.run(&step.own_target("fuzz"));
+    }
 }
 
 /// A mutant that survives is a question to a person (is it a hole in the tests, or the same program?), not a failure.

@@ -27,6 +27,11 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
             "undefined behaviour in `deep` (rustup +nightly component add miri rust-src)",
         ),
         (
+            tools::has_fuzz(),
+            "cargo-fuzz",
+            "inputs nobody would write, in `deep` (cargo install cargo-fuzz; a nightly toolchain)",
+        ),
+        (
             tools::has_mutants(),
             "cargo-mutants",
             "holes in the tests, in `deep` (cargo install --locked cargo-mutants)",

@@ -26,6 +26,10 @@ pub(crate) fn has_miri() -> bool {
     cargo_accepts(&["+nightly", "miri", "--version"])
 }
 
+pub(crate) fn has_fuzz() -> bool {
+    cargo_accepts(&["+nightly", "fuzz", "--version"])
+}
+
 pub(crate) fn has_mutants() -> bool {
     cargo_accepts(&["mutants", "--version"])
 }
