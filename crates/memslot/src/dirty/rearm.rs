@@ -16,8 +16,9 @@ pub trait Rearm {
     /// Whether there is anything to re-arm; without it the log does not look for the pages.
     const NEEDED: bool = true;
 
-    /// Re-arms these frames. Calls come in ascending order and do not overlap; each range lies in one chunk of
-    /// 32768 frames. It need not be in force before [`flush`](Self::flush).
+    /// Re-arms these frames, which lie in one chunk of 32768. It need not be in force before
+    /// [`flush`](Self::flush). The log calls in ascending order and names no page twice; a [`ring`](super::ring)
+    /// calls in the order of its entries. A frame may have no slot any more: then there is nothing to do.
     ///
     /// # Errors
     /// The harvest fails, and loses nothing: the pages stay dirty.

@@ -1,0 +1,118 @@
+//! Random steps.
+
+use memslot::{
+    AddressSpaceId, Backing, Gfn, GfnRange, Hva, SlotFlags, SlotId, SlotSpec, Transaction, TransactionError,
+};
+use proptest::prelude::*;
+
+pub(crate) const SPACES: u8 = 2;
+const SLOTS: u32 = 5;
+/// Where things happen: at 0, across two chunks of 32768 pages, across two directories, and far up.
+const REGIONS: [u64; 4] = [0, 32768 - 150, (1 << 24) - 150, (1 << 40) - 150];
+
+#[derive(Clone, Debug)]
+pub(crate) enum Operation {
+    Create(SlotSpec),
+    Delete(AddressSpaceId, SlotId),
+    Move(AddressSpaceId, SlotId, Gfn),
+    Flags(AddressSpaceId, SlotId, SlotFlags),
+    ReadOnly(AddressSpaceId, SlotId, bool),
+    Resize(AddressSpaceId, SlotId, u64),
+    Split(AddressSpaceId, SlotId, Gfn, SlotId),
+    Merge(AddressSpaceId, SlotId, SlotId),
+}
+
+impl Operation {
+    pub(crate) fn apply(&self, tx: &mut Transaction<'_>) -> Result<(), TransactionError> {
+        match *self {
+            Self::Create(spec) => tx.create(spec),
+            Self::Delete(space, id) => tx.delete(space, id),
+            Self::Move(space, id, to) => tx.move_to(space, id, to),
+            Self::Flags(space, id, flags) => tx.set_flags(space, id, flags),
+            Self::ReadOnly(space, id, on) => tx.set_read_only(space, id, on),
+            Self::Resize(space, id, pages) => tx.resize(space, id, pages),
+            Self::Split(space, id, at, new) => tx.split(space, id, at, new),
+            Self::Merge(space, low, high) => tx.merge(space, low, high),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Step {
+    Change { operations: Vec<Operation>, refuse: bool },
+    Mark { space: u8, first: u64, pages: u64 },
+    Merge { space: u8, first: u64, words: Vec<u64> },
+    Harvest { consumer: usize, range: Option<(u8, u64, u64)>, commit: bool, fail_at: Option<usize> },
+    Clear { consumer: usize, space: u8, first: u64, mask: Vec<u64>, cut: u64 },
+    NewConsumer,
+    DropConsumer { consumer: usize },
+    InitiallySet(bool),
+}
+
+fn gfn() -> impl Strategy<Value = u64> {
+    (prop_oneof![4 => Just(0usize), 4 => Just(1), 1 => Just(2), 1 => Just(3)], 0u64..400)
+        .prop_map(|(region, at)| REGIONS[region] + at)
+}
+
+fn space() -> impl Strategy<Value = AddressSpaceId> {
+    prop_oneof![4 => Just(0), 1 => Just(1)].prop_map(AddressSpaceId::new)
+}
+
+fn id() -> impl Strategy<Value = SlotId> {
+    (0..SLOTS).prop_map(SlotId::new)
+}
+
+fn flags() -> impl Strategy<Value = SlotFlags> {
+    prop_oneof![6 => Just(1u32), 1 => Just(0), 1 => Just(3)].prop_map(SlotFlags::from_bits_truncate)
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    // Mostly memory of its own for each gfn, so that neighbours can be merged; sometimes an alias.
+    let spec = (space(), id(), gfn(), 1u64..200, flags(), prop_oneof![5 => Just(0u64), 1 => 0u64..100]);
+    let spec = spec.prop_map(|(address_space, id, base, pages, flags, alias)| SlotSpec {
+        address_space,
+        id,
+        gfns: GfnRange::with_len(Gfn::new(base), pages).unwrap(),
+        backing: Backing::Host { hva: Hva::new((1 << 60) + ((base - alias.min(base)) << 12)) },
+        flags,
+    });
+    prop_oneof![
+        4 => spec.prop_map(Operation::Create),
+        2 => (space(), id()).prop_map(|(space, id)| Operation::Delete(space, id)),
+        3 => (space(), id(), gfn()).prop_map(|(space, id, to)| Operation::Move(space, id, Gfn::new(to))),
+        2 => (space(), id(), flags()).prop_map(|(space, id, flags)| Operation::Flags(space, id, flags)),
+        1 => (space(), id(), any::<bool>()).prop_map(|(space, id, on)| Operation::ReadOnly(space, id, on)),
+        2 => (space(), id(), 1u64..250).prop_map(|(space, id, pages)| Operation::Resize(space, id, pages)),
+        2 => (space(), id(), gfn(), id()).prop_map(|(space, id, at, new)| Operation::Split(space, id, Gfn::new(at), new)),
+        2 => (space(), id(), id()).prop_map(|(space, low, high)| Operation::Merge(space, low, high)),
+    ]
+}
+
+fn word() -> impl Strategy<Value = u64> {
+    prop_oneof![Just(0), Just(u64::MAX), any::<u64>(), (0u32..64).prop_map(|bit| 1 << bit)]
+}
+
+pub(crate) fn step() -> impl Strategy<Value = Step> {
+    let plain_space = || space().prop_map(AddressSpaceId::get);
+    let operations = prop_oneof![
+        4 => proptest::collection::vec(operation(), 1),
+        1 => proptest::collection::vec(operation(), 2..5),
+    ];
+    let range = proptest::option::of((plain_space(), gfn(), 0u64..500));
+    let fail_at = prop_oneof![6 => Just(None), 1 => (0usize..4).prop_map(Some)];
+    prop_oneof![
+        8 => (operations, prop_oneof![5 => Just(false), 1 => Just(true)])
+            .prop_map(|(operations, refuse)| Step::Change { operations, refuse }),
+        8 => (plain_space(), gfn(), prop_oneof![Just(1u64), 2u64..300])
+            .prop_map(|(space, first, pages)| Step::Mark { space, first, pages }),
+        1 => (plain_space(), gfn(), proptest::collection::vec(word(), 1..4))
+            .prop_map(|(space, first, words)| Step::Merge { space, first, words }),
+        4 => (any::<usize>(), range, any::<bool>(), fail_at)
+            .prop_map(|(consumer, range, commit, fail_at)| Step::Harvest { consumer, range, commit, fail_at }),
+        3 => (any::<usize>(), plain_space(), gfn(), proptest::collection::vec(word(), 1..4), 0u64..64)
+            .prop_map(|(consumer, space, first, mask, cut)| Step::Clear { consumer, space, first, mask, cut }),
+        1 => Just(Step::NewConsumer),
+        1 => any::<usize>().prop_map(|consumer| Step::DropConsumer { consumer }),
+        1 => any::<bool>().prop_map(Step::InitiallySet),
+    ]
+}
