@@ -16,7 +16,8 @@
 //! counts for both if something is. (Later still, [`DirtyLog::mark_through`](super::DirtyLog::mark_through) finds the
 //! slot's new place by itself.)
 //!
-//! What was taken is kept until the next change, so that a change that is taken back finds it again.
+//! What was taken is kept until the next change, so that a change that is taken back finds it again. Pages that
+//! it had set initially stay dirty then, where they are logged by another slot: a late mark may be among them.
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -127,7 +128,11 @@ impl Listener for Follower {
         }
         if shared.initially_set.load(Ordering::SeqCst) {
             for piece in update.pieces.iter().filter(|piece| gained(&piece.kind)) {
-                shared.spaces[usize::from(piece.address_space.get())].mark_range(piece.gfns);
+                let bitmap = &shared.spaces[usize::from(piece.address_space.get())];
+                // Memory that moved here was logged before.
+                let here = self.taken.iter().filter(|it| it.removed && it.bits.space == piece.address_space);
+                let moved = || here.clone().flat_map(|taken| taken.moves(update).map(|(_, to)| to));
+                gaps(piece.gfns, moved).for_each(|gfns| bitmap.mark_range(gfns));
             }
         }
         Ok(())
@@ -208,21 +213,14 @@ impl Taken {
         let gfns = self.bits.gfns;
         for (number, kept) in state.consumers.iter_mut().enumerate() {
             let Some(kept) = kept.as_mut().filter(|kept| kept.keeps_removed) else { continue };
-            let mut at = gfns.start();
-            while at < gfns.end() {
-                // What moved next; memory that two slots show now may have moved twice.
-                let moves = self.moves(update).map(|(from, _)| from).filter(|from| from.end() > at);
-                let moved = moves.min_by_key(GfnRange::start);
-                let end = moved.map_or(gfns.end(), |moved| moved.start().max(at));
-                if let Some(gone) = GfnRange::new(at, end).filter(|gone| !gone.is_empty()) {
-                    let set = self.bits.of_consumer(shared, number, gone);
-                    let generation = update.after.generation();
-                    // Room was reserved for as many as a piece usually leaves.
-                    if !set.chunks.is_empty() && kept.removed.try_reserve(1).is_ok() {
-                        kept.removed.push(RemovedSet { generation, slot: self.old, gfns: gone, set });
-                    }
+            // Memory that two slots show now may have moved twice.
+            for gone in gaps(gfns, || self.moves(update).map(|(from, _)| from)) {
+                let set = self.bits.of_consumer(shared, number, gone);
+                let generation = update.after.generation();
+                // Room was reserved for as many as a piece usually leaves.
+                if !set.chunks.is_empty() && kept.removed.try_reserve(1).is_ok() {
+                    kept.removed.push(RemovedSet { generation, slot: self.old, gfns: gone, set });
                 }
-                at = moved.map_or(gfns.end(), |moved| moved.end());
             }
         }
     }
@@ -326,6 +324,26 @@ impl Bits {
             unsafe { bitmap.give_back(number, held) };
         }
     }
+}
+
+/// The parts of `gfns` that are in none of some ranges, which may overlap and come in any order.
+fn gaps<I: Iterator<Item = GfnRange>>(
+    gfns: GfnRange,
+    ranges: impl Fn() -> I,
+) -> impl Iterator<Item = GfnRange> {
+    let mut at = gfns.start();
+    core::iter::from_fn(move || {
+        while at < gfns.end() {
+            let next = ranges().filter(|range| range.end() > at).min_by_key(GfnRange::start);
+            let next = next.filter(|range| range.start() < gfns.end());
+            let gap = GfnRange::new(at, next.map_or(gfns.end(), |range| range.start().max(at)))?;
+            at = next.map_or(gfns.end(), |range| range.end());
+            if !gap.is_empty() {
+                return Some(gap);
+            }
+        }
+        None
+    })
 }
 
 fn logs(slot: &Slot) -> bool {

@@ -1,6 +1,7 @@
 //! What a consumer has taken: to be looked at, and then committed or put back.
 
-use super::log::{BitmapError, Consumer, check_length, logged};
+use super::consumer::Consumer;
+use super::log::{BitmapError, check_length, logged};
 use super::set::Set;
 use crate::addr::{Gfn, GfnRange};
 use crate::slot::{AddressSpaceId, SlotFlags, SlotId};

@@ -23,7 +23,7 @@ use crate::addr::{GfnRange, PageSize};
 use crate::rules::Errno;
 use crate::slot::{AddressSpaceId, Slot, SlotFlags, SlotId};
 
-use super::log::{Consumer, HarvestError};
+use super::consumer::{Consumer, HarvestError};
 use super::rearm::Rearm;
 use super::ring::{DirtyRing, Entry, RingError, RingSize, Rings};
 

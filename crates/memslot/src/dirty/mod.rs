@@ -23,6 +23,7 @@
 
 mod bitmap;
 mod chunk;
+mod consumer;
 mod follow;
 mod harvest;
 pub mod kvm;
@@ -33,6 +34,7 @@ pub mod ring;
 mod runs;
 mod set;
 
+pub use self::consumer::{Consumer, HarvestError, Removed};
 pub use self::harvest::{Harvest, Run, Span};
-pub use self::log::{BitmapError, Consumer, DirtyLog, HarvestError, Removed};
+pub use self::log::{BitmapError, DirtyLog};
 pub use self::rearm::{Rearm, SoftwareOnly};

@@ -138,3 +138,83 @@ impl Iterator for Runs<'_> {
         Some((first, end.min(self.to)))
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use alloc::vec::Vec;
+    use core::ptr::NonNull;
+
+    use proptest::prelude::*;
+
+    use super::super::chunk::Chunk;
+    use super::*;
+
+    /// What a chunk has: nothing, everything, or words.
+    #[derive(Clone, Debug)]
+    enum Content {
+        Nothing,
+        Full,
+        Words(Vec<(usize, u64)>),
+    }
+
+    fn content() -> impl Strategy<Value = Content> {
+        let word = prop_oneof![3 => Just(u64::MAX), 1 => any::<u64>(), 1 => Just(1), 1 => Just(1 << 63), 1 => Just(0)];
+        let place = prop_oneof![Just(0), Just(WORDS - 1), 60usize..70, 0..WORDS];
+        prop_oneof![
+            1 => Just(Content::Nothing),
+            1 => Just(Content::Full),
+            1 => Just(Content::Words((0..WORDS).map(|word| (word, u64::MAX)).collect())),
+            3 => proptest::collection::vec((place, word), 0..12).prop_map(Content::Words),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+        #[test]
+        fn runs_are_the_set_bits(
+            contents in proptest::collection::vec(content(), 1..5),
+            (from, len) in (0u64..5 * PAGES, prop_oneof![0u64..200, 0u64..5 * PAGES]),
+        ) {
+            let mut chunks: Vec<(u64, Held)> = Vec::new();
+            let mut bits = alloc::vec![false; 6 * usize::try_from(PAGES).unwrap()];
+            for (number, content) in (0u64..).zip(&contents) {
+                let first = usize::try_from(number * PAGES).unwrap();
+                match content {
+                    Content::Nothing => {}
+                    Content::Full => {
+                        chunks.push((number, Held::Full));
+                        bits[first..first + 64 * WORDS].fill(true);
+                    }
+                    Content::Words(words) => {
+                        let chunk: NonNull<Chunk> = Chunk::alloc().unwrap();
+                        let held = Held::Bits(chunk);
+                        for &(word, value) in words {
+                            held.chunk().unwrap().add(word, value);
+                            (0..64).filter(|bit| value >> bit & 1 != 0).for_each(|bit| bits[first + 64 * word + bit] = true);
+                        }
+                        chunks.push((number, held));
+                    }
+                }
+            }
+            let to = from + len;
+            let mut wanted: Vec<(u64, u64)> = Vec::new();
+            for gfn in from..to.min(6 * PAGES) {
+                if bits[usize::try_from(gfn).unwrap()] {
+                    match wanted.last_mut() {
+                        Some(last) if last.1 == gfn => last.1 += 1,
+                        _ => wanted.push((gfn, gfn + 1)),
+                    }
+                }
+            }
+            let got: Vec<_> = Runs::new(&chunks, from, to).collect();
+            for (_, held) in chunks {
+                if let Held::Bits(chunk) = held {
+                    // SAFETY: it was made above, and nobody else has it.
+                    drop(unsafe { alloc::boxed::Box::from_raw(chunk.as_ptr()) });
+                }
+            }
+            prop_assert_eq!(got, wanted);
+        }
+    }
+}

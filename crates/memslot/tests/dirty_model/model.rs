@@ -7,17 +7,21 @@ use memslot::{AddressSpaceId, Gfn, GfnRange, Slot, SlotFlags, View};
 
 type Page = (u8, u64);
 
+/// What is dirty for a consumer.
 #[derive(Clone, Default)]
 struct Seen {
-    /// Dirty for this consumer.
     dirty: BTreeSet<Page>,
-    /// Of those, the pages that nobody has harvested since they were marked: they are not armed.
-    fresh: BTreeSet<Page>,
+}
+
+impl Seen {
+    fn mark(&mut self, page: Page) {
+        self.dirty.insert(page);
+    }
 }
 
 pub(crate) struct Model {
     consumers: Vec<Seen>,
-    /// Marked and not harvested by anybody.
+    /// Marked and not harvested by anybody: not armed.
     fresh: BTreeSet<Page>,
     removed: Vec<Page>,
     pub(crate) initially_set: bool,
@@ -38,7 +42,7 @@ impl Model {
     }
 
     pub(crate) fn add_consumer(&mut self) {
-        self.consumers.push(Seen { dirty: self.fresh.clone(), fresh: BTreeSet::new() });
+        self.consumers.push(Seen { dirty: self.fresh.clone() });
     }
 
     pub(crate) fn drop_consumer(&mut self, at: usize) {
@@ -50,7 +54,7 @@ impl Model {
             let slot = view.slot_at(AddressSpaceId::new(space), Gfn::new(gfn));
             if slot.is_some_and(logs) {
                 self.fresh.insert((space, gfn));
-                self.consumers.iter_mut().for_each(|it| drop(it.dirty.insert((space, gfn))));
+                self.consumers.iter_mut().for_each(|it| it.mark((space, gfn)));
             }
         }
     }
@@ -64,7 +68,8 @@ impl Model {
     }
 
     pub(crate) fn take(&mut self, at: usize, pages: &[Page]) {
-        pages.iter().for_each(|page| drop(self.consumers[at].dirty.remove(page)));
+        let pages: BTreeSet<&Page> = pages.iter().collect();
+        self.consumers[at].dirty.retain(|page| !pages.contains(page));
     }
 
     /// Every page that came from marks was armed; they are armed for everybody now.
@@ -143,10 +148,23 @@ impl Model {
                 for gfn in slot.gfns().start().get()..slot.gfns().end().get() {
                     let frame = Gfn::new(gfn);
                     let was = before.slot_at(slot.address_space(), frame);
-                    if !was.is_some_and(|was| logs(was) && was.hva_of(frame) == slot.hva_of(frame)) {
+                    let stayed = was.is_some_and(|was| logs(was) && was.hva_of(frame) == slot.hva_of(frame));
+                    // Memory that was logged at a frame where it no longer is has moved here.
+                    let hva = slot.hva_of(frame).unwrap();
+                    let moved = before.slots(slot.address_space()).filter(|old| logs(old)).any(|old| {
+                        let from = old.hvas().filter(|hvas| hvas.contains(hva)).and_then(|hvas| {
+                            let pages = (hva.get() - hvas.start().get()) >> old.page_size().shift();
+                            old.base_gfn().checked_add(pages)
+                        });
+                        from.is_some_and(|from| {
+                            let now = after.slot_at(slot.address_space(), from);
+                            now.and_then(|now| now.hva_of(from)) != Some(hva)
+                        })
+                    });
+                    if !(stayed || moved && changed.contains(slot)) {
                         let page = (slot.address_space().get(), gfn);
                         self.fresh.insert(page);
-                        self.consumers.iter_mut().for_each(|it| drop(it.dirty.insert(page)));
+                        self.consumers.iter_mut().for_each(|it| it.mark(page));
                     }
                 }
             }

@@ -54,6 +54,9 @@ fn gfn() -> impl Strategy<Value = u64> {
         .prop_map(|(region, at)| REGIONS[region] + at)
 }
 
+/// Now and then a slot, or a range, that has chunks as a whole.
+const LARGE: (u64, u64) = (5 * 32768 - 77, 2 * 32768 + 200);
+
 fn space() -> impl Strategy<Value = AddressSpaceId> {
     prop_oneof![4 => Just(0), 1 => Just(1)].prop_map(AddressSpaceId::new)
 }
@@ -77,14 +80,21 @@ fn operation() -> impl Strategy<Value = Operation> {
         flags,
     });
     prop_oneof![
-        4 => spec.prop_map(Operation::Create),
-        2 => (space(), id()).prop_map(|(space, id)| Operation::Delete(space, id)),
-        3 => (space(), id(), gfn()).prop_map(|(space, id, to)| Operation::Move(space, id, Gfn::new(to))),
-        2 => (space(), id(), flags()).prop_map(|(space, id, flags)| Operation::Flags(space, id, flags)),
-        1 => (space(), id(), any::<bool>()).prop_map(|(space, id, on)| Operation::ReadOnly(space, id, on)),
-        2 => (space(), id(), 1u64..250).prop_map(|(space, id, pages)| Operation::Resize(space, id, pages)),
-        2 => (space(), id(), gfn(), id()).prop_map(|(space, id, at, new)| Operation::Split(space, id, Gfn::new(at), new)),
-        2 => (space(), id(), id()).prop_map(|(space, low, high)| Operation::Merge(space, low, high)),
+        20 => spec.prop_map(Operation::Create),
+        1 => (id(), flags()).prop_map(|(id, flags)| Operation::Create(SlotSpec {
+            address_space: AddressSpaceId::NORMAL,
+            id,
+            gfns: GfnRange::with_len(Gfn::new(LARGE.0), LARGE.1).unwrap(),
+            backing: Backing::Host { hva: Hva::new((1 << 60) + (LARGE.0 << 12)) },
+            flags,
+        })),
+        10 => (space(), id()).prop_map(|(space, id)| Operation::Delete(space, id)),
+        15 => (space(), id(), gfn()).prop_map(|(space, id, to)| Operation::Move(space, id, Gfn::new(to))),
+        10 => (space(), id(), flags()).prop_map(|(space, id, flags)| Operation::Flags(space, id, flags)),
+        5 => (space(), id(), any::<bool>()).prop_map(|(space, id, on)| Operation::ReadOnly(space, id, on)),
+        10 => (space(), id(), 1u64..250).prop_map(|(space, id, pages)| Operation::Resize(space, id, pages)),
+        10 => (space(), id(), gfn(), id()).prop_map(|(space, id, at, new)| Operation::Split(space, id, Gfn::new(at), new)),
+        10 => (space(), id(), id()).prop_map(|(space, low, high)| Operation::Merge(space, low, high)),
     ]
 }
 
@@ -103,6 +113,11 @@ pub(crate) fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => (operations, prop_oneof![5 => Just(false), 1 => Just(true)])
             .prop_map(|(operations, refuse)| Step::Change { operations, refuse }),
+        1 => (0u64..200, 0u64..1000).prop_map(|(from, less)| Step::Mark {
+            space: 0,
+            first: LARGE.0 + from,
+            pages: LARGE.1 - less,
+        }),
         8 => (plain_space(), gfn(), prop_oneof![Just(1u64), 2u64..300])
             .prop_map(|(space, first, pages)| Step::Mark { space, first, pages }),
         1 => (plain_space(), gfn(), proptest::collection::vec(word(), 1..4))

@@ -1,0 +1,414 @@
+//! Consumers: who takes dirty pages, each at its own pace.
+
+use alloc::vec::Vec;
+
+use super::bitmap::Bitmap;
+use super::harvest::Harvest;
+use super::log::{
+    ALL, BitmapError, DirtyLog, RemovedSet, Shared, State, check_length, runs_of, spread_everything,
+};
+use super::place::Held;
+use super::rearm::Rearm;
+use super::runs::Runs;
+use super::set::Set;
+use crate::addr::{Gfn, GfnRange};
+use crate::error::OutOfMemory;
+use crate::slot::{AddressSpaceId, Slot};
+use crate::table::{MAX_ADDRESS_SPACES, Snapshot};
+
+/// A harvest that did not come to be. Nothing is lost: the pages are dirty still.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HarvestError<E> {
+    /// No memory for what was to be taken.
+    #[error("out of memory; no page was taken")]
+    OutOfMemory,
+    /// The page-table backend failed.
+    #[error("pages could not be re-armed: {0}")]
+    Rearm(E),
+    /// The caller's bitmap has another length than the range.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
+}
+
+impl<E> From<OutOfMemory> for HarvestError<E> {
+    fn from(_: OutOfMemory) -> Self {
+        Self::OutOfMemory
+    }
+}
+
+/// Somebody who takes dirty pages from a log, at its own pace. Dropping it forgets what it has not taken.
+pub struct Consumer {
+    pub(super) log: DirtyLog,
+    pub(super) number: usize,
+}
+
+impl Consumer {
+    /// The log.
+    #[must_use]
+    pub fn log(&self) -> &DirtyLog {
+        &self.log
+    }
+
+    /// The version of the table that the bits belong to at the moment.
+    #[must_use]
+    pub fn view(&self) -> Snapshot {
+        self.log.shared.state.lock().current.clone()
+    }
+
+    /// Takes all dirty pages of all logged slots, and has them re-armed.
+    ///
+    /// The log is locked meanwhile: `rearm` must not call it, except to mark pages.
+    ///
+    /// # Errors
+    /// [`HarvestError`]; nothing was taken.
+    pub fn harvest<R: Rearm>(&self, rearm: &mut R) -> Result<Harvest<'_>, HarvestError<R::Error>> {
+        self.harvest_ranges(0..self.log.shared.spaces.len(), ALL, rearm)
+    }
+
+    /// Takes the dirty pages of a range.
+    ///
+    /// # Errors
+    /// [`HarvestError`]; nothing was taken.
+    pub fn harvest_range<R: Rearm>(
+        &self,
+        space: AddressSpaceId,
+        gfns: GfnRange,
+        rearm: &mut R,
+    ) -> Result<Harvest<'_>, HarvestError<R::Error>> {
+        let space = usize::from(space.get());
+        let spaces = if space < self.log.shared.spaces.len() { space..space + 1 } else { 0..0 };
+        self.harvest_ranges(spaces, gfns.intersect(&ALL).unwrap_or_default(), rearm)
+    }
+
+    fn harvest_ranges<R: Rearm>(
+        &self,
+        spaces: core::ops::Range<usize>,
+        gfns: GfnRange,
+        rearm: &mut R,
+    ) -> Result<Harvest<'_>, HarvestError<R::Error>> {
+        let shared = &*self.log.shared;
+        let mut state = shared.state.lock();
+        let mut harvest = Harvest::new(self, state.current.clone(), gfns);
+        let mut fresh: [Vec<(u64, Held)>; MAX_ADDRESS_SPACES] = Default::default();
+        // SAFETY: we have the lock.
+        let result = unsafe {
+            take(shared, &mut state, self.number, spaces, gfns, &mut fresh, &mut harvest.sets, rearm)
+        };
+        if result.is_err() {
+            for ((bitmap, fresh), set) in shared.spaces.iter().zip(&mut fresh).zip(&mut harvest.sets) {
+                for (number, held) in fresh.drain(..).chain(set.chunks.drain(..)) {
+                    // SAFETY: we have the lock, and the chunk is ours.
+                    unsafe { bitmap.restore(number, held) };
+                }
+            }
+        }
+        drop(state);
+        result.map(|()| harvest)
+    }
+
+    /// Copies the bits of a range without taking them, as KVM does with manual protection: bit `i` of word `w` is
+    /// the page `64 * w + i` of `gfns`, in little-endian words. Returns how many are set.
+    ///
+    /// # Errors
+    /// [`BitmapError`] where `words` does not have exactly the range's length.
+    pub fn peek(&self, space: AddressSpaceId, gfns: GfnRange, words: &mut [u64]) -> Result<u64, BitmapError> {
+        check_length(gfns, words)?;
+        let shared = &*self.log.shared;
+        let state = shared.state.lock();
+        let mut pages = 0;
+        let space = usize::from(space.get());
+        let (Some(bitmap), Some(kept)) = (shared.spaces.get(space), &state.consumers[self.number]) else {
+            words.fill(0);
+            return Ok(0);
+        };
+        let everything = bitmap.is_everything();
+        for (at, word) in words.iter_mut().enumerate() {
+            let first = gfns.start().get() + 64 * at as u64;
+            let mut bits = unaligned(first, |gfn| bitmap.word(gfn) | kept.sets[space].word(gfn));
+            if everything {
+                bits = u64::MAX;
+            }
+            bits &= up_to(gfns.end().get() - first);
+            pages += u64::from(bits.count_ones());
+            *word = bits.to_le();
+        }
+        Ok(pages)
+    }
+
+    /// Takes those pages of a range whose bits are set in `mask`, laid out as in [`peek`](Self::peek), and has
+    /// them re-armed. Bits behind the range are ignored. Returns how many pages were dirty.
+    ///
+    /// # Errors
+    /// [`HarvestError`]; nothing was taken.
+    pub fn clear<R: Rearm>(
+        &self,
+        space: AddressSpaceId,
+        gfns: GfnRange,
+        mask: &[u64],
+        rearm: &mut R,
+    ) -> Result<u64, HarvestError<R::Error>> {
+        check_length(gfns, mask)?;
+        let shared = &*self.log.shared;
+        let mut state = shared.state.lock();
+        let Some(bitmap) = shared.spaces.get(usize::from(space.get())) else { return Ok(0) };
+        spread_everything(shared, &state.current);
+        // What was taken, so that an error can put it back.
+        let mut taken = Vec::new();
+        taken.try_reserve_exact(mask.len()).map_err(|_| OutOfMemory)?;
+        let first_of = |at: usize| gfns.start().get() + 64 * at as u64;
+        let mut clear = || {
+            let mut armed = false;
+            for (at, &bits) in mask.iter().enumerate() {
+                let first = first_of(at);
+                let bits = u64::from_le(bits) & up_to(gfns.end().get() - first);
+                taken.push(0);
+                // The word may lie across two of the bitmap's.
+                let shift = first % 64;
+                let (low, high) = (bits << shift, (bits >> 1) >> (63 - shift));
+                for (word, bits) in [(first - shift, low), (first - shift + 64, high)] {
+                    if bits == 0 {
+                        continue;
+                    }
+                    // SAFETY: we have the lock.
+                    let (fresh, all) =
+                        unsafe { take_word(bitmap, &mut state, self.number, space, word, bits)? };
+                    taken[at] |= if word <= first { all >> shift } else { (all << 1) << (63 - shift) };
+                    if fresh != 0 && R::NEEDED {
+                        armed = true;
+                        rearm_word(rearm, space, word, fresh).map_err(HarvestError::Rearm)?;
+                    }
+                }
+            }
+            if armed { rearm.flush().map_err(HarvestError::Rearm) } else { Ok(()) }
+        };
+        match clear() {
+            Ok(()) => Ok(taken.iter().map(|bits| u64::from(bits.count_ones())).sum()),
+            Err(error) => {
+                for (at, &bits) in taken.iter().enumerate() {
+                    remark(bitmap, first_of(at), bits);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The bits of slots that were deleted since the last call, for a consumer that
+    /// [keeps them](DirtyLog::consumer_keeping_removed). One entry for every range of frames that went; in order.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`]; they can be asked for again.
+    pub fn take_removed(&self) -> Result<Vec<Removed>, OutOfMemory> {
+        let mut state = self.log.shared.state.lock();
+        let Some(kept) = &mut state.consumers[self.number] else { return Ok(Vec::new()) };
+        let mut removed = Vec::new();
+        removed.try_reserve_exact(kept.removed.len()).map_err(|_| OutOfMemory)?;
+        removed.extend(kept.removed.drain(..).map(|bits| Removed { log: self.log.clone(), bits }));
+        Ok(removed)
+    }
+
+    /// Puts bits back that were taken.
+    pub(super) fn keep(&self, sets: &mut [Set; MAX_ADDRESS_SPACES]) {
+        let shared = &*self.log.shared;
+        let mut state = shared.state.lock();
+        let Some(kept) = &mut state.consumers[self.number] else { return };
+        for ((bitmap, kept), set) in shared.spaces.iter().zip(&mut kept.sets).zip(sets) {
+            for (number, held) in set.chunks.drain(..) {
+                // SAFETY: we have the lock.
+                unsafe { kept.add(bitmap, number, held) };
+            }
+        }
+    }
+
+    /// Lets go of bits that were taken.
+    pub(super) fn forget(&self, sets: &mut [Set; MAX_ADDRESS_SPACES]) {
+        let shared = &*self.log.shared;
+        let _state = shared.state.lock();
+        for (bitmap, set) in shared.spaces.iter().zip(sets) {
+            // SAFETY: we have the lock.
+            unsafe { set.clear(bitmap) };
+        }
+    }
+}
+
+impl Drop for Consumer {
+    fn drop(&mut self) {
+        let shared = &*self.log.shared;
+        let mut state = shared.state.lock();
+        if let Some(mut kept) = state.consumers[self.number].take() {
+            for (bitmap, set) in shared.spaces.iter().zip(&mut kept.sets) {
+                // SAFETY: we have the lock.
+                unsafe { set.clear(bitmap) };
+            }
+            for removed in &mut kept.removed {
+                let bitmap = &shared.spaces[usize::from(removed.slot.address_space().get())];
+                // SAFETY: we have the lock.
+                unsafe { removed.set.clear(bitmap) };
+            }
+        }
+    }
+}
+
+/// The dirty pages of frames that a deleted slot had.
+pub struct Removed {
+    log: DirtyLog,
+    bits: RemovedSet,
+}
+
+impl Removed {
+    /// The slot, as it was.
+    #[must_use]
+    pub fn slot(&self) -> &Slot {
+        &self.bits.slot
+    }
+
+    /// Its frames that went.
+    #[must_use]
+    pub fn gfns(&self) -> GfnRange {
+        self.bits.gfns
+    }
+
+    /// The dirty ones, in order.
+    pub fn runs(&self) -> impl Iterator<Item = GfnRange> {
+        let gfns = self.bits.gfns;
+        let runs = self.bits.set.runs(gfns.start().get(), gfns.end().get());
+        runs.filter_map(|(from, to)| GfnRange::new(Gfn::new(from), Gfn::new(to)))
+    }
+}
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _state = self.log.shared.state.lock();
+        let bitmap = &self.log.shared.spaces[usize::from(self.bits.slot.address_space().get())];
+        // SAFETY: we have the lock.
+        unsafe { self.bits.set.clear(bitmap) };
+    }
+}
+
+/// # Safety
+/// The caller has the lock.
+#[expect(clippy::too_many_arguments, reason = "one step of `harvest_ranges`, apart for its error path")]
+unsafe fn take<R: Rearm>(
+    shared: &Shared,
+    state: &mut State,
+    consumer: usize,
+    spaces: core::ops::Range<usize>,
+    gfns: GfnRange,
+    fresh: &mut [Vec<(u64, Held)>; MAX_ADDRESS_SPACES],
+    sets: &mut [Set; MAX_ADDRESS_SPACES],
+    rearm: &mut R,
+) -> Result<(), HarvestError<R::Error>> {
+    let (from, to) = (gfns.start().get(), gfns.end().get());
+    spread_everything(shared, &state.current);
+    let mut armed = false;
+    for space in spaces.clone() {
+        // SAFETY: the caller has the lock.
+        unsafe { shared.spaces[space].take(from, to, &mut fresh[space])? };
+        if R::NEEDED {
+            let id = AddressSpaceId::new(u8::try_from(space).unwrap_or(u8::MAX));
+            for chunk in fresh[space].chunks(1) {
+                for (first, end) in Runs::new(chunk, from, to) {
+                    if let Some(gfns) = GfnRange::new(Gfn::new(first), Gfn::new(end)) {
+                        rearm.rearm(id, gfns).map_err(HarvestError::Rearm)?;
+                        armed = true;
+                    }
+                }
+            }
+        }
+    }
+    if armed {
+        rearm.flush().map_err(HarvestError::Rearm)?;
+    }
+    for space in spaces {
+        let bitmap = &shared.spaces[space];
+        for (number, kept) in state.consumers.iter_mut().enumerate() {
+            let Some(kept) = kept else { continue };
+            // SAFETY: the caller has the lock.
+            unsafe {
+                if number == consumer {
+                    kept.sets[space].take(bitmap, from, to, &mut sets[space].chunks)?;
+                } else {
+                    for &(number, held) in &fresh[space] {
+                        kept.sets[space].add_copy(bitmap, number, held)?;
+                    }
+                }
+            }
+        }
+        if sets[space].chunks.is_empty() {
+            core::mem::swap(&mut sets[space].chunks, &mut fresh[space]);
+        }
+        for (number, held) in fresh[space].drain(..) {
+            // SAFETY: the caller has the lock.
+            unsafe { sets[space].add(bitmap, number, held) };
+        }
+    }
+    Ok(())
+}
+
+/// Takes bits of a word from the bitmap, for all consumers, and from what one consumer keeps. Returns those that
+/// came from the bitmap, and all.
+///
+/// # Safety
+/// The caller has the lock.
+unsafe fn take_word(
+    bitmap: &Bitmap,
+    state: &mut State,
+    consumer: usize,
+    space: AddressSpaceId,
+    gfn: u64,
+    bits: u64,
+) -> Result<(u64, u64), OutOfMemory> {
+    let (first, space) = (gfn & !63, usize::from(space.get()));
+    // SAFETY: passed on.
+    unsafe {
+        let fresh = bitmap.take_word(gfn, bits)?;
+        let mut kept_bits = 0;
+        for (number, kept) in state.consumers.iter_mut().enumerate() {
+            let Some(kept) = kept else { continue };
+            if number == consumer {
+                match kept.sets[space].take_word(bitmap, gfn, bits) {
+                    Ok(taken) => kept_bits = taken,
+                    Err(error) => {
+                        remark(bitmap, first, fresh);
+                        return Err(error);
+                    }
+                }
+            } else {
+                for (from, to) in runs_of(first, fresh) {
+                    kept.sets[space].add_range(bitmap, from, to);
+                }
+            }
+        }
+        Ok((fresh, fresh | kept_bits))
+    }
+}
+
+fn rearm_word<R: Rearm>(rearm: &mut R, space: AddressSpaceId, first: u64, bits: u64) -> Result<(), R::Error> {
+    for (from, to) in runs_of(first, bits) {
+        if let Some(gfns) = GfnRange::new(Gfn::new(from), Gfn::new(to)) {
+            rearm.rearm(space, gfns)?;
+        }
+    }
+    Ok(())
+}
+
+fn remark(bitmap: &Bitmap, first: u64, bits: u64) {
+    for (from, to) in runs_of(first, bits) {
+        if let Some(gfns) = GfnRange::new(Gfn::new(from), Gfn::new(to)) {
+            bitmap.mark_range(gfns);
+        }
+    }
+}
+
+/// The 64 bits from `gfn` on, of words that start at multiples of 64.
+fn unaligned(gfn: u64, word: impl Fn(u64) -> u64) -> u64 {
+    match gfn % 64 {
+        0 => word(gfn),
+        shift => word(gfn) >> shift | word(gfn + 64) << (64 - shift),
+    }
+}
+
+/// The lowest `pages` bits.
+fn up_to(pages: u64) -> u64 {
+    if pages >= 64 { u64::MAX } else { (1 << pages) - 1 }
+}

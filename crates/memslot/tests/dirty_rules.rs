@@ -1,0 +1,360 @@
+//! The dirty log's rules, one named test each: what went wrong in KVM and its users (the rows of the list of past bugs
+//! are named in the tests' documentation), and what KVM does not have.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memslot::dirty::kvm::{ClearDirtyLog, KvmDirtyLog};
+use memslot::dirty::{BitmapError, Consumer, DirtyLog, Harvest, Rearm, SoftwareOnly};
+use memslot::rules::Errno;
+use memslot::{
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, Listener, ListenerError, PageSize, SlotFlags,
+    SlotId, SlotSpec, SlotTable, Update,
+};
+
+const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
+
+fn gfns(first: u64, pages: u64) -> GfnRange {
+    GfnRange::with_len(Gfn::new(first), pages).unwrap()
+}
+
+fn slot(id: u32, first: u64, pages: u64) -> SlotSpec {
+    SlotSpec {
+        address_space: RAM,
+        id: SlotId::new(id),
+        gfns: gfns(first, pages),
+        backing: Backing::Host { hva: Hva::new(0x7000_0000_0000 + (first << 16)) },
+        flags: SlotFlags::LOG_DIRTY_PAGES,
+    }
+}
+
+fn guest(slots: &[SlotSpec]) -> (SlotTable, DirtyLog, Consumer) {
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    let log = DirtyLog::attach(&mut table).unwrap();
+    let consumer = log.consumer().unwrap();
+    for slot in slots {
+        table.create(*slot).unwrap();
+    }
+    (table, log, consumer)
+}
+
+fn runs(harvest: &Harvest<'_>) -> Vec<(u64, u64)> {
+    harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect()
+}
+
+fn take(consumer: &Consumer) -> Vec<(u64, u64)> {
+    let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
+    let runs = runs(&harvest);
+    harvest.commit();
+    runs
+}
+
+/// Row 19: every edge of `KVM_CLEAR_DIRTY_LOG`'s first page and number of pages, against the rule in its own words.
+#[test]
+fn row_19_clear_checks_its_bounds() {
+    for pages in [64u64, 100, 128, 200] {
+        let (_table, _log, consumer) = guest(&[slot(0, 0x1000, pages)]);
+        let mut kvm = KvmDirtyLog::new(consumer);
+        let mask = [u64::MAX; 8];
+        for first_page in [0, 63, 64, 128, pages - 1, pages, pages + 1, u64::MAX, u64::MAX - 63, 1 << 63] {
+            let to_end = pages.wrapping_sub(first_page);
+            for num in [0, 1, 63, 64, 65, 128, to_end, to_end.wrapping_add(1), u64::from(u32::MAX)] {
+                let Ok(num_pages) = u32::try_from(num) else { continue };
+                let end = u128::from(first_page) + u128::from(num);
+                let fits = end <= u128::from(pages) && (num % 64 == 0 || end == u128::from(pages));
+                let expected = if first_page % 64 == 0 && fits { Ok(()) } else { Err(Errno::EINVAL) };
+                let clear = ClearDirtyLog { slot: 0, num_pages, first_page };
+                let got = kvm.clear_dirty_log(&clear, Some(&mask), &mut SoftwareOnly);
+                assert_eq!(got, expected, "{num_pages} pages from {first_page} of {pages}");
+            }
+        }
+    }
+}
+
+/// Counts what it is asked to do.
+#[derive(Default)]
+struct Counting {
+    pages: u64,
+    flushes: u32,
+    fails: bool,
+}
+
+impl Rearm for Counting {
+    type Error = &'static str;
+
+    fn rearm(&mut self, _: AddressSpaceId, gfns: GfnRange) -> Result<(), &'static str> {
+        assert!(!gfns.is_empty());
+        self.pages += gfns.len();
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), &'static str> {
+        self.flushes += 1;
+        if self.fails { Err("the flush failed") } else { Ok(()) }
+    }
+}
+
+/// Row 22: nothing to re-arm is nothing to do: no call with an empty range, no flush.
+#[test]
+fn row_22_an_empty_mask_does_nothing() {
+    let (_table, log, consumer) = guest(&[slot(0, 0, 1000)]);
+    log.mark(RAM, Gfn::new(70));
+    let mut counting = Counting::default();
+    assert_eq!(consumer.clear(RAM, gfns(0, 128), &[u64::MAX, 0], &mut counting), Ok(0));
+    assert_eq!(consumer.clear(RAM, gfns(64, 64), &[!(1 << 6)], &mut counting), Ok(0));
+    assert_eq!((counting.pages, counting.flushes), (0, 0));
+    assert_eq!(consumer.clear(RAM, gfns(64, 64), &[1 << 6], &mut counting), Ok(1));
+    assert_eq!((counting.pages, counting.flushes), (1, 1));
+    consumer.harvest(&mut counting).unwrap().commit();
+    assert_eq!((counting.pages, counting.flushes), (1, 1));
+}
+
+/// Row 24: writers and a harvester. A page that a harvest does not report has not changed since the last look at it.
+#[test]
+fn row_24_an_unreported_page_has_not_changed() {
+    const PAGES: usize = 200;
+    const FIRST: u64 = 32768 - 100;
+    let (_table, log, consumer) = guest(&[slot(0, FIRST, PAGES as u64)]);
+    let memory: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
+    let mut copy = vec![0; PAGES];
+    let done = std::sync::atomic::AtomicUsize::new(0);
+    let look = |copy: &mut Vec<u64>| {
+        let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
+        // What is clean has the value of the last copy, or is being written just now and will be in the next harvest.
+        for (first, pages) in runs(&harvest) {
+            for page in first - FIRST..first - FIRST + pages {
+                let page = usize::try_from(page).unwrap();
+                copy[page] = memory[page].load(Ordering::Relaxed);
+            }
+        }
+        harvest.commit();
+    };
+    std::thread::scope(|scope| {
+        for writer in 0..2 {
+            let (log, memory, done) = (log.clone(), &memory, &done);
+            scope.spawn(move || {
+                for round in 1..20_000u64 {
+                    let page = (round.wrapping_mul(0x9e37_79b9) >> 7) as usize % (PAGES / 2) * 2 + writer;
+                    memory[page].store(round, Ordering::Relaxed);
+                    if round % 64 == 0 {
+                        let page = GfnRange::with_len(Gfn::new(FIRST + page as u64), 1).unwrap();
+                        log.mark_range(RAM, page);
+                    } else {
+                        log.mark(RAM, Gfn::new(FIRST + page as u64));
+                    }
+                }
+                done.fetch_add(1, Ordering::SeqCst);
+            });
+        }
+        while done.load(Ordering::SeqCst) < 2 {
+            look(&mut copy);
+        }
+    });
+    look(&mut copy);
+    let now: Vec<u64> = memory.iter().map(|page| page.load(Ordering::Relaxed)).collect();
+    assert_eq!(copy, now, "the last harvest left a page behind");
+}
+
+/// Rows 25 and 26 are page tables' (which pages are armed how); what the log owes them is that every page that it takes
+/// is named to the backend, at 4 KiB granularity, whatever was marked at once.
+#[test]
+fn rows_25_and_26_every_page_is_named_to_the_backend() {
+    let (_table, log, consumer) = guest(&[slot(0, 0, 4 * 32768)]);
+    log.mark_range(RAM, gfns(512, 3 * 32768));
+    log.mark(RAM, Gfn::new(0));
+    let mut counting = Counting::default();
+    consumer.harvest(&mut counting).unwrap().commit();
+    assert_eq!((counting.pages, counting.flushes), (3 * 32768 + 1, 1));
+}
+
+/// Row 28: many slots, the last page of each clean. Firecracker's cursor lost its place there.
+#[test]
+fn row_28_clean_tails_do_not_shift_what_follows() {
+    let slots = [slot(0, 0, 65), slot(1, 100, 64), slot(2, 32768 - 3, 6), slot(3, 1 << 30, 130)];
+    let (_table, log, consumer) = guest(&slots);
+    for first in [0, 100, 32768 - 3, 1 << 30] {
+        log.mark_range(RAM, gfns(first + 1, 3));
+    }
+    let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
+    let spans: Vec<_> = harvest
+        .spans()
+        .map(|span| (span.run.slot.get(), span.run.gfns.start().get(), span.run.gfns.len(), span.dirty))
+        .collect();
+    let mut expected = Vec::new();
+    for (id, slot) in (0..).zip(&slots) {
+        let (first, pages) = (slot.gfns.start().get(), slot.gfns.len());
+        expected.extend([(id, first, 1, false), (id, first + 1, 3, true), (id, first + 4, pages - 4, false)]);
+    }
+    assert_eq!(spans, expected);
+    assert_eq!(runs(&harvest), [(1, 3), (101, 3), (32768 - 2, 3), ((1 << 30) + 1, 3)]);
+}
+
+/// A harvest that fails at its flush has taken nothing.
+#[test]
+fn a_failed_flush_loses_nothing() {
+    let (_table, log, consumer) = guest(&[slot(0, 0, 100_000)]);
+    log.mark_range(RAM, gfns(0, 40_000));
+    log.mark(RAM, Gfn::new(70_000));
+    let mut counting = Counting { fails: true, ..Counting::default() };
+    assert!(consumer.harvest(&mut counting).is_err());
+    assert!(consumer.clear(RAM, gfns(69_952, 64), &[u64::MAX], &mut counting).is_err());
+    assert_eq!(take(&consumer), [(0, 40_000), (70_000, 1)]);
+}
+
+/// Fails every commit.
+struct Refuser;
+
+impl Listener for Refuser {
+    fn name(&self) -> &str {
+        "refuser"
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        Err("no".into())
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
+}
+
+/// A change that is taken back leaves every bit where it was: taken by others, and not taken by anybody.
+#[test]
+fn a_change_that_is_taken_back_leaves_the_bits() {
+    let (mut table, log, consumer) = guest(&[slot(0, 0, 100), slot(1, 40_000, 40_000), slot(2, 100, 50)]);
+    let other = log.consumer_keeping_removed().unwrap();
+    table.add_listener(Box::new(Refuser)).unwrap();
+    log.mark(RAM, Gfn::new(3));
+    log.mark_range(RAM, gfns(40_001, 39_000));
+    assert_eq!(take(&other), [(3, 1), (40_001, 39_000)]);
+    log.mark(RAM, Gfn::new(103));
+    let id = SlotId::new;
+    assert!(table.delete(RAM, id(0)).is_err());
+    assert!(table.move_to(RAM, id(1), Gfn::new(40_007)).is_err());
+    assert!(table.set_flags(RAM, id(1), SlotFlags::empty()).is_err());
+    // Two slots swap their places.
+    let swapped = table.transaction(|tx| {
+        tx.resize(RAM, id(0), 50)?;
+        tx.move_to(RAM, id(0), Gfn::new(100))?;
+        tx.move_to(RAM, id(2), Gfn::new(0))
+    });
+    assert!(swapped.is_err());
+    assert_eq!(take(&consumer), [(3, 1), (103, 1), (40_001, 39_000)]);
+    assert_eq!(take(&other), [(103, 1)]);
+    assert!(other.take_removed().unwrap().is_empty());
+}
+
+/// A place that is full meets bits that a consumer has kept of it.
+#[test]
+fn all_pages_swallow_some() {
+    let (_table, log, consumer) = guest(&[slot(0, 0, 3 * 32768)]);
+    let other = log.consumer().unwrap();
+    log.mark(RAM, Gfn::new(32768 + 5));
+    assert_eq!(take(&other), [(32768 + 5, 1)]);
+    log.mark_range(RAM, gfns(32768, 32768));
+    assert_eq!(take(&other), [(32768, 32768)]);
+    log.mark(RAM, Gfn::new(32768 + 9));
+    assert_eq!(take(&other), [(32768 + 9, 1)]);
+    assert_eq!(take(&consumer), [(32768, 32768)]);
+    assert_eq!(take(&consumer), []);
+}
+
+/// Who deletes a slot may ask for its bits, and nobody else's business is touched.
+#[test]
+fn a_deleted_slot_hands_over_its_bits() {
+    let (mut table, log, consumer) = guest(&[slot(0, 0x100, 200), slot(1, 0x1000, 200)]);
+    let keeper = log.consumer_keeping_removed().unwrap();
+    log.mark(RAM, Gfn::new(0x101));
+    log.mark_range(RAM, gfns(0x1003, 100));
+    assert_eq!(take(&consumer), [(0x101, 1), (0x1003, 100)]);
+    log.mark(RAM, Gfn::new(0x110));
+    table.delete(RAM, SlotId::new(0)).unwrap();
+    let removed = keeper.take_removed().unwrap();
+    assert_eq!(removed.len(), 1);
+    assert_eq!((removed[0].slot().id().get(), removed[0].gfns()), (0, gfns(0x100, 200)));
+    assert_eq!(removed[0].runs().collect::<Vec<_>>(), [gfns(0x101, 1), gfns(0x110, 1)]);
+    assert_eq!(take(&keeper), [(0x1003, 100)]);
+    assert!(keeper.take_removed().unwrap().is_empty());
+    assert_eq!(take(&consumer), []);
+    // A new slot there starts clean.
+    table.create(slot(0, 0x100, 200)).unwrap();
+    assert_eq!(take(&consumer), []);
+}
+
+/// Bits of several sources: exactly as long as the range, nothing behind it.
+#[test]
+fn a_bitmap_of_another_length_is_an_error() {
+    let (_table, log, consumer) = guest(&[slot(0, 0, 200)]);
+    let length = |needed, words| Err(BitmapError::Length { pages: 70, needed, words });
+    assert_eq!(log.merge(RAM, gfns(3, 70), &[1]), length(2, 1));
+    assert_eq!(log.merge(RAM, gfns(3, 70), &[1, 1, 0]), length(2, 3));
+    assert_eq!(log.merge(RAM, gfns(3, 70), &[1, 1 << 6]), Err(BitmapError::BitsBehindTheEnd { pages: 70 }));
+    assert_eq!(take(&consumer), [], "an error merges nothing");
+    assert_eq!(log.merge(RAM, gfns(3, 70), &[u64::MAX, 1 << 5]), Ok(65));
+    assert_eq!(log.merge(RAM, gfns(3, 0), &[]), Ok(0));
+    assert_eq!(take(&consumer), [(3, 64), (72, 1)]);
+    assert!(consumer.peek(RAM, gfns(0, 65), &mut [0]).is_err());
+    assert!(consumer.clear(RAM, gfns(0, 65), &[0], &mut SoftwareOnly).is_err());
+}
+
+/// Bytes become pages of the host's size.
+#[test]
+fn the_page_size_is_a_parameter() {
+    for (page, shift) in [(PageSize::K4, 12), (PageSize::K16, 14), (PageSize::K64, 16)] {
+        let mut table = SlotTable::new(Limits { page_size: page, ..Limits::default() }).unwrap();
+        let log = DirtyLog::attach(&mut table).unwrap();
+        let consumer = log.consumer().unwrap();
+        table
+            .create(SlotSpec { backing: Backing::Host { hva: Hva::new(1 << 40) }, ..slot(0, 0, 100) })
+            .unwrap();
+        log.mark_bytes(RAM, Gpa::new((3 << shift) - 1), 2, page);
+        log.mark_bytes(RAM, Gpa::new(10 << shift), 1 << shift, page);
+        log.mark_bytes(RAM, Gpa::new(20 << shift), 0, page);
+        log.mark_bytes(RAM, Gpa::new((30 << shift) + 5), (1 << shift) - 5, page);
+        let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
+        assert_eq!(runs(&harvest), [(2, 2), (10, 1), (30, 1)]);
+        let bytes: Vec<_> = harvest.runs().map(|run| run.gfns.gpas(page).unwrap().len()).collect();
+        assert_eq!(bytes, [2 << shift, 1 << shift, 1 << shift]);
+    }
+}
+
+/// Two slots show the same memory: only the frame that was written through is marked.
+#[test]
+fn an_alias_is_not_marked() {
+    let alias = SlotSpec { gfns: gfns(0x8000, 64), id: SlotId::new(1), ..slot(0, 0x100, 64) };
+    let (_table, log, consumer) = guest(&[slot(0, 0x100, 64), alias]);
+    log.mark(RAM, Gfn::new(0x8003));
+    assert_eq!(take(&consumer), [(0x8003, 1)]);
+}
+
+/// A thread writes through a version that a move has replaced: the page is dirty where it is now.
+#[test]
+fn a_late_mark_finds_the_moved_slot() {
+    let (mut table, log, consumer) = guest(&[slot(0, 0x100, 64)]);
+    let mut reader = table.reader().unwrap();
+    let pinned = reader.pin();
+    table.move_to(RAM, SlotId::new(0), Gfn::new(0x9000)).unwrap();
+    log.mark_through(&pinned, RAM, gfns(0x103, 2));
+    drop(pinned);
+    assert_eq!(take(&consumer), [(0x9003, 2)]);
+}
+
+/// A clean log costs next to nothing, and a harvest of it, too.
+#[test]
+fn clean_memory_costs_nothing() {
+    let (_table, log, consumer) = guest(&[slot(0, 0, 1 << 28)]);
+    assert!(log.bytes() <= 1 << 20, "{} bytes for a clean TiB", log.bytes());
+    log.mark_range(RAM, gfns(0, 1 << 28));
+    assert!(log.bytes() <= 1 << 20, "{} bytes for a dirty TiB, marked at once", log.bytes());
+    assert_eq!(take(&consumer), [(0, 1 << 28)]);
+    // Harvests do not pile up memory.
+    let mut before = 0;
+    for round in 0..10 {
+        for page in (0..1 << 20).step_by(5000) {
+            log.mark(RAM, Gfn::new(page));
+        }
+        log.mark_range(RAM, gfns(0, 1 << 20));
+        assert_eq!(take(&consumer), [(0, 1 << 20)]);
+        if round == 1 {
+            before = log.bytes();
+        }
+    }
+    assert_eq!(log.bytes(), before);
+}
