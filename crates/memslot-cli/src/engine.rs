@@ -1,15 +1,20 @@
-//! The slot engine behind a VM of the trace. The one module that knows the core's types.
+//! The slot engine and the dirty log behind a VM of the trace. The one module that knows the core's types.
 //!
 //! A call goes through [`memslot::rules`], KVM's own order of checks; what came of it is then asked of the
 //! table's view, so that what the program shows is what the engine holds.
 
-use memslot::rules::{GuestMemfdFiles, HostLimits, Rules, UserMemoryRegion, UserMemoryRegion2};
-use memslot::{AddressSpaceId, Backing, HvaRange, Limits, PageSize, Slot, SlotId, SlotTable};
+use memslot::dirty::kvm::{
+    ClearDirtyLog, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KvmDirtyLog,
+};
+use memslot::dirty::{DirtyLog, SoftwareOnly};
+use memslot::rules::{Errno, GuestMemfdFiles, HostLimits, Rules, UserMemoryRegion, UserMemoryRegion2};
+use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, HvaRange, Limits, PageSize, Slot, SlotId, SlotTable};
 
 pub(crate) use memslot::rules::Change;
 
-use crate::history::{GUEST_MEMFD, MOST_ALIASES, MapSlot};
-use crate::trace::{GuestMemfd, Region};
+use crate::history::{GUEST_MEMFD, LOG_DIRTY_PAGES, MOST_ALIASES, MapSlot};
+use crate::trace::{Bits, GuestMemfd, Region};
 
 /// A refusal: the errno's name and the reason in words.
 #[derive(Clone, Debug)]
@@ -33,6 +38,11 @@ pub(crate) struct Engine {
     table: SlotTable,
     rules: Rules,
     files: Bindings,
+    log: DirtyLog,
+    dirty: KvmDirtyLog,
+    /// The capabilities that were enabled, with their arguments.
+    enabled: Vec<(u32, u64)>,
+    vcpus: bool,
 }
 
 /// The guest_memfd files of a trace: any descriptor is one, but no part of a file is bound twice.
@@ -68,8 +78,30 @@ impl Engine {
         let mut host = HostLimits::default();
         host.readonly_mem = capabilities.readonly_mem.unwrap_or(host.readonly_mem);
         host.guest_memfd = capabilities.guest_memfd.unwrap_or(host.guest_memfd);
-        let table = SlotTable::new(limits).map_err(|error| error.to_string())?;
-        Ok(Engine { table, rules: Rules::new(host), files: Bindings::default() })
+        let mut table = SlotTable::new(limits).map_err(|error| error.to_string())?;
+        let log = DirtyLog::attach(&mut table).map_err(|error| error.to_string())?;
+        let dirty = KvmDirtyLog::new(log.consumer().map_err(|error| error.to_string())?);
+        Ok(Engine {
+            table,
+            rules: Rules::new(host),
+            files: Bindings::default(),
+            log,
+            dirty,
+            enabled: Vec::new(),
+            vcpus: false,
+        })
+    }
+
+    /// The same VM, still empty, on a kernel with these capabilities.
+    pub(crate) fn anew(&self, capabilities: Capabilities) -> Result<Self, String> {
+        let mut new = Self::new(capabilities)?;
+        for &(cap, arg) in &self.enabled {
+            _ = new.enable_cap(cap, arg);
+        }
+        if self.vcpus {
+            new.vcpu_created();
+        }
+        Ok(new)
     }
 
     /// Applies a `KVM_SET_USER_MEMORY_REGION` or `…REGION2`.
@@ -95,6 +127,71 @@ impl Engine {
             }
         };
         result.map_err(|refusal| Refusal { errno: refusal.errno.name(), why: refusal.why.to_string() })
+    }
+
+    /// Enables a capability if it is the dirty log's; `None` if it is not.
+    pub(crate) fn enable_cap(&mut self, cap: u32, arg: u64) -> Option<Result<(), &'static str>> {
+        const OURS: [u32; 3] =
+            [KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL];
+        OURS.contains(&cap).then(|| {
+            self.dirty.enable_cap(cap, 0, arg).map_err(|errno| errno.name())?;
+            self.enabled.push((cap, arg));
+            Ok(())
+        })
+    }
+
+    pub(crate) fn vcpu_created(&mut self) {
+        self.vcpus = true;
+        self.dirty.vcpu_created();
+    }
+
+    /// Whether dirty rings are in use.
+    pub(crate) fn has_rings(&self) -> bool {
+        self.dirty.ring().is_some()
+    }
+
+    /// `KVM_GET_DIRTY_LOG`. What the guest wrote is not in a trace: so the bits that `recorded` has and we do not are
+    /// taken for its writes, and marked before the call. What the other way round we have and `recorded` has not
+    /// is a contradiction.
+    pub(crate) fn get_dirty_log(&mut self, slot: u32, recorded: &Bits) -> Result<Got, &'static str> {
+        let mut got = Got::default();
+        let known = self.slot(slot >> 16, slot & 0xffff).filter(|slot| slot.flags & LOG_DIRTY_PAGES != 0);
+        let mut words = Vec::new();
+        if let Some(slot) = known {
+            got.pages = slot.size >> PageSize::K4.shift();
+            let space = AddressSpaceId::new(u8::try_from(slot.address_space).unwrap_or(u8::MAX));
+            let gfn = slot.gpa >> PageSize::K4.shift();
+            let gfns = GfnRange::with_len(Gfn::new(gfn), got.pages).unwrap_or_default();
+            words = vec![0; usize::try_from(got.pages.div_ceil(64)).map_err(|_| "ENOMEM")?];
+            self.dirty.consumer().peek(space, gfns, &mut words).map_err(|_| "EFAULT")?;
+            let mut theirs = words_of(&Bits { pages: got.pages, runs: recorded.runs.clone() });
+            for (ours, theirs) in words.iter().zip(&mut theirs) {
+                *theirs &= !u64::from_le(*ours);
+            }
+            let last = theirs.len().checked_sub(1).filter(|_| got.pages % 64 != 0);
+            if let Some(last) = last {
+                theirs[last] &= (1 << (got.pages % 64)) - 1;
+            }
+            got.written = bits_of(&theirs);
+            self.log.merge(space, gfns, &theirs).map_err(|_| "EFAULT")?;
+        }
+        self.dirty.get_dirty_log(slot, Some(&mut words), &mut SoftwareOnly).map_err(|errno| errno.name())?;
+        let recorded = words_of(&Bits { pages: got.pages, runs: recorded.runs.clone() });
+        let more: Vec<u64> =
+            words.iter().zip(recorded).map(|(ours, theirs)| u64::from_le(*ours) & !theirs).collect();
+        got.contradicts = bits_of(&more);
+        Ok(got)
+    }
+
+    /// `KVM_CLEAR_DIRTY_LOG`.
+    pub(crate) fn clear_dirty_log(&mut self, slot: u32, first: u64, mask: &Bits) -> Result<(), &'static str> {
+        let clear = ClearDirtyLog {
+            slot,
+            num_pages: u32::try_from(mask.pages).unwrap_or(u32::MAX),
+            first_page: first,
+        };
+        let words: Vec<u64> = words_of(mask).into_iter().map(u64::to_le).collect();
+        self.dirty.clear_dirty_log(&clear, Some(&words), &mut SoftwareOnly).map_err(|errno| errno.name())
     }
 
     /// Brings one slot back to what it was: the inverse of the change that was just accepted.
@@ -126,6 +223,51 @@ impl Engine {
             .take(MOST_ALIASES)
             .collect()
     }
+}
+
+/// What a `KVM_GET_DIRTY_LOG` came to.
+#[derive(Default)]
+pub(crate) struct Got {
+    /// The slot's pages.
+    pub(crate) pages: u64,
+    /// Those that the guest must have written since the last call.
+    pub(crate) written: Vec<(u64, u64)>,
+    /// Those that are dirty to us, and clean in the record.
+    pub(crate) contradicts: Vec<(u64, u64)>,
+}
+
+/// A bitmap's words. Runs that pass its end are cut there.
+fn words_of(bits: &Bits) -> Vec<u64> {
+    let mut words = vec![0_u64; usize::try_from(bits.pages.div_ceil(64)).unwrap_or(0)];
+    for &(first, count) in &bits.runs {
+        let (mut at, end) = (first, first.saturating_add(count).min(bits.pages));
+        while at < end {
+            let to = (at | 63).saturating_add(1).min(end);
+            if let Some(word) = usize::try_from(at / 64).ok().and_then(|word| words.get_mut(word)) {
+                *word |= (u64::MAX >> (64 - (to - at))) << (at % 64);
+            }
+            at = to;
+        }
+    }
+    words
+}
+
+/// The runs of set bits.
+fn bits_of(words: &[u64]) -> Vec<(u64, u64)> {
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for (first, &word) in (0_u64..).step_by(64).zip(words) {
+        let mut left = word;
+        while left != 0 {
+            let start = u64::from(left.trailing_zeros());
+            let ones = u64::from((left >> start).trailing_ones());
+            match runs.last_mut() {
+                Some(last) if last.0 + last.1 == first + start => last.1 += ones,
+                _ => runs.push((first + start, ones)),
+            }
+            left &= (u64::MAX << (start + ones - 1)) << 1;
+        }
+    }
+    runs
 }
 
 /// The core's slot as plain numbers of bytes.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod dirty_calls;
 mod engine;
 mod history;
 mod layout;

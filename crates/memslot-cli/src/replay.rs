@@ -12,6 +12,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::BufRead;
 
+use crate::dirty_calls::{DirtyCalls, Round};
 use crate::engine::{Capabilities, Change, Engine};
 use crate::history::{GUEST_MEMFD, History, MapSlot, Moment};
 use crate::trace::{
@@ -40,7 +41,9 @@ pub(crate) struct Vm {
     pub(crate) changes: Changes,
     pub(crate) history: History,
     pub(crate) aliases: AliasLog,
-    engine: Engine,
+    /// Every GET of its dirty log, in order.
+    pub(crate) rounds: Vec<Round>,
+    pub(crate) engine: Engine,
 }
 
 /// The engine and the kernel answered differently.
@@ -75,7 +78,7 @@ pub(crate) struct Replay {
     pub(crate) ignored: Ignored,
     pub(crate) compared: u64,
     pub(crate) agreed: u64,
-    pub(crate) dirty_log_calls: u64,
+    pub(crate) dirty: DirtyCalls,
     pub(crate) disagreements: Vec<Disagreement>,
     pub(crate) unjudged: Vec<Unjudged>,
     pub(crate) vms: Vec<Vm>,
@@ -101,19 +104,20 @@ pub(crate) fn replay<R: BufRead>(
     Ok(run.finish(reader, until))
 }
 
+/// A replay under way.
 #[derive(Default)]
-struct Run {
+pub(crate) struct Run {
     capabilities: Capabilities,
-    vms: Vec<Vm>,
-    by_fd: HashMap<i64, usize>,
+    pub(crate) vms: Vec<Vm>,
+    pub(crate) by_fd: HashMap<i64, usize>,
     ioctls: HashMap<Cow<'static, str>, u64>,
     first_ns: Option<u64>,
     now_ns: u64,
     untimed: bool,
-    compared: u64,
-    dirty_log_calls: u64,
-    disagreements: Vec<Disagreement>,
-    unjudged: Vec<Unjudged>,
+    pub(crate) compared: u64,
+    pub(crate) dirty: DirtyCalls,
+    pub(crate) disagreements: Vec<Disagreement>,
+    pub(crate) unjudged: Vec<Unjudged>,
 }
 
 impl Run {
@@ -146,7 +150,12 @@ impl Run {
                     why: why.to_owned(),
                 });
             }
-            Call::DirtyLog => self.dirty_log_calls += 1,
+            Call::EnableCap { .. }
+            | Call::CreateVcpu
+            | Call::GetDirtyLog { .. }
+            | Call::ClearDirtyLog { .. }
+            | Call::DirtyLogUnprinted
+            | Call::ResetRings => self.dirty_log(&record)?,
             Call::CheckExtension(None) | Call::Other => {}
         }
         Ok(())
@@ -163,10 +172,16 @@ impl Run {
         }
     }
 
-    fn open_vm(&mut self, fd: i64, line: u64) -> Result<usize, TraceError> {
+    /// The moment of a record, which has been [clocked](Self::clock).
+    pub(crate) fn now(&self, line: u64) -> Moment {
+        Moment { line, ns: if self.untimed { line } else { self.now_ns } }
+    }
+
+    pub(crate) fn open_vm(&mut self, fd: i64, line: u64) -> Result<usize, TraceError> {
         let engine = Engine::new(self.capabilities).map_err(|what| TraceError::Line { line, what })?;
-        let (history, aliases) = (History::default(), AliasLog::default());
-        self.vms.push(Vm { fd, opened_at: line, changes: Changes::default(), history, aliases, engine });
+        let (history, aliases, rounds) = (History::default(), AliasLog::default(), Vec::new());
+        let changes = Changes::default();
+        self.vms.push(Vm { fd, opened_at: line, changes, history, aliases, rounds, engine });
         self.by_fd.insert(fd, self.vms.len() - 1);
         Ok(self.vms.len() - 1)
     }
@@ -186,7 +201,7 @@ impl Run {
         }
         for vm in &mut self.vms {
             if vm.changes == Changes::default() {
-                if let Ok(engine) = Engine::new(self.capabilities) {
+                if let Ok(engine) = vm.engine.anew(self.capabilities) {
                     vm.engine = engine;
                 }
             }
@@ -214,8 +229,8 @@ impl Run {
             }
         };
         self.compared += 1;
+        let now = self.now(record.line);
         let vm = &mut self.vms[at];
-        let now = Moment { line: record.line, ns: if self.untimed { record.line } else { self.now_ns } };
         let before = vm.engine.slot(region.address_space(), region.id());
         let disagreement = |came: String, why: String| Disagreement {
             line: record.line,
@@ -273,7 +288,7 @@ impl Run {
             ignored: reader.ignored(),
             compared: self.compared,
             agreed: self.compared - u64::try_from(self.disagreements.len()).unwrap_or(0),
-            dirty_log_calls: self.dirty_log_calls,
+            dirty: self.dirty,
             disagreements: self.disagreements,
             unjudged: self.unjudged,
             vms,

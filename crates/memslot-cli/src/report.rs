@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::dirty_calls::DirtyCalls;
 use crate::history::{Kind, MOST_ALIASES, MapSlot, flag_names};
 use crate::replay::{Changes, Disagreement, Replay, Unjudged, Vm};
 use crate::trace::{Format, GuestMemfd, Ignored};
@@ -29,7 +30,9 @@ pub(crate) struct Report {
     pub(crate) ignored: Ignored,
     pub(crate) compared: u64,
     pub(crate) agreed: u64,
+    /// All calls on the dirty log.
     pub(crate) dirty_log_calls: u64,
+    pub(crate) dirty_log: DirtyCalls,
     pub(crate) disagreements: Vec<Disagreement>,
     pub(crate) not_judged: Vec<Unjudged>,
     pub(crate) vms: Vec<VmReport>,
@@ -116,7 +119,8 @@ impl Report {
             ignored: replay.ignored,
             compared: replay.compared,
             agreed: replay.agreed,
-            dirty_log_calls: replay.dirty_log_calls,
+            dirty_log_calls: replay.dirty.calls(),
+            dirty_log: replay.dirty,
             disagreements: replay.disagreements.clone(),
             not_judged: replay.unjudged.clone(),
             vms: replay.vms.iter().map(VmReport::new).collect(),

@@ -196,15 +196,25 @@ fn not_judged(out: &mut String, report: &Report) -> fmt::Result {
 
 fn verdict(out: &mut String, report: &Report) -> fmt::Result {
     writeln!(out)?;
-    if report.dirty_log_calls > 0 {
+    let dirty = &report.dirty_log;
+    if dirty.get + dirty.clear > 0 {
+        let (get, clear) = (dirty.get, dirty.clear);
         writeln!(
             out,
-            "{} counted, not compared: they wait for the dirty engine",
-            units::count(report.dirty_log_calls, "dirty-log call")
+            "dirty log: {get} GET with {} and {clear} CLEAR compared",
+            units::count(dirty.bits, "dirty bit")
         )?;
     }
+    if dirty.reset_rings > 0 {
+        let resets = units::count(dirty.reset_rings, "reset");
+        writeln!(out, "dirty rings: {resets} compared; what was in the rings is not in the trace")?;
+    }
+    if dirty.unprinted > 0 {
+        let calls = units::count(dirty.unprinted, "dirty-log call");
+        writeln!(out, "dirty log: {calls} not compared: the trace shows only a pointer for the bitmap")?;
+    }
     if report.compared == 0 {
-        let hint = "no call that sets a memory region is in this trace: nothing was compared";
+        let hint = "no call that memslot can judge is in this trace: nothing was compared";
         return writeln!(out, "{}", paint(style::WARN, hint));
     }
     if report.disagreements.is_empty() {

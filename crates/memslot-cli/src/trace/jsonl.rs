@@ -1,7 +1,6 @@
 //! JSON lines: one object a call, as a logger preloaded into the VMM writes them.
 //!
-//! Only the fields a replay needs are looked at; others (thread, duration, the dirty bitmap itself) may be there
-//! or not. Numbers may be JSON numbers or strings, decimal or `0x…`, because 64-bit addresses do not survive
+//! Only the fields a replay needs are looked at; others (thread, duration) may be there or not. Numbers may be JSON numbers or strings, decimal or `0x…`, because 64-bit addresses do not survive
 //! every JSON writer as numbers.
 
 use std::borrow::Cow;
@@ -10,7 +9,7 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{Deserializer, Visitor};
 
-use super::{Answer, Call, GuestMemfd, Line, Record, Region, ioctl, number};
+use super::{Answer, Bits, Call, GuestMemfd, Line, Record, Region, ioctl, number};
 
 /// A number between the smallest i64 and the largest u64, however it was spelt.
 #[derive(Clone, Copy, Debug)]
@@ -69,6 +68,12 @@ struct Fields<'a> {
     hva: Option<Number>,
     guest_memfd: Option<Number>,
     guest_memfd_offset: Option<Number>,
+    arg0: Option<Number>,
+    npages: Option<Number>,
+    first: Option<Number>,
+    num: Option<Number>,
+    set: Option<Number>,
+    runs: Option<Vec<(Number, Number)>>,
 }
 
 /// Parses one line. The error is in words, without the line's number.
@@ -82,13 +87,16 @@ pub(super) fn parse(text: &str, line: u64) -> Result<Line, String> {
             let cap = fields.cap.map(|cap| narrow("cap", cap)).transpose()?;
             (ioctl::name(0x03), Call::CheckExtension(cap))
         }
-        "enable_cap" => (ioctl::name(0xa3), Call::Other),
-        "create_vcpu" => (ioctl::name(0x41), Call::Other),
+        "enable_cap" => {
+            let arg = fields.arg0.map_or(Ok(0), |arg| narrow("arg0", arg))?;
+            (ioctl::name(0xa3), Call::EnableCap { cap: required("cap", fields.cap)?, arg })
+        }
+        "create_vcpu" => (ioctl::name(0x41), Call::CreateVcpu),
         "coal_add" => (ioctl::name(0x67), Call::Other),
         "coal_del" => (ioctl::name(0x68), Call::Other),
-        "get_dirty" => (ioctl::name(0x42), Call::DirtyLog),
-        "clear_dirty" => (ioctl::name(0xc0), Call::DirtyLog),
-        "reset_rings" => (ioctl::name(0xc7), Call::DirtyLog),
+        "get_dirty" => (ioctl::name(0x42), dirty_log(&fields, false)?),
+        "clear_dirty" => (ioctl::name(0xc0), dirty_log(&fields, true)?),
+        "reset_rings" => (ioctl::name(0xc7), Call::ResetRings),
         "set" => (ioctl::name(0x46), Call::SetRegion(region(&fields, false)?)),
         "set2" => (ioctl::name(0x49), Call::SetRegion(region(&fields, true)?)),
         op => match op.strip_prefix("req_").map(|hex| (hex, u8::from_str_radix(hex, 16))) {
@@ -99,6 +107,42 @@ pub(super) fn parse(text: &str, line: u64) -> Result<Line, String> {
         },
     };
     Ok(Line::Record(Record { line, start_ns, fd, name, call, answer: answer(&fields)? }))
+}
+
+/// The most pages a slot can have.
+const MAX_PAGES: u64 = (1 << 31) - 1;
+
+/// A dirty-log call. Without its `runs` (a call that failed has none to show) only the slot is known.
+fn dirty_log(fields: &Fields<'_>, clear: bool) -> Result<Call, String> {
+    let slot = required("slot", fields.slot)?;
+    let (field, pages) = if clear { ("num", fields.num) } else { ("npages", fields.npages) };
+    let pages: u64 = pages.map_or(Ok(0), |pages| narrow(field, pages))?;
+    if pages > MAX_PAGES {
+        return Err(format!(
+            "number out of range: `{field}` is {pages}, and a slot has at most {MAX_PAGES} pages"
+        ));
+    }
+    let mut bits = Bits { pages, runs: Vec::new() };
+    let mut set = 0;
+    for &(first, count) in fields.runs.iter().flatten() {
+        let (first, count): (u64, u64) = (narrow("runs", first)?, narrow("runs", count)?);
+        let before = bits.runs.last().map_or(0, |&(first, count)| first + count);
+        if first < before || count == 0 || first.checked_add(count).is_none_or(|end| end > pages) {
+            return Err(format!(
+                "run [{first}, {count}] is out of order or not within `{field}`, {pages} pages"
+            ));
+        }
+        bits.runs.push((first, count));
+        set += count;
+    }
+    match fields.set.map(|set| narrow::<u64>("set", set)).transpose()? {
+        Some(said) if said != set => Err(format!("`set` says {said} bits, and `runs` has {set}")),
+        _ if clear => {
+            let first = fields.first.map_or(Ok(0), |first| narrow("first", first))?;
+            Ok(Call::ClearDirtyLog { slot, first, mask: bits })
+        }
+        _ => Ok(Call::GetDirtyLog { slot, bits }),
+    }
 }
 
 fn region(fields: &Fields<'_>, second: bool) -> Result<Region, String> {

@@ -81,6 +81,15 @@ impl Region {
     }
 }
 
+/// A recorded dirty bitmap.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Bits {
+    /// How many pages it is of.
+    pub(crate) pages: u64,
+    /// The set bits, as first page and number of pages; all of them lie below `pages`.
+    pub(crate) runs: Vec<(u64, u64)>,
+}
+
 /// What a call asks, as far as a replay cares.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
@@ -92,8 +101,18 @@ pub(crate) enum Call {
     SetRegion(Region),
     /// One of these two whose argument the recorder printed as a mere pointer.
     SetRegionUnprinted,
-    /// `KVM_GET_DIRTY_LOG`, `KVM_CLEAR_DIRTY_LOG`, `KVM_RESET_DIRTY_RINGS`.
-    DirtyLog,
+    /// `KVM_ENABLE_CAP`, with the capability's number and its first argument.
+    EnableCap { cap: u32, arg: u64 },
+    /// `KVM_CREATE_VCPU`.
+    CreateVcpu,
+    /// `KVM_GET_DIRTY_LOG`, with the bitmap that came back.
+    GetDirtyLog { slot: u32, bits: Bits },
+    /// `KVM_CLEAR_DIRTY_LOG`, with the bitmap of what to clear from page `first` on.
+    ClearDirtyLog { slot: u32, first: u64, mask: Bits },
+    /// One of these two of which the recorder printed a mere pointer.
+    DirtyLogUnprinted,
+    /// `KVM_RESET_DIRTY_RINGS`.
+    ResetRings,
     /// Any other KVM call: counted.
     Other,
 }

@@ -136,7 +136,9 @@ fn call(text: &str, start_ns: Option<u64>, line: u64) -> Result<Line, String> {
         "KVM_CHECK_EXTENSION" => Call::CheckExtension(rest.first().and_then(|cap| ioctl::capability(cap))),
         "KVM_SET_USER_MEMORY_REGION" => set_region(rest, false)?,
         "KVM_SET_USER_MEMORY_REGION2" => set_region(rest, true)?,
-        "KVM_GET_DIRTY_LOG" | "KVM_CLEAR_DIRTY_LOG" | "KVM_RESET_DIRTY_RINGS" => Call::DirtyLog,
+        "KVM_GET_DIRTY_LOG" | "KVM_CLEAR_DIRTY_LOG" => Call::DirtyLogUnprinted,
+        "KVM_RESET_DIRTY_RINGS" => Call::ResetRings,
+        "KVM_CREATE_VCPU" => Call::CreateVcpu,
         _ => Call::Other,
     };
     Ok(Line::Record(Record { line, start_ns, fd, name, call, answer }))
