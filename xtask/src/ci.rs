@@ -38,7 +38,10 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
                 .quiet(),
         );
     }
+    let dirty = ["run", "--quiet", "--release", "--", "dirty", "data/traces/qemu-migrate.jsonl"];
+    report.run(&Step::cargo("dirty report", dirty).quiet());
     report.run(&Step::cargo("bench slots", ["xtask", "bench", "slots", "--smoke"]).xtask());
+    report.run(&Step::cargo("bench dirty", ["xtask", "bench", "dirty", "--smoke"]).xtask());
     Ok(report.finish())
 }
 

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::dirty::migration::Link;
+
 const AFTER: &str = "\
 Exit status:
   0  everything was read, and every answer agrees
@@ -17,6 +19,7 @@ Examples:
   memslot replay vmm.strace                 check it, show map and warnings
   memslot replay --svg map.svg vmm.strace   draw the map over time
   memslot map --at 120 vmm.strace           the map as it was after line 120
+  memslot dirty --bandwidth 10Gbit/s t.jsonl  what is written, and how it would migrate
   memslot replay --json a.jsonl b.jsonl | jq '.[].disagreements'
 ";
 
@@ -32,6 +35,17 @@ Warnings are about maps that KVM accepts in silence:
   alias                  two slots on the same host memory
   mergeable              neighbours that could be one slot
   churn                  the same range deleted and created again and again";
+
+const DIRTY: &str = "\
+Reads the KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG calls of a trace. One GET of a slot is a round; what the guest wrote \
+in it is what was reported and had not been dirty already.
+
+For each slot: rounds, pages written, the rate, and the working set (different pages written since the first round).
+
+The estimate is of a pre-copy migration: the first round sends all memory, each later one what was written during the \
+one before, until the rest fits into the downtime. Writes come at the measured rate and stay in the measured working \
+set. A guest that writes faster than the link sends never gets there; then the bandwidth or the downtime that would do \
+is named.";
 
 /// Replays, checks and draws what a VMM does to its guest's memory.
 ///
@@ -56,6 +70,9 @@ pub(crate) enum Command {
     /// or 80; colours only on a terminal and not with NO_COLOR.
     #[command(after_help = AFTER)]
     Map(MapArgs),
+    /// Show which memory the guest writes, how fast, and how a live migration of it would go
+    #[command(long_about = DIRTY, after_help = AFTER)]
+    Dirty(DirtyArgs),
 }
 
 #[derive(Debug, Args)]
@@ -71,6 +88,41 @@ pub(crate) struct ReplayArgs {
 pub(crate) struct MapArgs {
     #[command(flatten)]
     pub(crate) input: Input,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DirtyArgs {
+    #[command(flatten)]
+    pub(crate) input: Input,
+    /// What the migration's link sends in a second: 1GiB/s, 10Gbit/s, 125MB
+    #[arg(long, value_name = "RATE", default_value = "1GiB/s", value_parser = bandwidth)]
+    bandwidth: f64,
+    /// How long the VM may stand still: 300ms, 1s
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = humantime::parse_duration)]
+    downtime: std::time::Duration,
+    /// Draw which pages were written when into this file (one trace only)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+impl DirtyArgs {
+    pub(crate) fn link(&self) -> Link {
+        Link { bandwidth: self.bandwidth, downtime: self.downtime.as_secs_f64() }
+    }
+}
+
+/// Bytes a second. Bits are told from bytes by `bit`.
+fn bandwidth(text: &str) -> Result<f64, String> {
+    let rate = text.strip_suffix("/s").unwrap_or(text).trim();
+    let (size, bits) = match rate.strip_suffix("bit").or_else(|| rate.strip_suffix("bits")) {
+        Some(size) => (format!("{size}B"), 8.0),
+        None => (rate.to_owned(), 1.0),
+    };
+    match parse_size::parse_size(&size) {
+        Ok(0) => Err("a link that sends nothing migrates nothing".to_owned()),
+        Ok(bytes) => Ok(bytes as f64 / bits),
+        Err(_) => Err("not a rate; write it as 1GiB/s, 125MB/s or 10Gbit/s".to_owned()),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use memslot::dirty::kvm::{
     KvmDirtyLog,
 };
 use memslot::dirty::{DirtyLog, SoftwareOnly};
-use memslot::rules::{Errno, GuestMemfdFiles, HostLimits, Rules, UserMemoryRegion, UserMemoryRegion2};
+use memslot::rules::{GuestMemfdFiles, HostLimits, Rules, UserMemoryRegion, UserMemoryRegion2};
 use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, HvaRange, Limits, PageSize, Slot, SlotId, SlotTable};
 
 pub(crate) use memslot::rules::Change;

@@ -2,12 +2,12 @@
 //!
 //! The way through the program: [`trace`] turns a file into KVM calls, [`replay`] applies them through
 //! [`engine`] (the one module that touches the slot table) and keeps a [`history`]; [`warnings`], [`report`],
-//! [`text`], [`map`] and [`svg`] say what came of it.
+//! [`text`], [`map`], [`dirty`] and [`svg`] say what came of it.
 
 #![forbid(unsafe_code)]
 
 mod cli;
-mod dirty_calls;
+mod dirty;
 mod engine;
 mod history;
 mod layout;
@@ -33,6 +33,8 @@ use clap::{CommandFactory, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use cli::{Cli, Command, Input};
+use dirty::DirtyReport;
+use dirty::migration::Link;
 use replay::Replay;
 use report::Report;
 use trace::TraceReader;
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
     let status = match &cli.command {
         Command::Replay(args) => run(&args.input, args.svg.as_deref(), Output::Report),
         Command::Map(args) => run(&args.input, None, Output::Map),
+        Command::Dirty(args) => run(&args.input, args.svg.as_deref(), Output::Dirty(args.link())),
     };
     ExitCode::from(match status {
         Status::Agrees => 0,
@@ -58,10 +61,11 @@ fn main() -> ExitCode {
     })
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum Output {
     Report,
     Map,
+    Dirty(Link),
 }
 
 fn run(input: &Input, svg: Option<&Path>, output: Output) -> Status {
@@ -85,7 +89,10 @@ fn run(input: &Input, svg: Option<&Path>, output: Output) -> Status {
             status = status.max(Status::Disagrees);
         }
         if let Some(file) = svg {
-            let picture = svg::draw(&name, &replay);
+            let picture = match output {
+                Output::Dirty(_) => svg::heat::draw(&name, &replay),
+                Output::Report | Output::Map => svg::draw(&name, &replay),
+            };
             if let Err(error) = std::fs::write(file, picture) {
                 complain(&file.display().to_string(), &error.to_string());
                 status = Status::Unreadable;
@@ -96,6 +103,7 @@ fn run(input: &Input, svg: Option<&Path>, output: Output) -> Status {
             let document = match output {
                 Output::Report => serde_json::to_string_pretty(&report),
                 Output::Map => serde_json::to_string_pretty(&report.map()),
+                Output::Dirty(link) => serde_json::to_string_pretty(&DirtyReport::new(&name, &replay, link)),
             };
             documents.extend(document);
             continue;
@@ -103,6 +111,7 @@ fn run(input: &Input, svg: Option<&Path>, output: Output) -> Status {
         let mut text = if nth > 0 { "\n".to_owned() } else { String::new() };
         let written = match output {
             Output::Report => text::write(&mut text, &report),
+            Output::Dirty(link) => dirty::text::write(&mut text, &DirtyReport::new(&name, &replay, link)),
             Output::Map => {
                 let maps: Vec<_> = replay.vms.iter().map(replay::Vm::map).collect();
                 map::write(&mut text, &report, &maps, width())

@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::BufRead;
 
-use crate::dirty_calls::{DirtyCalls, Round};
+use crate::dirty::calls::{DirtyCalls, Round};
 use crate::engine::{Capabilities, Change, Engine};
 use crate::history::{GUEST_MEMFD, History, MapSlot, Moment};
 use crate::trace::{

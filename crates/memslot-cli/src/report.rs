@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::dirty_calls::DirtyCalls;
+use crate::dirty::calls::DirtyCalls;
 use crate::history::{Kind, MOST_ALIASES, MapSlot, flag_names};
 use crate::replay::{Changes, Disagreement, Replay, Unjudged, Vm};
 use crate::trace::{Format, GuestMemfd, Ignored};

@@ -6,6 +6,7 @@
 //! the true time.
 
 mod clock;
+pub(crate) mod heat;
 
 use std::collections::HashSet;
 

@@ -21,7 +21,10 @@ fn every_recorded_trace_replays_without_disagreement() {
         let report = report(&path);
         assert_eq!(report["disagreements"], Value::Array(vec![]));
         assert_eq!(report["not_judged"], Value::Array(vec![]));
-        assert_eq!(report["compared"], report["ioctls"]["KVM_SET_USER_MEMORY_REGION"]);
+        let sets = report["ioctls"]["KVM_SET_USER_MEMORY_REGION"].as_u64().expect("a number");
+        let dirty = ["get", "clear", "enable_cap", "reset_rings"].map(|call| &report["dirty_log"][call]);
+        let dirty: u64 = dirty.iter().map(|calls| calls.as_u64().expect("a number")).sum();
+        assert_eq!(report["compared"], sets + dirty, "{}", path.display());
         seen += 1;
     }
     assert!(seen >= 10, "only {seen} traces");
@@ -54,6 +57,56 @@ fn changes_are_counted_as_they_were_recorded() {
     assert_eq!(migrate["ioctls"]["KVM_GET_DIRTY_LOG"], 84);
     assert_eq!(migrate["ioctls"]["KVM_CLEAR_DIRTY_LOG"], 500);
     assert_eq!(migrate["dirty_log_calls"], 584);
+    assert_eq!(migrate["dirty_log"]["bits"], 211_273);
+    assert_eq!(migrate["disagreements"].as_array().map(Vec::len), Some(0));
+}
+
+/// A bit that was dirty and not cleared cannot be missing from the next bitmap.
+#[test]
+fn a_bitmap_that_lacks_a_dirty_page_is_a_disagreement() {
+    let text = std::fs::read_to_string(trace("qemu-migrate.jsonl")).expect("the trace");
+    // The first GET of slot 2 reports all pages, as they are initially set.
+    let whole = "\"npages\":130880,\"runs\":[[0,130880]],\"set\":130880";
+    assert!(text.contains(whole));
+    let lacking = text.replacen(whole, "\"npages\":130880,\"runs\":[[0,7],[8,130872]],\"set\":130879", 1);
+    let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(lacking));
+    assert_eq!(status, 1);
+    assert!(out.contains("page 7 is missing: dirty before, and not cleared since"), "{out}");
+    // A bitmap of other than the slot's pages.
+    let short = text.replacen(whole, "\"npages\":130879,\"runs\":[[0,130879]],\"set\":130879", 1);
+    let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(short));
+    assert!(status == 1 && out.contains("is of 130879 pages, and the slot has 130880"), "{out}");
+}
+
+#[test]
+fn the_dirty_log_and_a_migration() {
+    let path = trace("qemu-migrate.jsonl");
+    let (status, out, _) = run(memslot().arg("dirty").arg(&path));
+    assert_eq!(status, 0);
+    assert!(out.contains("702 lines, 84 GET, 500 CLEAR, 211273 dirty bits"), "{out}");
+    assert!(out.contains("converges: 2 rounds"), "{out}");
+    let slow = ["dirty", "--bandwidth", "10MiB/s", "--downtime", "50ms", "--json"];
+    let (status, out, _) = run(memslot().args(slow).arg(&path));
+    let report: Value = serde_json::from_str(&out).expect("JSON");
+    let vm = &report["vms"][0];
+    assert_eq!((status, &vm["migration"]["converges"]), (0, &false.into()));
+    assert_eq!(vm["slots"].as_array().map(Vec::len), Some(3));
+    // A link of the bandwidth that is named is enough.
+    let needed = vm["migration"]["bandwidth_needed"].as_f64().expect("a number");
+    let enough = format!("{}B/s", (needed * 1.01).ceil());
+    let (_, out, _) = run(memslot().args(["dirty", "--downtime", "50ms", "--bandwidth", &enough]).arg(&path));
+    assert!(out.contains("converges: "), "{out}");
+}
+
+#[test]
+fn a_trace_without_bitmaps_says_so() {
+    let (status, out, _) = run(memslot().arg("dirty").arg(trace("firecracker.strace")));
+    assert!(status == 0 && out.contains("only pointers for the bitmaps"), "{out}");
+    let (status, out, _) = run(memslot().arg("dirty").arg(trace("kvmtool-256.jsonl")));
+    assert!(status == 0 && out.contains("no KVM_GET_DIRTY_LOG is in this trace"), "{out}");
+    let (status, _, error) =
+        run(memslot().args(["dirty", "--bandwidth", "fast"]).arg(trace("kvmtool-256.jsonl")));
+    assert!(status == 2 && error.contains("write it as 1GiB/s"), "{error}");
 }
 
 #[test]

@@ -159,9 +159,12 @@ fn contradiction(recorded: &Bits, got: &Got) -> Option<String> {
     let &(first, count) = got.contradicts.first()?;
     let all: u64 = got.contradicts.iter().map(|run| run.1).sum();
     let (last, more) = (first + count - 1, all - count);
-    let pages = if count == 1 { format!("page {first}") } else { format!("pages {first} to {last}") };
     let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
-    Some(format!("{pages}{more} were dirty and not cleared, and the recorded bitmap lacks them"))
+    let pages = match count {
+        1 => format!("page {first}{more} is"),
+        _ => format!("pages {first} to {last}{more} are"),
+    };
+    Some(format!("{pages} missing: dirty before, and not cleared since"))
 }
 
 fn describe(record: &Record) -> String {
