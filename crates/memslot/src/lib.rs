@@ -1,4 +1,4 @@
-//! KVM's guest-memory core: memory slots with lock-free readers, transactions, and KVM's own rules.
+//! KVM's guest-memory core: memory slots with lock-free readers, transactions, the dirty log, and KVM's own rules.
 //!
 //! A hypervisor must answer, millions of times a second and while other threads change the answer: *which memory
 //! backs this guest page, and may it be written?* In Linux that is the job of KVM's memory slots. This crate is
@@ -8,6 +8,7 @@
 //! * [`SlotTable`] owns the slots and changes them, singly or many in one [`Transaction`].
 //! * [`Reader`], [`Pinned`] and [`Snapshot`] look things up without a lock: [`View`] has every lookup.
 //! * [`Listener`]s follow every change exactly: page tables, `/dev/kvm`, VFIO, vhost.
+//! * [`dirty`] is the log of pages that were written, for many consumers, and the dirty ring.
 //! * [`rules`] is the front end with KVM's arguments, order of checks and errnos.
 //!
 //! The library depends on an allocator and on nothing else; it knows no thread, no libc and no KVM header.
