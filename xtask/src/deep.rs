@@ -75,9 +75,12 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 }
 
 fn oracle(operations: u64) -> Step {
-    Step::cargo("oracle", ["test", "--quiet", "--release", "-p", "memslot", "--test", "oracle"])
-        .env("MEMSLOT_ORACLE_OPS", operations.to_string())
-        .tests()
+    Step::cargo(
+        "oracle",
+        ["test", "--quiet", "--release", "-p", "memslot", "--test", "oracle", "--test", "dirty_oracle"],
+    )
+    .env("MEMSLOT_ORACLE_OPS", operations.to_string())
+    .tests()
 }
 
 fn miri(report: &mut Report) {
