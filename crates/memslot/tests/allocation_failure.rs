@@ -245,3 +245,179 @@ fn taking_back_needs_no_memory() {
     table.reclaim();
     assert_eq!(table.stats().nodes, nodes);
 }
+
+/// The dirty log without memory: an error, or more pages than were written; never fewer, and nothing is leaked.
+mod dirty {
+    use std::collections::BTreeSet;
+
+    use memslot::dirty::{Consumer, DirtyLog, SoftwareOnly};
+
+    use super::*;
+
+    struct Guest {
+        table: SlotTable,
+        log: DirtyLog,
+        consumers: [Consumer; 2],
+        /// What each consumer must be told of, at least; by gfn.
+        dirty: [BTreeSet<u64>; 2],
+    }
+
+    const LOW: u64 = 32768 - 50;
+    const HIGH: u64 = 1 << 30;
+
+    fn logged(id: u32, base: u64, pages: u64) -> SlotSpec {
+        SlotSpec { flags: SlotFlags::LOG_DIRTY_PAGES, ..spec(RAM, id, base, pages) }
+    }
+
+    /// Some pages are in the bitmap, some are kept for the second consumer, some chunks wait for their turn.
+    fn guest() -> Guest {
+        let mut table = SlotTable::new(Limits::default()).unwrap();
+        let log = DirtyLog::attach(&mut table).unwrap();
+        let consumers = [log.consumer().unwrap(), log.consumer_keeping_removed().unwrap()];
+        table.create(logged(0, LOW, 300)).unwrap();
+        table.create(logged(1, HIGH, 100_000)).unwrap();
+        log.mark_range(RAM, range(LOW + 40, 20));
+        log.mark_range(RAM, range(HIGH, 40_000));
+        let first: BTreeSet<u64> = (LOW + 40..LOW + 60).chain(HIGH..HIGH + 40_000).collect();
+        let harvest = consumers[0].harvest(&mut SoftwareOnly).unwrap();
+        assert_eq!(harvest.pages(), 40_020);
+        harvest.commit();
+        let mut guest = Guest { table, log, consumers, dirty: [BTreeSet::new(), first] };
+        guest.mark(LOW + 3);
+        guest.mark(HIGH + 99_999);
+        guest
+    }
+
+    fn range(first: u64, pages: u64) -> GfnRange {
+        GfnRange::with_len(Gfn::new(first), pages).unwrap()
+    }
+
+    impl Guest {
+        fn mark(&mut self, gfn: u64) {
+            self.log.mark(RAM, Gfn::new(gfn));
+            self.dirty.iter_mut().for_each(|dirty| _ = dirty.insert(gfn));
+        }
+
+        /// Everything dirty is reported to both.
+        fn check(&self, what: &str) {
+            for (at, (consumer, dirty)) in self.consumers.iter().zip(&self.dirty).enumerate() {
+                let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
+                let runs: Vec<GfnRange> = harvest.runs().map(|run| run.gfns).collect();
+                let lost = dirty.iter().find(|&&gfn| !runs.iter().any(|run| run.contains(Gfn::new(gfn))));
+                assert_eq!(lost, None, "{what}: lost for consumer {at}");
+                drop(harvest);
+            }
+        }
+    }
+
+    /// Fails the allocation behind `allowed` in each of these, for every `allowed` until none fails.
+    fn at_every_allocation(what: &str, work: impl Fn(&mut Guest, i64) -> bool) {
+        for allowed in 0.. {
+            let before = bytes();
+            let mut guest = guest();
+            let done = work(&mut guest, allowed);
+            guest.check(&format!("{what}, {allowed} allocations"));
+            drop(guest);
+            assert_eq!(bytes(), before, "{what}, {allowed} allocations: leaked");
+            if done {
+                return;
+            }
+            assert!(allowed < 500, "{what} never succeeds");
+        }
+    }
+
+    #[test]
+    fn a_mark_without_memory_marks_more() {
+        for gfn in [LOW + 100, HIGH + 70_000, 1 << 45] {
+            at_every_allocation("mark", |guest, allowed| {
+                // Where there is a slot; the last of them is far from all others.
+                guest.table.create(logged(7, (1 << 45) - 5, 10)).unwrap();
+                failing(allowed, || guest.log.mark(RAM, Gfn::new(gfn)));
+                failing(allowed, || guest.log.mark_range(RAM, range(gfn + 1, 3)));
+                guest.dirty.iter_mut().for_each(|dirty| dirty.extend(gfn..gfn + 4));
+                allowed > 4
+            });
+        }
+    }
+
+    #[test]
+    fn a_harvest_without_memory_is_an_error() {
+        at_every_allocation("harvest", |guest, allowed| {
+            let Guest { consumers, dirty, .. } = guest;
+            failing(allowed, || match consumers[0].harvest(&mut SoftwareOnly) {
+                Ok(harvest) => {
+                    harvest.commit();
+                    true
+                }
+                Err(_) => false,
+            })
+            .then(|| dirty[0].clear())
+            .is_some()
+        });
+        at_every_allocation("harvest of a part", |guest, allowed| {
+            let Guest { consumers, dirty, .. } = guest;
+            let part = range(LOW + 50, HIGH);
+            let result =
+                failing(allowed, || match consumers[1].harvest_range(RAM, part, &mut SoftwareOnly) {
+                    Ok(harvest) => {
+                        harvest.commit();
+                        true
+                    }
+                    Err(_) => false,
+                });
+            if result {
+                dirty[1].retain(|&gfn| !part.contains(Gfn::new(gfn)));
+            }
+            result
+        });
+        at_every_allocation("harvest that is dropped", |guest, allowed| {
+            failing(allowed, || guest.consumers[1].harvest(&mut SoftwareOnly).is_ok())
+        });
+    }
+
+    #[test]
+    fn a_clear_without_memory_is_an_error() {
+        let mask = [u64::MAX; 700];
+        at_every_allocation("clear", |guest, allowed| {
+            let part = range(HIGH + 64, 64 * 700);
+            let result =
+                failing(allowed, || guest.consumers[1].clear(RAM, part, &mask, &mut SoftwareOnly).is_ok());
+            if result {
+                guest.dirty[1].retain(|&gfn| !part.contains(Gfn::new(gfn)));
+            }
+            result
+        });
+    }
+
+    #[test]
+    fn a_change_of_slots_without_memory_leaves_the_bits() {
+        let id = SlotId::new;
+        at_every_allocation("move", |guest, allowed| {
+            let to = HIGH + 1_000_007;
+            let result = failing(allowed, || guest.table.move_to(RAM, id(1), Gfn::new(to)).is_ok());
+            if result {
+                let there = |&gfn: &u64| if gfn >= HIGH { gfn - HIGH + to } else { gfn };
+                guest.dirty = guest.dirty.each_ref().map(|dirty| dirty.iter().map(there).collect());
+            }
+            result
+        });
+        at_every_allocation("split and delete", |guest, allowed| {
+            let result = failing(allowed, || {
+                guest.table.transaction(|tx| {
+                    tx.split(RAM, id(1), Gfn::new(HIGH + 33_000), id(2))?;
+                    tx.delete(RAM, id(0))
+                })
+            });
+            if result.is_ok() {
+                guest.dirty.iter_mut().for_each(|dirty| dirty.retain(|&gfn| gfn >= HIGH));
+                let removed = guest.consumers[1].take_removed().unwrap();
+                let pages: u64 = removed.iter().flat_map(|it| it.runs()).map(|run| run.len()).sum();
+                assert!(pages >= 21, "20 kept for it, 1 not yet harvested");
+            }
+            result.is_ok()
+        });
+        at_every_allocation("new log, consumer", |guest, allowed| {
+            failing(allowed, || guest.log.consumer().is_ok())
+        });
+    }
+}

@@ -179,11 +179,7 @@ mod linux {
 
         fn slot(random: &mut Random) -> u32 {
             let any = u32::try_from(random.below(IDS)).unwrap();
-            if random.once_in(30) {
-                random.pick(&[IDS as u32, 32763, 32764, 65535, 1 << 16, u32::MAX])
-            } else {
-                any
-            }
+            if random.once_in(30) { random.pick(&[5, 32763, 32764, 65535, 1 << 16, u32::MAX]) } else { any }
         }
 
         fn get(&mut self, random: &mut Random) -> (i32, i32, String) {
@@ -212,7 +208,7 @@ mod linux {
             let num_pages = u32::try_from(num).unwrap();
             let mut mask = [0u64; 5];
             mask.iter_mut().for_each(|word| {
-                *word = random.pick(&[0, u64::MAX, 1, 1 << 63, 0xffff_0000]) ^ random.next()
+                *word = random.pick(&[0, u64::MAX, 1, 1 << 63, 0xffff_0000]) ^ random.next();
             });
             let is_bad = random.once_in(15);
             let bitmap = if is_bad { 0 } else { mask.as_ptr() as u64 };

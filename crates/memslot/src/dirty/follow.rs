@@ -49,6 +49,8 @@ struct Taken {
     /// Whether the frames lost their memory, not just their logging.
     removed: bool,
     bits: Bits,
+    /// With room for what each consumer that keeps removed bits may get.
+    handed_over: Vec<Set>,
 }
 
 /// The bits of some frames, taken from everybody who had them.
@@ -77,15 +79,15 @@ impl Follower {
         let leaving = update.pieces.iter().filter(|piece| lost(&piece.kind).is_some()).count();
         self.taken.try_reserve(leaving).map_err(|_| OutOfMemory)?;
         for kept in state.consumers.iter_mut().flatten().filter(|kept| kept.keeps_removed) {
-            // A piece can leave something in front of what moves, and behind.
-            kept.removed.try_reserve(2 * leaving).map_err(|_| OutOfMemory)?;
+            kept.removed.try_reserve(leaving).map_err(|_| OutOfMemory)?;
         }
         for piece in update.pieces {
             let bitmap = &shared.spaces[usize::from(piece.address_space.get())];
             if let Some((old, removed)) = lost(&piece.kind) {
                 let bits = Bits::none(piece.address_space, piece.gfns, state.consumers.len())?;
-                self.taken.push(Taken { old, removed, bits });
+                self.taken.push(Taken { old, removed, bits, handed_over: Vec::new() });
                 if let Some(taken) = self.taken.last_mut() {
+                    taken.prepare_handing_over(&state)?;
                     taken.bits.take(bitmap, &mut state)?;
                 }
             } else if gained(&piece.kind) {
@@ -123,7 +125,7 @@ impl Listener for Follower {
         for taken in &mut self.taken {
             taken.bits.take_late(shared, &mut state);
         }
-        for taken in self.taken.iter().filter(|taken| taken.removed) {
+        for taken in self.taken.iter_mut().filter(|taken| taken.removed) {
             taken.settle(shared, &mut state, update);
         }
         if shared.initially_set.load(Ordering::SeqCst) {
@@ -205,22 +207,29 @@ impl Taken {
         new.filter_map(|slot| moved_to(&self.old, self.bits.gfns, &slot))
     }
 
+    fn prepare_handing_over(&mut self, state: &State) -> Result<(), OutOfMemory> {
+        let keepers = state.consumers.iter().flatten().filter(|kept| kept.keeps_removed).count();
+        self.handed_over.try_reserve_exact(keepers).map_err(|_| OutOfMemory)?;
+        self.handed_over.resize_with(keepers, Set::default);
+        self.handed_over.iter_mut().try_for_each(|set| set.reserve(self.bits.gfns))
+    }
+
     /// Brings bits to where their memory is now, and the rest to the consumers that keep what was removed.
-    fn settle(&self, shared: &Shared, state: &mut State, update: &Update<'_>) {
+    fn settle(&mut self, shared: &Shared, state: &mut State, update: &Update<'_>) {
         for (from, to) in self.moves(update) {
             self.bits.copy(shared, state, from, to);
         }
         let gfns = self.bits.gfns;
         for (number, kept) in state.consumers.iter_mut().enumerate() {
             let Some(kept) = kept.as_mut().filter(|kept| kept.keeps_removed) else { continue };
-            // Memory that two slots show now may have moved twice.
+            // A consumer that is new since the preparation gets what there is memory for.
+            let mut set = self.handed_over.pop().unwrap_or_default();
             for gone in gaps(gfns, || self.moves(update).map(|(from, _)| from)) {
-                let set = self.bits.of_consumer(shared, number, gone);
-                let generation = update.after.generation();
-                // Room was reserved for as many as a piece usually leaves.
-                if !set.chunks.is_empty() && kept.removed.try_reserve(1).is_ok() {
-                    kept.removed.push(RemovedSet { generation, slot: self.old, gfns: gone, set });
-                }
+                self.bits.add_to(&mut set, shared, number, gone);
+            }
+            let generation = update.after.generation();
+            if !set.chunks.is_empty() && kept.removed.try_reserve(1).is_ok() {
+                kept.removed.push(RemovedSet { generation, slot: self.old, gfns, set });
             }
         }
     }
@@ -269,15 +278,13 @@ impl Bits {
         }
     }
 
-    /// All that a consumer would have seen of some of the frames.
-    fn of_consumer(&self, shared: &Shared, number: usize, gfns: GfnRange) -> Set {
-        let mut set = Set::default();
+    /// Adds all that a consumer would have seen of some of the frames.
+    fn add_to(&self, set: &mut Set, shared: &Shared, number: usize, gfns: GfnRange) {
         let own = self.kept.get(number).map_or(&[][..], Vec::as_slice);
         for (from, to) in bits_of(&self.fresh, gfns).chain(bits_of(own, gfns)) {
             // SAFETY: the caller has the lock.
             unsafe { set.add_range(self.bitmap(shared), from, to) };
         }
-        set
     }
 
     /// Copies the bits of the frames `from` to the frames `to`.

@@ -6,6 +6,7 @@ use super::bitmap::{Bitmap, word_of};
 use super::chunk::{PAGES, words_of};
 use super::place::Held;
 use super::runs::Runs;
+use crate::addr::GfnRange;
 use crate::error::OutOfMemory;
 
 /// Bits of one address space, as chunks of its [`Bitmap`], sorted by their number.
@@ -20,6 +21,13 @@ pub(super) struct Set {
 impl Set {
     pub(super) fn runs(&self, from: u64, to: u64) -> Runs<'_> {
         Runs::new(&self.chunks, from, to)
+    }
+
+    /// Makes room for all chunks of a range, so that adding bits there always finds some.
+    pub(super) fn reserve(&mut self, gfns: GfnRange) -> Result<(), OutOfMemory> {
+        let chunks = gfns.end().get().div_ceil(PAGES) - gfns.start().get() / PAGES;
+        let chunks = usize::try_from(chunks).map_err(|_| OutOfMemory)?;
+        self.chunks.try_reserve(chunks).map_err(|_| OutOfMemory)
     }
 
     fn find(&self, number: u64) -> Result<usize, usize> {

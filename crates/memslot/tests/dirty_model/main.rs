@@ -272,7 +272,7 @@ fn check_words(harvest: &Harvest<'_>, wanted: &[(u8, u64)]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
     fn a_log_is_a_set_of_pages(steps in proptest::collection::vec(step(), 1..40)) {
