@@ -166,6 +166,23 @@ fn rows_25_and_26_every_page_is_named_to_the_backend() {
     assert_eq!((counting.pages, counting.flushes), (3 * 32768 + 1, 1));
 }
 
+/// Row 27: pages that start dirty and a ring together corrupted guests silently. Here a ring turns it off, whichever of
+/// the two was asked for first: the backend arms all pages when logging starts, and nothing goes unnoticed.
+#[test]
+fn row_27_with_a_ring_no_page_starts_dirty() {
+    for ring_first in [true, false] {
+        let (mut table, log, consumer) = guest(&[]);
+        let mut kvm = KvmDirtyLog::new(consumer);
+        let calls = [(192, 65536), (168, 3)];
+        for (cap, arg) in if ring_first { calls } else { [calls[1], calls[0]] } {
+            assert_eq!(kvm.enable_cap(cap, 0, arg), Ok(()));
+        }
+        assert!(!log.initially_set());
+        table.create(slot(0, 0, 100)).unwrap();
+        assert_eq!(take(kvm.consumer()), []);
+    }
+}
+
 /// Row 28: many slots, the last page of each clean. Firecracker's cursor lost its place there.
 #[test]
 fn row_28_clean_tails_do_not_shift_what_follows() {

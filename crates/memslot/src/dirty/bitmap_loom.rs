@@ -153,3 +153,58 @@ fn the_first_marks_of_two_threads_make_one_chunk() {
 fn gfns(from: u64, to: u64) -> GfnRange {
     GfnRange::new(crate::addr::Gfn::new(from), crate::addr::Gfn::new(to)).unwrap()
 }
+
+#[test]
+fn a_mark_beside_a_clear_of_its_word_is_not_lost() {
+    check(
+        |guest| guest.write(1),
+        // SAFETY: only one thread of the model takes.
+        |guest| match unsafe { guest.bitmap.take_word(PAGE, u64::MAX).unwrap() } {
+            0 => None,
+            _ => Some(guest.page.load(Ordering::Relaxed)),
+        },
+        1,
+    );
+}
+
+/// A page behind page tables: a write to a page that is not writable faults, and the fault marks it before it grants
+/// the write. The harvester takes the bit, takes the permission away, flushes, and only then copies the page. Whatever
+/// it has not copied is then dirty again.
+#[test]
+fn a_page_is_not_reported_before_it_is_armed_again() {
+    loom::model(|| {
+        let guest = Guest::new();
+        // The lock stands for what a flush is: it waits until a write through an old translation is done.
+        let writable = Arc::new(loom::sync::Mutex::new(false));
+        let writer = thread::spawn({
+            let (guest, writable) = (guest.clone(), writable.clone());
+            move || {
+                for value in [1, 2] {
+                    let mut writable = writable.lock().unwrap();
+                    if !*writable {
+                        guest.bitmap.mark(PAGE);
+                        *writable = true;
+                    }
+                    guest.page.store(value, Ordering::Relaxed);
+                }
+            }
+        });
+        let harvest = || {
+            let mut got = Vec::new();
+            // SAFETY: only one thread of the model takes.
+            unsafe { guest.bitmap.take(0, PAGES, &mut got).unwrap() };
+            let is_dirty = Runs::new(&got, PAGE, PAGE + 1).next().is_some();
+            for (number, held) in got {
+                // SAFETY: as above.
+                unsafe { guest.bitmap.give_back(number, held) };
+            }
+            is_dirty.then(|| {
+                *writable.lock().unwrap() = false;
+                guest.page.load(Ordering::Relaxed)
+            })
+        };
+        let first = harvest();
+        writer.join().unwrap();
+        assert_eq!(harvest().or(first), Some(2));
+    });
+}
