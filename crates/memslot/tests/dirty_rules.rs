@@ -217,6 +217,68 @@ fn a_failed_flush_loses_nothing() {
     assert_eq!(take(&consumer), [(0, 40_000), (70_000, 1)]);
 }
 
+/// Panics at its first call, or at its flush.
+struct Panics(bool);
+
+impl Rearm for Panics {
+    type Error = ();
+
+    fn rearm(&mut self, _: AddressSpaceId, _: GfnRange) -> Result<(), ()> {
+        assert!(!self.0, "on purpose");
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), ()> {
+        panic!("on purpose")
+    }
+}
+
+/// A backend that panics takes no page with it, and the log goes on.
+#[test]
+fn a_panic_of_the_backend_loses_nothing() {
+    let (_table, log, consumer) = guest(&[slot(0, 0, 100_000)]);
+    log.mark_range(RAM, gfns(100, 40_000));
+    for early in [true, false] {
+        let unwound = std::panic::AssertUnwindSafe(|| consumer.harvest(&mut Panics(early)).map(drop));
+        assert!(std::panic::catch_unwind(unwound).is_err());
+        let mask = [u64::MAX; 2];
+        let unwound =
+            std::panic::AssertUnwindSafe(|| consumer.clear(RAM, gfns(90, 100), &mask, &mut Panics(early)));
+        assert!(std::panic::catch_unwind(unwound).is_err());
+    }
+    assert_eq!(take(&consumer), [(100, 40_000)]);
+}
+
+/// Ranges and gfns that no address can have: nothing is there, and nothing panics.
+#[test]
+fn the_far_end_of_the_gfns() {
+    let (_table, log, consumer) = guest(&[slot(0, 0, 100)]);
+    for gfn in [1 << 52, u64::MAX - 70, u64::MAX - 1, u64::MAX] {
+        log.mark(RAM, Gfn::new(gfn));
+        assert!(!log.is_marked(RAM, Gfn::new(gfn)));
+        let pages = (u64::MAX - gfn).min(70);
+        let words = usize::try_from(pages.div_ceil(64)).unwrap();
+        let range = gfns(gfn, pages);
+        log.mark_range(RAM, range);
+        let all = vec![u64::MAX >> (64 - pages.clamp(1, 64)); words.min(1)];
+        if words == 1 {
+            log.merge(RAM, range, &all).unwrap();
+        }
+        let mut seen = vec![0; words];
+        assert_eq!(consumer.peek(RAM, range, &mut seen), Ok(0));
+        assert_eq!(consumer.clear(RAM, range, &vec![u64::MAX; words], &mut SoftwareOnly), Ok(0));
+        let harvest = consumer.harvest_range(RAM, range, &mut SoftwareOnly).unwrap();
+        assert_eq!((harvest.pages(), harvest.words(RAM, range, &mut seen)), (0, Ok(0)));
+    }
+    log.mark_range(
+        RAM,
+        GfnRange::new(Gfn::new(0), Gfn::new(u64::MAX)).unwrap().intersect(&gfns(99, 1 << 20)).unwrap(),
+    );
+    log.mark(AddressSpaceId::new(77), Gfn::new(1));
+    log.mark_bytes(RAM, Gpa::new(u64::MAX), 5, PageSize::K4);
+    assert_eq!(take(&consumer), [(99, 1)]);
+}
+
 /// Fails every commit.
 struct Refuser;
 

@@ -90,19 +90,20 @@ impl Consumer {
         let shared = &*self.log.shared;
         let mut state = shared.state.lock();
         let mut harvest = Harvest::new(self, state.current.clone(), gfns);
-        let mut fresh: [Vec<(u64, Held)>; MAX_ADDRESS_SPACES] = Default::default();
+        let mut fresh = Fresh { shared, chunks: Default::default() };
+        let sets = &mut harvest.sets;
         // SAFETY: we have the lock.
-        let result = unsafe {
-            take(shared, &mut state, self.number, spaces, gfns, &mut fresh, &mut harvest.sets, rearm)
-        };
+        let result =
+            unsafe { take(shared, &mut state, self.number, spaces, gfns, &mut fresh.chunks, sets, rearm) };
         if result.is_err() {
-            for ((bitmap, fresh), set) in shared.spaces.iter().zip(&mut fresh).zip(&mut harvest.sets) {
-                for (number, held) in fresh.drain(..).chain(set.chunks.drain(..)) {
+            for (bitmap, set) in shared.spaces.iter().zip(sets) {
+                for (number, held) in set.chunks.drain(..) {
                     // SAFETY: we have the lock, and the chunk is ours.
                     unsafe { bitmap.restore(number, held) };
                 }
             }
         }
+        drop(fresh);
         drop(state);
         result.map(|()| harvest)
     }
@@ -153,44 +154,36 @@ impl Consumer {
         let mut state = shared.state.lock();
         let Some(bitmap) = shared.spaces.get(usize::from(space.get())) else { return Ok(0) };
         spread_everything(shared, &state.current);
-        // What was taken, so that an error can put it back.
-        let mut taken = Vec::new();
-        taken.try_reserve_exact(mask.len()).map_err(|_| OutOfMemory)?;
-        let first_of = |at: usize| gfns.start().get() + 64 * at as u64;
-        let mut clear = || {
-            let mut armed = false;
-            for (at, &bits) in mask.iter().enumerate() {
-                let first = first_of(at);
-                let bits = u64::from_le(bits) & up_to(gfns.end().get() - first);
-                taken.push(0);
-                // The word may lie across two of the bitmap's.
-                let shift = first % 64;
-                let (low, high) = (bits << shift, (bits >> 1) >> (63 - shift));
-                for (word, bits) in [(first - shift, low), (first - shift + 64, high)] {
-                    if bits == 0 {
-                        continue;
-                    }
-                    // SAFETY: we have the lock.
-                    let (fresh, all) =
-                        unsafe { take_word(bitmap, &mut state, self.number, space, word, bits)? };
-                    taken[at] |= if word <= first { all >> shift } else { (all << 1) << (63 - shift) };
-                    if fresh != 0 && R::NEEDED {
-                        armed = true;
-                        rearm_word(rearm, space, word, fresh).map_err(HarvestError::Rearm)?;
-                    }
+        let start = gfns.start().get();
+        let mut taken = Cleared { bitmap, first: start, words: Vec::new() };
+        taken.words.try_reserve_exact(mask.len()).map_err(|_| OutOfMemory)?;
+        let mut armed = false;
+        for (at, &bits) in mask.iter().enumerate() {
+            let first = start + 64 * at as u64;
+            let bits = u64::from_le(bits) & up_to(gfns.end().get() - first);
+            taken.words.push(0);
+            // The word may lie across two of the bitmap's.
+            let shift = first % 64;
+            let (low, high) = (bits << shift, (bits >> 1) >> (63 - shift));
+            for (word, bits) in [(first - shift, low), ((first - shift).wrapping_add(64), high)] {
+                if bits == 0 {
+                    continue;
                 }
-            }
-            if armed { rearm.flush().map_err(HarvestError::Rearm) } else { Ok(()) }
-        };
-        match clear() {
-            Ok(()) => Ok(taken.iter().map(|bits| u64::from(bits.count_ones())).sum()),
-            Err(error) => {
-                for (at, &bits) in taken.iter().enumerate() {
-                    remark(bitmap, first_of(at), bits);
+                // SAFETY: we have the lock.
+                let (fresh, all) = unsafe { take_word(bitmap, &mut state, self.number, space, word, bits)? };
+                taken.words[at] |= if word <= first { all >> shift } else { (all << 1) << (63 - shift) };
+                if fresh != 0 && R::NEEDED {
+                    armed = true;
+                    rearm_word(rearm, space, word, fresh).map_err(HarvestError::Rearm)?;
                 }
-                Err(error)
             }
         }
+        if armed {
+            rearm.flush().map_err(HarvestError::Rearm)?;
+        }
+        // Not put back: they are clean.
+        let words = core::mem::take(&mut taken.words);
+        Ok(words.iter().map(|bits| u64::from(bits.count_ones())).sum())
     }
 
     /// The bits of slots that were deleted since the last call, for a consumer that
@@ -282,6 +275,39 @@ impl Drop for Removed {
         let bitmap = &self.log.shared.spaces[usize::from(self.bits.slot.address_space().get())];
         // SAFETY: we have the lock.
         unsafe { self.bits.set.clear(bitmap) };
+    }
+}
+
+/// Chunks that were taken from the bitmaps and are nobody's yet. What is left here goes back, also where
+/// [`Rearm`] panics. Dropped before the lock is let go of.
+struct Fresh<'a> {
+    shared: &'a Shared,
+    chunks: [Vec<(u64, Held)>; MAX_ADDRESS_SPACES],
+}
+
+impl Drop for Fresh<'_> {
+    fn drop(&mut self) {
+        for (bitmap, chunks) in self.shared.spaces.iter().zip(&mut self.chunks) {
+            for (number, held) in chunks.drain(..) {
+                // SAFETY: the lock is held, and the chunk is ours.
+                unsafe { bitmap.restore(number, held) };
+            }
+        }
+    }
+}
+
+/// The bits that a clear has taken, laid out as its mask. They go back unless they are kept away.
+struct Cleared<'a> {
+    bitmap: &'a Bitmap,
+    first: u64,
+    words: Vec<u64>,
+}
+
+impl Drop for Cleared<'_> {
+    fn drop(&mut self) {
+        for (at, &bits) in self.words.iter().enumerate() {
+            remark(self.bitmap, self.first + 64 * at as u64, bits);
+        }
     }
 }
 
@@ -400,11 +426,11 @@ fn remark(bitmap: &Bitmap, first: u64, bits: u64) {
     }
 }
 
-/// The 64 bits from `gfn` on, of words that start at multiples of 64.
+/// The 64 bits from `gfn` on, of words that start at multiples of 64. What lies behind the last gfn is not asked for.
 fn unaligned(gfn: u64, word: impl Fn(u64) -> u64) -> u64 {
     match gfn % 64 {
         0 => word(gfn),
-        shift => word(gfn) >> shift | word(gfn + 64) << (64 - shift),
+        shift => word(gfn) >> shift | word(gfn.wrapping_add(64)) << (64 - shift),
     }
 }
 

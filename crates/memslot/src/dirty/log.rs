@@ -186,7 +186,7 @@ impl DirtyLog {
             } else {
                 runs_of(first, word).for_each(|(from, to)| self.mark_up_to(space, from, to));
             }
-            first += len;
+            first = first.wrapping_add(len);
         }
         Ok(pages)
     }
