@@ -59,8 +59,18 @@ impl Chunk {
     /// Sets the bits of the pages `[from, to)`, a word at a time. A word is written also where all its bits are set
     /// already: so whoever takes them later sees what the caller wrote before.
     pub(super) fn mark_range(&self, from: u64, to: u64) {
-        for (word, bits) in words_of(from, to) {
-            self.words[word % WORDS].fetch_or(bits, Ordering::SeqCst);
+        #[expect(clippy::cast_possible_truncation, reason = "up to WORDS")]
+        let (first, end) = ((from.div_ceil(64)) as usize, (to / 64) as usize);
+        if first <= end {
+            // The whole words, and what is left at both edges.
+            self.words[first..end].iter().for_each(|word| _ = word.fetch_or(u64::MAX, Ordering::SeqCst));
+            for (word, bits) in words_of(from, 64 * first as u64).chain(words_of(64 * end as u64, to)) {
+                self.words[word].fetch_or(bits, Ordering::SeqCst);
+            }
+        } else {
+            for (word, bits) in words_of(from, to) {
+                self.words[word].fetch_or(bits, Ordering::SeqCst);
+            }
         }
         fence_for_loom();
         for (at, words) in words_of(from / 64, to.div_ceil(64)) {
