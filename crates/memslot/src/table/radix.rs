@@ -11,6 +11,7 @@
 use core::ptr::{self, NonNull};
 
 use super::node::{Arena, NodePtr};
+use super::search::settled;
 use crate::error::OutOfMemory;
 
 /// Ways out of an inner node.
@@ -102,8 +103,8 @@ impl Entry {
             // The tag is `below`, said so that the compiler does not take the one for the other. A tag of 0 may mean
             // that there is nothing, which is looked at further down.
             while below > 0 && entry.0.addr().wrapping_sub(below as usize) & TAG == 0 {
-                let way = Inner::item_at(way_of(key, below, WAYS));
-                entry = *entry.0.wrapping_byte_add(way.wrapping_sub(below as usize)).cast();
+                let way = settled(Inner::item_at(way_of(key, below, WAYS)).wrapping_sub(below as usize));
+                entry = *entry.0.wrapping_byte_add(way).cast();
                 below = below.saturating_sub(LEVEL);
             }
             loop {

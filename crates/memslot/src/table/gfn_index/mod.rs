@@ -29,10 +29,10 @@ mod walk;
 pub(super) use self::walk::Walk;
 
 use self::edit::{Block, edit_entry, free_private};
-use self::leaf::{Change, Kind, Label, Leaf, NO_OFFSET, Piece, low};
+use self::leaf::{Change, Kind, Label, Leaf, Mapping, NO_OFFSET, Piece, low};
 use super::node::Arena;
-use super::radix::Entry;
-use super::search::{key, prefetch};
+use super::radix::{Entry, Way};
+use super::search::{FEW, key, prefetch};
 use crate::error::OutOfMemory;
 use crate::slot::{Slot, SlotFlags};
 
@@ -133,21 +133,21 @@ impl GfnIndex {
         // SAFETY: passed on; the leaf has a slot of that number.
         unsafe {
             let (leaf, number) = self.locate(gfn)?;
-            let (header, mapping) = (leaf.header(), leaf.item(number.wrapping_sub(1)));
-            let wanted = low(gfn.wrapping_sub(header.base));
-            (wanted < mapping.end).then(|| Found {
-                delta: mapping.delta,
-                pages_left: mapping.end - wanted,
-                pages_before: wanted.wrapping_sub(header.from(number.wrapping_sub(1))),
-                label: mapping.label,
+            let Mapping { delta, end, label } = *leaf.item(number.wrapping_sub(1));
+            let wanted = low(gfn.wrapping_sub(leaf.header().base));
+            (wanted < end).then(|| Found {
+                delta,
+                pages_left: end - wanted,
+                pages_before: wanted.wrapping_sub(leaf.header().from(number.wrapping_sub(1))),
+                label,
             })
         }
     }
 
     /// The leaf and the number (from 1 on) of the last slot that starts at or before `gfn`, if the leaf has one.
     ///
-    /// Not inlined: this is most of a lookup's code and none of its time is the call's, as both results are in
-    /// registers. So what is around it stays small enough to be inlined.
+    /// Not inlined: this is most of a lookup's code, and the call costs no time, as both results are in registers.
+    /// So what is around it stays small enough to be inlined.
     ///
     /// # Safety
     /// As [`find`](Self::find).
@@ -155,15 +155,20 @@ impl GfnIndex {
     unsafe fn locate(&self, gfn: u64) -> Option<(Leaf, usize)> {
         // SAFETY: the version is held; the leaf is reachable from it.
         unsafe {
-            let leaf: Leaf = self.root.walk(gfn)?;
+            let (leaf, few): (Leaf, _) = match self.root.way() {
+                Way::Leaf(leaf) if leaf.items().len() <= FEW => (leaf, true),
+                _ => (self.root.walk(gfn)?, false),
+            };
             // The search decides which line of the mappings is needed; by then it is there.
             prefetch(leaf.raw(), 2..5);
             let header = leaf.header();
             if gfn.wrapping_sub(header.base) >= u64::from(header.reach) {
                 return locate_beyond_reach(leaf, gfn);
             }
+            let sought = key(low(gfn));
+            let keys = &header.keys;
             // The first slot starts at the base, so at least one key is not above.
-            Some((leaf, header.keys.not_above(key(low(gfn)))))
+            Some((leaf, if few { keys.not_above_of_few(sought) } else { keys.not_above(sought) }))
         }
     }
 
