@@ -62,20 +62,40 @@ impl Keys {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(super) fn above(&self, wanted: i32) -> u32 {
+        use core::arch::x86_64::{_mm_movemask_epi8, _mm_set1_epi32};
+        // SAFETY: SSE2 is part of x86-64.
+        let above = unsafe { _mm_movemask_epi8(self.bytes_above(_mm_set1_epi32(wanted))) };
+        u32::from_ne_bytes(above.to_ne_bytes())
+    }
+
+    /// Which of these starts are not above `wanted` while their ends are, a bit for each.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    pub(super) fn covering(&self, ends: &Self, wanted: i32) -> u32 {
+        use core::arch::x86_64::{_mm_andnot_si128, _mm_movemask_epi8, _mm_set1_epi32};
+        // SAFETY: SSE2 is part of x86-64.
+        let covering = unsafe {
+            let wanted = _mm_set1_epi32(wanted);
+            _mm_movemask_epi8(_mm_andnot_si128(self.bytes_above(wanted), ends.bytes_above(wanted)))
+        };
+        u32::from_ne_bytes(covering.to_ne_bytes())
+    }
+
+    /// A byte of ones for each key that is above those of `wanted`.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    fn bytes_above(&self, wanted: core::arch::x86_64::__m128i) -> core::arch::x86_64::__m128i {
         use core::arch::x86_64::{
-            __m128i, _mm_cmpgt_epi32, _mm_load_si128, _mm_movemask_epi8, _mm_packs_epi16, _mm_packs_epi32,
-            _mm_set1_epi32,
+            __m128i, _mm_cmpgt_epi32, _mm_load_si128, _mm_packs_epi16, _mm_packs_epi32,
         };
         let keys: *const __m128i = (&raw const self.0).cast();
         // SAFETY: SSE2 is part of x86-64; the loads are of the 64 bytes of `self`, aligned to 16.
-        let above = unsafe {
-            let wanted = _mm_set1_epi32(wanted);
+        unsafe {
             let quarter = |i| _mm_cmpgt_epi32(_mm_load_si128(keys.add(i)), wanted);
             let low = _mm_packs_epi32(quarter(0), quarter(1));
             let high = _mm_packs_epi32(quarter(2), quarter(3));
-            _mm_movemask_epi8(_mm_packs_epi16(low, high))
-        };
-        u32::from_ne_bytes(above.to_ne_bytes())
+            _mm_packs_epi16(low, high)
+        }
     }
 
     /// Which keys are above `wanted`, a bit for each.
@@ -83,6 +103,13 @@ impl Keys {
     #[inline]
     pub(super) fn above(&self, wanted: i32) -> u32 {
         self.0.iter().enumerate().fold(0, |mask, (i, &key)| mask | u32::from(key > wanted) << i)
+    }
+
+    /// Which of these starts are not above `wanted` while their ends are, a bit for each.
+    #[cfg(not(target_arch = "x86_64"))]
+    #[inline]
+    pub(super) fn covering(&self, ends: &Self, wanted: i32) -> u32 {
+        !self.above(wanted) & ends.above(wanted)
     }
 }
 
