@@ -547,9 +547,12 @@ impl Reader {
     }
 
     /// Pins, translates and leaves: for a single lookup.
+    ///
+    /// It does not remember the slot: where lookups jump about, that costs more than the pin. To look up the same
+    /// slot again and again, [`pin`](Self::pin) once and ask [`Pinned::translate`].
     #[inline]
     pub fn translate(&mut self, space: AddressSpaceId, gpa: Gpa) -> Option<Translation> {
-        self.pin().translate(space, gpa)
+        View::translate(&self.pin(), space, gpa)
     }
 }
 

@@ -67,9 +67,15 @@ impl<H: Copy, T: Copy> NodePtr<H, T> {
     const HEADER_AT: usize = size_of::<Head>().next_multiple_of(align_of::<H>());
     const ITEMS_AT: usize = (Self::HEADER_AT + size_of::<H>()).next_multiple_of(align_of::<T>());
 
+    /// Where in a node the item at `index` is.
+    #[inline]
+    pub(super) const fn item_at(index: usize) -> usize {
+        Self::ITEMS_AT + index * size_of::<T>()
+    }
+
     /// The bytes of a node of `capacity` items.
     const fn bytes(capacity: usize) -> usize {
-        Self::ITEMS_AT + capacity * size_of::<T>()
+        Self::item_at(capacity)
     }
 
     #[inline]

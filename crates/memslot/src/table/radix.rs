@@ -11,12 +11,15 @@
 use core::ptr::{self, NonNull};
 
 use super::node::{Arena, NodePtr};
+use super::search::settled;
 use crate::error::OutOfMemory;
 
 /// Ways out of an inner node.
 pub(super) const WAYS: usize = 64;
 /// Ways out of a wide root.
 pub(super) const WIDE: usize = 128;
+/// Levels are so many bits apart.
+const LEVEL: u32 = WAYS.trailing_zeros();
 const TAG: usize = 63;
 /// The tag of a leaf; no inner node has this shift.
 const LEAF: usize = 63;
@@ -80,21 +83,35 @@ impl Entry {
 
     /// Walks from the root to the leaf that would hold `key`.
     ///
+    /// The next node most often is one level below. Where that is so, the way out of it is taken from the level
+    /// and not from the entry, so that a step waits for one load and for nothing else.
+    ///
     /// # Safety
     /// The entry is a root of a version that is held for `'a`, in a tree whose leaves have this shape.
     #[inline]
-    pub(super) unsafe fn walk<H: Copy, T: Copy>(mut self, key: u64) -> Option<NodePtr<H, T>> {
+    pub(super) unsafe fn walk<H: Copy, T: Copy>(self, key: u64) -> Option<NodePtr<H, T>> {
         // SAFETY: the nodes are reachable from the held version; the root says how many ways it has, and all
         // others have 64. Both are powers of two.
         unsafe {
-            if let Way::Inner(node, shift) = self.way::<H, T>() {
-                self = *node.item(way_of(key, shift, node.items().len()));
+            let (mut entry, mut below) = match self.way() {
+                Way::Nothing => return None,
+                Way::Leaf(leaf) => return Some(leaf),
+                Way::Inner(node, shift) => {
+                    (*node.item(way_of(key, shift, node.items().len())), shift.saturating_sub(LEVEL))
+                }
+            };
+            // The tag is `below`, said so that the compiler does not take the one for the other. A tag of 0 may mean
+            // that there is nothing, which is looked at further down.
+            while below > 0 && entry.0.addr().wrapping_sub(below as usize) & TAG == 0 {
+                let way = settled(Inner::item_at(way_of(key, below, WAYS)).wrapping_sub(below as usize));
+                entry = *entry.0.wrapping_byte_add(way).cast();
+                below = below.saturating_sub(LEVEL);
             }
             loop {
-                match self.way() {
+                match entry.way() {
                     Way::Nothing => return None,
                     Way::Leaf(leaf) => return Some(leaf),
-                    Way::Inner(node, shift) => self = *node.item(way_of(key, shift, WAYS)),
+                    Way::Inner(node, shift) => entry = *node.item(way_of(key, shift, WAYS)),
                 }
             }
         }
@@ -124,7 +141,7 @@ pub(super) const fn region_last(start: u64, shift: u32, ways: usize) -> u64 {
 pub(super) const fn common_shift(first: u32, a: u64, b: u64, ways: usize) -> u32 {
     let differ = 64 - (a ^ b).leading_zeros();
     let above = differ.saturating_sub(first + ways.trailing_zeros());
-    first + above.div_ceil(6) * 6
+    first + above.next_multiple_of(LEVEL)
 }
 
 impl Arena {

@@ -206,3 +206,65 @@ fn an_empty_range_of_host_memory_hits_nothing() {
         assert_eq!(table.view().slots_at_hva(RAM, empty).count(), 0);
     }
 }
+
+/// Keys are 32 bits of a gfn: around a multiple of 2^32 every frame is found, and so is every hole.
+#[test]
+fn lookups_around_a_multiple_of_two_to_the_32() {
+    const LAYOUTS: [&[(i64, u64)]; 7] = [
+        &[(-40, 8), (-20, 10), (-10, 9)],
+        &[(-40, 8), (-20, 10), (-10, 10)],
+        &[(-40, 8), (-1, 1), (0, 1), (1, 3)],
+        &[(-40, 8), (-3, 9), (10, 20)],
+        &[(0, 1), (3, 7), (20, 1)],
+        &[(-(1 << 31), 9), (-30, 15), (1 << 30, 7)],
+        &[(-(1 << 31) + 5, (1 << 31) - 1), (7, (1 << 31) - 1)],
+    ];
+    for border in [1_u64 << 32, 5 << 32] {
+        for (layout, backwards) in LAYOUTS.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+            let place = |&(from, pages): &(i64, u64)| (border.wrapping_add_signed(from), pages);
+            let mut places: Vec<_> = layout.iter().map(place).collect();
+            if backwards {
+                places.reverse();
+            }
+            let mut table = SlotTable::new(Limits::default()).unwrap();
+            for (id, &(base, pages)) in (0..).zip(&places) {
+                table.create(spec(id, base, pages, 1 << 32 | base)).unwrap();
+            }
+            let ends = places.iter().flat_map(|&(base, pages)| [base, base + pages]);
+            for gfn in ends.chain([border, border - (1 << 32), border + (1 << 31)]) {
+                for gfn in gfn.saturating_sub(3)..gfn + 3 {
+                    let expected =
+                        places.iter().position(|&(base, pages)| (base..base + pages).contains(&gfn));
+                    let found = table.view().translate(RAM, Gpa::new(gfn << 12));
+                    assert_eq!(
+                        found.map(|found| found.slot.get() as usize),
+                        expected,
+                        "{gfn:#x} of {layout:?}"
+                    );
+                    if let (Some(found), Some(slot)) = (found, expected) {
+                        let (base, pages) = places[slot];
+                        assert_eq!(found.hva.get() >> 12, (1 << 32 | base) + (gfn - base));
+                        assert_eq!(found.bytes_left >> 12, base + pages - gfn);
+                    }
+                }
+            }
+            let mut sorted = places.clone();
+            sorted.sort_unstable();
+            let slots = table.view().slots(RAM).map(|slot| (slot.base_gfn().get(), slot.pages()));
+            assert_eq!(slots.collect::<Vec<_>>(), sorted);
+            // In one transaction the leaf is private, so it changes where it stands.
+            table
+                .transaction(|tx| {
+                    tx.set_read_only(RAM, SlotId::new(0), true)?;
+                    tx.delete(RAM, SlotId::new(1))?;
+                    let (base, pages) = places[1];
+                    tx.create(spec(1, base, pages, 1 << 33 | base))
+                })
+                .unwrap();
+            for (id, &(base, _)) in (0..).zip(&places) {
+                let found = table.view().translate(RAM, Gpa::new(base << 12)).unwrap();
+                assert_eq!(found.slot.get(), id);
+            }
+        }
+    }
+}

@@ -43,12 +43,58 @@ impl Label {
 
 const _: () = assert!(MAX_SLOTS == 1 << Label::FLAGS_AT);
 
+/// What a leaf says of all its slots.
+///
+/// Keys are the low 32 bits of the gfns where slots start, and a lookup compares those of the gfn it is given: the
+/// search need not wait for the base. That would go wrong where gfns pass a multiple of 2^32 (16 TiB with pages of
+/// 4 KiB), so the keys of a leaf that lies across one count from its base. Such a leaf has a reach of 0.
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 pub(super) struct LeafHeader {
-    /// First gfn of the leaf's first slot; keys and mappings count from here.
+    /// First gfn of the leaf's first slot; the ends of mappings count from here.
     pub(super) base: u64,
+    /// How many gfns from the base on may be looked up by their low 32 bits.
+    pub(super) reach: u32,
     pub(super) keys: Keys,
+}
+
+impl LeafHeader {
+    /// The header of a leaf without slots.
+    fn new(base: u64, last: u64) -> Self {
+        // The last gfn before the multiple is out of reach: its low 32 bits are the key of a place without a slot.
+        let reach = NO_OFFSET - low(base);
+        let reach = if last - base < u64::from(reach) { reach } else { 0 };
+        Self { base, reach, keys: Keys([key(NO_OFFSET); KEYS]) }
+    }
+
+    /// From where on keys count, as far as 32 bits tell.
+    #[inline]
+    fn origin(&self) -> u32 {
+        if self.reach == 0 { low(self.base) } else { 0 }
+    }
+
+    /// The key of a slot that starts at `gfn`.
+    fn key(&self, gfn: u64) -> i32 {
+        key(low(gfn).wrapping_sub(self.origin()))
+    }
+
+    /// How far from the base the slot at a place starts.
+    pub(super) fn from(&self, at: usize) -> u32 {
+        offset(self.keys.0[at % KEYS]).wrapping_add(self.origin()).wrapping_sub(low(self.base))
+    }
+
+    /// Whether a slot that starts in the leaf and ends with this gfn may be in it.
+    fn reaches(&self, last: u64) -> bool {
+        let reach = if self.reach == 0 { NO_OFFSET - 1 } else { self.reach };
+        last - self.base < u64::from(reach.min(NO_OFFSET - 1))
+    }
+}
+
+/// The low 32 bits.
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
+pub(super) const fn low(gfn: u64) -> u32 {
+    gfn as u32
 }
 
 pub(super) type Leaf = NodePtr<LeafHeader, Mapping>;
@@ -69,8 +115,8 @@ impl Piece {
         Self { start, delta, pages: slot.pages32(), label: Label::of(slot) }
     }
 
-    pub(super) fn from_leaf(header: &LeafHeader, key: i32, mapping: &Mapping) -> Self {
-        let from = offset(key);
+    fn from_leaf(header: &LeafHeader, at: usize, mapping: &Mapping) -> Self {
+        let from = header.from(at);
         Self {
             start: header.base + u64::from(from),
             delta: mapping.delta,
@@ -79,11 +125,11 @@ impl Piece {
         }
     }
 
-    pub(super) fn to_leaf(self, base: u64) -> (i32, Mapping) {
-        // Whoever asks has checked with `fits` that nothing saturates here.
-        let from = u32::try_from(self.start - base).unwrap_or(NO_OFFSET);
+    fn to_leaf(self, header: &LeafHeader) -> (i32, Mapping) {
+        // Whoever asks has checked with `fits` or `reaches` that nothing saturates here.
+        let from = u32::try_from(self.start - header.base).unwrap_or(NO_OFFSET);
         let end = from.saturating_add(self.pages);
-        (key(from), Mapping { delta: self.delta, end, label: self.label })
+        (header.key(self.start), Mapping { delta: self.delta, end, label: self.label })
     }
 
     pub(super) fn last(&self) -> u64 {
@@ -119,8 +165,8 @@ impl Pieces {
     pub(super) unsafe fn append(&mut self, leaf: Leaf) {
         // SAFETY: passed on.
         let (header, mappings) = unsafe { (leaf.header(), leaf.items()) };
-        for (&key, mapping) in header.keys.0.iter().zip(mappings) {
-            let piece = Piece::from_leaf(header, key, mapping);
+        for (at, mapping) in mappings.iter().enumerate() {
+            let piece = Piece::from_leaf(header, at, mapping);
             if self.len == 0 || self.array[self.len - 1].start < piece.start {
                 self.push(piece);
             }
@@ -177,24 +223,23 @@ pub(super) unsafe fn edit_in_place(arena: &Arena, leaf: Leaf, change: &Change) -
     unsafe {
         let (mut header, mappings) = (*leaf.header(), leaf.items());
         let piece = change.piece;
-        let from = match piece.start.checked_sub(header.base).map(u32::try_from) {
-            Some(Ok(from)) if from != NO_OFFSET && arena.is_private(leaf) => from,
-            _ => return Ok(false),
-        };
-        // At least 1: the first key is 0.
-        let at = header.keys.not_above(key(from));
-        let (new_key, new) = piece.to_leaf(header.base);
+        if piece.start < header.base || !header.reaches(piece.last()) || !arena.is_private(leaf) {
+            return Ok(false);
+        }
+        let (new_key, new) = piece.to_leaf(&header);
+        let from = new.end - piece.pages;
+        // At least 1: the first slot starts at the base.
+        let at = header.keys.not_above(new_key);
         let before = mappings[at - 1];
         match change.kind {
             Kind::Insert => {
                 if before.end > from {
                     return Err(Failure::Overlap(before.label.id()));
                 }
-                if let Some(after) = mappings.get(at).filter(|_| offset(header.keys.0[at]) < new.end) {
+                if let Some(after) = mappings.get(at).filter(|_| header.from(at) < new.end) {
                     return Err(Failure::Overlap(after.label.id()));
                 }
-                let fits = piece.last() - header.base < u64::from(NO_OFFSET) - 1;
-                if !fits || mappings.len() == LEAF_SLOTS.min(leaf.capacity()) {
+                if mappings.len() == LEAF_SLOTS.min(leaf.capacity()) {
                     return Ok(false);
                 }
                 header.keys.insert(at, new_key);
@@ -229,11 +274,10 @@ pub(super) fn fits(pieces: &[Piece]) -> bool {
 const _: () = assert!(2 * MAX_PAGES_PER_SLOT < NO_OFFSET as u64);
 
 pub(super) fn alloc_leaf(arena: &mut Arena, pieces: &[Piece]) -> Result<Leaf, OutOfMemory> {
-    let base = pieces[0].start;
-    let mut keys = [key(NO_OFFSET); KEYS];
+    let mut header = LeafHeader::new(pieces[0].start, pieces[pieces.len() - 1].last());
     let mut mappings = [Mapping { delta: 0, end: 0, label: Label(0) }; KEYS];
-    for ((key, mapping), piece) in keys.iter_mut().zip(&mut mappings).zip(pieces) {
-        (*key, *mapping) = piece.to_leaf(base);
+    for (at, piece) in pieces.iter().enumerate() {
+        (header.keys.0[at], mappings[at]) = piece.to_leaf(&header);
     }
-    arena.alloc(LeafHeader { base, keys: Keys(keys) }, &mappings[..pieces.len()], pieces.len())
+    arena.alloc(header, &mappings[..pieces.len()], pieces.len())
 }

@@ -13,8 +13,8 @@
 //!
 //! Looking a gfn up in a balanced tree is a chain of compare steps, each waiting for the one before. A walk
 //! here is a chain of plain loads, two for tens of thousands of slots, and one search in 16 keys that are
-//! compared all at once. Leaves keep their keys as 32-bit offsets from the leaf's first slot, so that the
-//! search touches one or two cache lines; that is why a slot has at most 2^31 - 1 pages.
+//! compared all at once. Leaves keep 32 bits of their keys (`leaf.rs`), so that the search touches two cache
+//! lines; that is why a slot has at most 2^31 - 1 pages.
 //!
 //! # Changing it
 //!
@@ -29,10 +29,10 @@ mod walk;
 pub(super) use self::walk::Walk;
 
 use self::edit::{Block, edit_entry, free_private};
-use self::leaf::{Change, Kind, Label, Leaf, NO_OFFSET, Piece};
+use self::leaf::{Change, Kind, Label, Leaf, Mapping, NO_OFFSET, Piece, low};
 use super::node::Arena;
-use super::radix::Entry;
-use super::search::{KEYS, key, offset};
+use super::radix::{Entry, Way};
+use super::search::{FEW, key};
 use crate::error::OutOfMemory;
 use crate::prefetch::prefetch;
 use crate::slot::{Slot, SlotFlags};
@@ -100,7 +100,21 @@ impl From<OutOfMemory> for Failure {
 
 /// Keeps a branch a branch: with a conditional move, every translation would wait for the label, too.
 #[cold]
-const fn rare() {}
+#[inline(never)]
+fn rare() {}
+
+/// A gfn that lies beside the leaf, most often; or the leaf's keys count from its base.
+///
+/// # Safety
+/// The leaf is alive.
+#[cold]
+#[inline(never)]
+unsafe fn locate_beyond_reach(leaf: Leaf, gfn: u64) -> Option<(Leaf, usize)> {
+    // SAFETY: the leaf is alive.
+    let header = unsafe { leaf.header() };
+    let wanted = u32::try_from(gfn.checked_sub(header.base)?).ok()?;
+    (header.reach == 0 && wanted != NO_OFFSET).then(|| (leaf, header.keys.not_above(key(wanted))))
+}
 
 /// The index of one address space in one version; copying it copies the root only.
 #[derive(Clone, Copy)]
@@ -117,24 +131,46 @@ impl GfnIndex {
     /// The index belongs to a version that is held.
     #[inline]
     pub(super) unsafe fn find(&self, gfn: u64) -> Option<Found> {
+        // SAFETY: passed on; the leaf has a slot of that number.
+        unsafe {
+            let (leaf, number) = self.locate(gfn)?;
+            let Mapping { delta, end, label } = *leaf.item(number.wrapping_sub(1));
+            let wanted = low(gfn.wrapping_sub(leaf.header().base));
+            (wanted < end).then(|| Found {
+                delta,
+                pages_left: end - wanted,
+                pages_before: wanted.wrapping_sub(leaf.header().from(number.wrapping_sub(1))),
+                label,
+            })
+        }
+    }
+
+    /// The leaf and the number (from 1 on) of the last slot that starts at or before `gfn`, if the leaf has one.
+    ///
+    /// Not inlined: this is most of a lookup's code, and the call costs no time, as both results are in registers.
+    /// So what is around it stays small enough to be inlined.
+    ///
+    /// # Safety
+    /// As [`find`](Self::find).
+    #[inline(never)]
+    unsafe fn locate(&self, gfn: u64) -> Option<(Leaf, usize)> {
         // SAFETY: the version is held; the leaf is reachable from it.
-        let leaf: Leaf = unsafe { self.root.walk(gfn)? };
-        // The search decides which line of the mappings is needed; by then it is there.
-        prefetch(leaf.raw(), 2..5);
-        // SAFETY: as above.
-        let header = unsafe { leaf.header() };
-        let wanted =
-            u32::try_from(gfn.wrapping_sub(header.base)).ok().filter(|&wanted| wanted != NO_OFFSET)?;
-        // The first key is 0, so at least one is not above; places without a slot are above everything.
-        let at = header.keys.not_above(key(wanted)).wrapping_sub(1);
-        // SAFETY: as above; a key that is not above has its mapping.
-        let mapping = unsafe { leaf.item(at) };
-        (wanted < mapping.end).then(|| Found {
-            delta: mapping.delta,
-            pages_left: mapping.end - wanted,
-            pages_before: wanted - offset(header.keys.0[at % KEYS]),
-            label: mapping.label,
-        })
+        unsafe {
+            let (leaf, few): (Leaf, _) = match self.root.way() {
+                Way::Leaf(leaf) if leaf.items().len() <= FEW => (leaf, true),
+                _ => (self.root.walk(gfn)?, false),
+            };
+            // The search decides which line of the mappings is needed; by then it is there.
+            prefetch(leaf.raw(), 2..5);
+            let header = leaf.header();
+            if gfn.wrapping_sub(header.base) >= u64::from(header.reach) {
+                return locate_beyond_reach(leaf, gfn);
+            }
+            let sought = key(low(gfn));
+            let keys = &header.keys;
+            // The first slot starts at the base, so at least one key is not above.
+            Some((leaf, if few { keys.not_above_of_few(sought) } else { keys.not_above(sought) }))
+        }
     }
 
     /// Adds a slot.

@@ -1,7 +1,6 @@
 //! Walking the slots in order.
 
 use super::super::radix::{Entry, Way, way_of};
-use super::super::search::offset;
 use super::GfnIndex;
 use super::edit::region;
 use super::leaf::{LeafHeader, Mapping};
@@ -66,7 +65,7 @@ impl Walk {
                 // SAFETY: passed on.
                 let (header, mappings) = unsafe { (leaf.header(), leaf.items()) };
                 while let Some(mapping) = mappings.get(self.at) {
-                    let start = header.base + u64::from(offset(header.keys.0[self.at]));
+                    let start = header.base + u64::from(header.from(self.at));
                     let end = header.base + u64::from(mapping.end);
                     self.at += 1;
                     if end > self.from {

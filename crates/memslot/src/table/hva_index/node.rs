@@ -74,15 +74,23 @@ impl Bounds {
         self.ends.0[at] = key(saturated(end - self.base));
     }
 
-    /// Which items overlap `[start, end)`, a bit for each.
+    /// Which items overlap the pages `[first, last]`, a bit for each.
     #[inline]
-    pub(super) fn overlapping(&self, start: u64, end: u64) -> u32 {
-        let end = saturated(end.saturating_sub(self.base));
-        let start = saturated(start.saturating_sub(self.base)).min(u32::MAX - 1);
-        match end.checked_sub(1) {
-            Some(last) => !self.starts.above(key(last)) & self.ends.above(key(start)),
+    pub(super) fn overlapping(&self, first: u64, last: u64) -> u32 {
+        // One page, not far away: both comparisons are with the same number, and that needs no clipping.
+        match last.checked_sub(self.base).map(u32::try_from) {
             None => 0,
+            Some(Ok(from)) if first == last && from != u32::MAX => {
+                self.starts.covering(&self.ends, key(from))
+            }
+            Some(_) => self.overlapping_many(first, last),
         }
+    }
+
+    #[inline(never)]
+    fn overlapping_many(&self, first: u64, last: u64) -> u32 {
+        let clipped = |page: u64| key(saturated(page.saturating_sub(self.base)).min(u32::MAX - 1));
+        !self.starts.above(clipped(last)) & self.ends.above(clipped(first))
     }
 }
 
