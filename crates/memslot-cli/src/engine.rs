@@ -3,9 +3,11 @@
 //! A call goes through [`memslot::rules`], KVM's own order of checks; what came of it is then asked of the
 //! table's view, so that what the program shows is what the engine holds.
 
+use std::collections::HashSet;
+
 use memslot::dirty::kvm::{
     ClearDirtyLog, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KvmDirtyLog,
+    KVM_DIRTY_LOG_INITIALLY_SET, KvmDirtyLog,
 };
 use memslot::dirty::{DirtyLog, SoftwareOnly};
 use memslot::rules::{GuestMemfdFiles, HostLimits, Rules, UserMemoryRegion, UserMemoryRegion2};
@@ -43,6 +45,8 @@ pub(crate) struct Engine {
     /// The capabilities that were enabled, with their arguments.
     enabled: Vec<(u32, u64)>,
     vcpus: bool,
+    /// Slots that the kernel began to log with all bits set, and that nobody has asked about or cleared since.
+    whole: HashSet<(u32, u32)>,
 }
 
 /// The guest_memfd files of a trace: any descriptor is one, but no part of a file is bound twice.
@@ -89,6 +93,7 @@ impl Engine {
             dirty,
             enabled: Vec::new(),
             vcpus: false,
+            whole: HashSet::new(),
         })
     }
 
@@ -126,7 +131,17 @@ impl Engine {
                 self.rules.set_user_memory_region2(&mut self.table, &second, &mut self.files)
             }
         };
-        result.map_err(|refusal| Refusal { errno: refusal.errno.name(), why: refusal.why.to_string() })
+        let change = result
+            .map_err(|refusal| Refusal { errno: refusal.errno.name(), why: refusal.why.to_string() })?;
+        if change != Change::Nothing {
+            let key = (region.address_space(), region.id());
+            self.whole.remove(&key);
+            let begins = matches!(change, Change::Create | Change::FlagsOnly);
+            if begins && region.flags & LOG_DIRTY_PAGES != 0 && self.starts_whole() {
+                self.whole.insert(key);
+            }
+        }
+        Ok(change)
     }
 
     /// Enables a capability if it is the dirty log's; `None` if it is not.
@@ -138,6 +153,13 @@ impl Engine {
             self.enabled.push((cap, arg));
             Ok(())
         })
+    }
+
+    /// Whether a slot's bits are all set when its logging starts. It follows from the capabilities that the trace
+    /// enables, and is not asked of the log: that is what is judged by it.
+    fn starts_whole(&self) -> bool {
+        let manual = self.enabled.iter().rev().find(|(cap, _)| *cap == KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+        manual.is_some_and(|(_, arg)| arg & KVM_DIRTY_LOG_INITIALLY_SET != 0) && !self.has_rings()
     }
 
     pub(crate) fn vcpu_created(&mut self) {
@@ -152,7 +174,8 @@ impl Engine {
 
     /// `KVM_GET_DIRTY_LOG`. What the guest wrote is not in a trace: so the bits that `recorded` has and we do not are
     /// taken for its writes, and marked before the call. What the other way round we have and `recorded` has not
-    /// is a contradiction.
+    /// is a contradiction, and so is a bit of `recorded` that our answer then lacks. Where all bits are set when
+    /// logging starts, the first call must report every page by itself: nothing is marked before it.
     pub(crate) fn get_dirty_log(&mut self, slot: u32, recorded: &Bits) -> Result<Got, &'static str> {
         let mut got = Got::default();
         let known = self.slot(slot >> 16, slot & 0xffff).filter(|slot| slot.flags & LOG_DIRTY_PAGES != 0);
@@ -172,14 +195,22 @@ impl Engine {
             if let Some(last) = last {
                 theirs[last] &= (1 << (got.pages % 64)) - 1;
             }
-            got.written = bits_of(&theirs);
-            self.log.merge(space, gfns, &theirs).map_err(|_| "EFAULT")?;
+            if !self.whole.contains(&(slot.address_space, slot.id)) {
+                got.written = bits_of(&theirs);
+                theirs.iter_mut().for_each(|word| *word = word.to_le());
+                self.log.merge(space, gfns, &theirs).map_err(|_| "EFAULT")?;
+            }
+            words.fill(0);
         }
         self.dirty.get_dirty_log(slot, Some(&mut words), &mut SoftwareOnly).map_err(|errno| errno.name())?;
         let recorded = words_of(&Bits { pages: got.pages, runs: recorded.runs.clone() });
         let more: Vec<u64> =
-            words.iter().zip(recorded).map(|(ours, theirs)| u64::from_le(*ours) & !theirs).collect();
+            words.iter().zip(&recorded).map(|(ours, theirs)| u64::from_le(*ours) & !theirs).collect();
         got.contradicts = bits_of(&more);
+        let fewer: Vec<u64> =
+            words.iter().zip(&recorded).map(|(ours, theirs)| theirs & !u64::from_le(*ours)).collect();
+        got.lacks = bits_of(&fewer);
+        self.whole.remove(&(slot >> 16, slot & 0xffff));
         Ok(got)
     }
 
@@ -191,7 +222,9 @@ impl Engine {
             first_page: first,
         };
         let words: Vec<u64> = words_of(mask).into_iter().map(u64::to_le).collect();
-        self.dirty.clear_dirty_log(&clear, Some(&words), &mut SoftwareOnly).map_err(|errno| errno.name())
+        self.dirty.clear_dirty_log(&clear, Some(&words), &mut SoftwareOnly).map_err(|errno| errno.name())?;
+        self.whole.remove(&(slot >> 16, slot & 0xffff));
+        Ok(())
     }
 
     /// Brings one slot back to what it was: the inverse of the change that was just accepted.
@@ -234,6 +267,8 @@ pub(crate) struct Got {
     pub(crate) written: Vec<(u64, u64)>,
     /// Those that are dirty to us, and clean in the record.
     pub(crate) contradicts: Vec<(u64, u64)>,
+    /// Those that are dirty in the record, and that our answer does not have.
+    pub(crate) lacks: Vec<(u64, u64)>,
 }
 
 /// A bitmap's words. Runs that pass its end are cut there.
@@ -285,5 +320,53 @@ fn plain(slot: &Slot) -> MapSlot {
         hva: slot.hva().map_or(0, memslot::Hva::get),
         flags: slot.flags().bits() | if guest_memfd.is_some() { GUEST_MEMFD } else { 0 },
         guest_memfd,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use memslot::dirty::kvm::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+
+    use super::*;
+
+    fn logged_engine(log_starts_whole: bool) -> Engine {
+        let mut engine = Engine::new(Capabilities::default()).expect("an engine");
+        let all = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+        assert_eq!(
+            engine.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, all).map(|it| it.is_ok()),
+            Some(true)
+        );
+        engine.log.set_initially_set(log_starts_whole);
+        let region = Region {
+            slot: 0,
+            flags: LOG_DIRTY_PAGES,
+            gpa: 0,
+            size: 70 << 12,
+            hva: 0x7f00_0000_0000,
+            second: None,
+        };
+        assert!(engine.set(&region).is_ok());
+        engine
+    }
+
+    #[test]
+    fn the_first_answer_is_whole_by_itself() {
+        let whole = Bits { pages: 70, runs: vec![(0, 70)] };
+        let got = logged_engine(true).get_dirty_log(0, &whole).expect("the bits");
+        assert!(got.written.is_empty() && got.contradicts.is_empty() && got.lacks.is_empty());
+        // A log that starts clean cannot hide behind marks.
+        let got = logged_engine(false).get_dirty_log(0, &whole).expect("the bits");
+        assert_eq!((got.written, got.lacks), (vec![], vec![(0, 70)]));
+    }
+
+    #[test]
+    fn after_the_first_answer_new_bits_are_writes() {
+        let mut engine = logged_engine(true);
+        let mask = Bits { pages: 70, runs: vec![(0, 70)] };
+        assert!(engine.clear_dirty_log(0, 0, &mask).is_ok());
+        let got =
+            engine.get_dirty_log(0, &Bits { pages: 70, runs: vec![(3, 2), (69, 1)] }).expect("the bits");
+        assert_eq!(got.written, [(3, 2), (69, 1)]);
+        assert!(got.contradicts.is_empty() && got.lacks.is_empty());
     }
 }

@@ -156,15 +156,19 @@ fn contradiction(recorded: &Bits, got: &Got) -> Option<String> {
     if recorded.pages != got.pages {
         return Some(format!("the bitmap is of {} pages, and the slot has {}", recorded.pages, got.pages));
     }
-    let &(first, count) = got.contradicts.first()?;
-    let all: u64 = got.contradicts.iter().map(|run| run.1).sum();
+    let (runs, what) = match got.contradicts.is_empty() {
+        false => (&got.contradicts, "missing: dirty before, and not cleared since"),
+        true => (&got.lacks, "reported by the kernel, and not by the engine"),
+    };
+    let &(first, count) = runs.first()?;
+    let all: u64 = runs.iter().map(|run| run.1).sum();
     let (last, more) = (first + count - 1, all - count);
     let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
     let pages = match count {
         1 => format!("page {first}{more} is"),
         _ => format!("pages {first} to {last}{more} are"),
     };
-    Some(format!("{pages} missing: dirty before, and not cleared since"))
+    Some(format!("{pages} {what}"))
 }
 
 fn describe(record: &Record) -> String {
