@@ -98,7 +98,7 @@ pub(crate) struct DirtyArgs {
     #[arg(long, value_name = "RATE", default_value = "1GiB/s", value_parser = bandwidth)]
     bandwidth: f64,
     /// How long the VM may stand still: 300ms, 1s
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = downtime)]
     downtime: std::time::Duration,
     /// Draw which pages were written when into this file (one trace only)
     #[arg(long, value_name = "FILE")]
@@ -108,6 +108,14 @@ pub(crate) struct DirtyArgs {
 impl DirtyArgs {
     pub(crate) fn link(&self) -> Link {
         Link { bandwidth: self.bandwidth, downtime: self.downtime.as_secs_f64() }
+    }
+}
+
+fn downtime(text: &str) -> Result<std::time::Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if time.is_zero() => Err("a VM cannot move without standing still".to_owned()),
+        Ok(time) => Ok(time),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -14,7 +14,7 @@ use std::io::BufRead;
 
 use crate::dirty::calls::{DirtyCalls, Round};
 use crate::engine::{Capabilities, Change, Engine};
-use crate::history::{GUEST_MEMFD, History, MapSlot, Moment};
+use crate::history::{GUEST_MEMFD, History, LOG_DIRTY_PAGES, MapSlot, Moment};
 use crate::trace::{
     Answer, CAP_GUEST_MEMFD, CAP_MULTI_ADDRESS_SPACE, CAP_NR_MEMSLOTS, CAP_READONLY_MEM, Call, Format,
     GuestMemfd, Ignored, Record, Region, TraceError, TraceReader,
@@ -43,6 +43,8 @@ pub(crate) struct Vm {
     pub(crate) aliases: AliasLog,
     /// Every GET of its dirty log, in order.
     pub(crate) rounds: Vec<Round>,
+    /// How often logging was turned on, by address space and slot id.
+    logged: HashMap<(u32, u32), u64>,
     pub(crate) engine: Engine,
 }
 
@@ -181,7 +183,16 @@ impl Run {
         let engine = Engine::new(self.capabilities).map_err(|what| TraceError::Line { line, what })?;
         let (history, aliases, rounds) = (History::default(), AliasLog::default(), Vec::new());
         let changes = Changes::default();
-        self.vms.push(Vm { fd, opened_at: line, changes, history, aliases, rounds, engine });
+        self.vms.push(Vm {
+            fd,
+            opened_at: line,
+            changes,
+            history,
+            aliases,
+            rounds,
+            engine,
+            logged: HashMap::new(),
+        });
         self.by_fd.insert(fd, self.vms.len() - 1);
         Ok(self.vms.len() - 1)
     }
@@ -241,7 +252,7 @@ impl Run {
             why,
         };
         match (vm.engine.set(region), accepted) {
-            (Ok(change), true) => vm.note(region, change, now),
+            (Ok(change), true) => vm.note(region, change, before.as_ref(), now),
             (Ok(change), false) => {
                 vm.changes.refused += 1;
                 vm.engine.restore(region, before);
@@ -297,7 +308,12 @@ impl Run {
 }
 
 impl Vm {
-    fn note(&mut self, region: &Region, change: Change, now: Moment) {
+    /// How often logging of a slot has been turned on.
+    pub(crate) fn session(&self, address_space: u32, id: u32) -> u64 {
+        self.logged.get(&(address_space, id)).copied().unwrap_or(0)
+    }
+
+    fn note(&mut self, region: &Region, change: Change, before: Option<&MapSlot>, now: Moment) {
         match change {
             Change::Create => self.changes.create += 1,
             Change::Delete => self.changes.delete += 1,
@@ -310,6 +326,10 @@ impl Vm {
         }
         let key = (region.address_space(), region.id());
         let slot = self.engine.slot(key.0, key.1);
+        let logs = |slot: Option<&MapSlot>| slot.is_some_and(|slot| slot.flags & LOG_DIRTY_PAGES != 0);
+        if logs(slot.as_ref()) && !logs(before) {
+            *self.logged.entry(key).or_default() += 1;
+        }
         if let (Change::Create | Change::Move, Some(slot)) = (change, &slot) {
             self.aliases.created(slot, &self.engine.aliases_of(slot), now);
         }

@@ -415,6 +415,19 @@ fn a_late_mark_finds_the_moved_slot() {
     assert_eq!(take(&consumer), [(0x9003, 2)]);
 }
 
+/// A harvest that is put back after the slot has moved, been split, or lost its logging.
+#[test]
+fn a_harvest_is_put_back_where_the_memory_is_now() {
+    let (mut table, log, consumer) = guest(&[slot(0, 0x100, 64), slot(1, 0x1000, 64)]);
+    log.mark(RAM, Gfn::new(0x105));
+    log.mark(RAM, Gfn::new(0x1005));
+    let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
+    table.move_to(RAM, SlotId::new(0), Gfn::new(0x9000)).unwrap();
+    table.set_flags(RAM, SlotId::new(1), SlotFlags::empty()).unwrap();
+    harvest.merge_back();
+    assert_eq!(take(&consumer), [(0x9005, 1)]);
+}
+
 /// A clean log costs next to nothing, and a harvest of it, too.
 #[test]
 fn clean_memory_costs_nothing() {

@@ -48,6 +48,8 @@ pub(crate) struct Round {
     pub(crate) id: u32,
     pub(crate) gpa: u64,
     pub(crate) size: u64,
+    /// How often logging of this slot had been turned on.
+    pub(crate) session: u64,
     /// How many bits were reported.
     pub(crate) reported: u64,
     /// Pages that the guest wrote since the call before: first page and number of pages.
@@ -97,12 +99,14 @@ impl Run {
                 let got = engine.get_dirty_log(*slot, bits);
                 if let Ok(got) = &got {
                     if let Some(known) = engine.slot(slot >> 16, slot & 0xffff) {
+                        let session = self.vms[vm].session(known.address_space, known.id);
                         self.vms[vm].rounds.push(Round {
                             at: now,
                             address_space: known.address_space,
                             id: known.id,
                             gpa: known.gpa,
                             size: known.size,
+                            session,
                             reported: bits.runs.iter().map(|run| run.1).sum(),
                             written: got.written.clone(),
                         });

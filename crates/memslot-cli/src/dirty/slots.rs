@@ -3,16 +3,19 @@
 use serde::Serialize;
 
 use super::calls::Round;
+use crate::warnings::Hex;
 
 const PAGE: u64 = 4096;
 
-/// A logged slot, from its first `KVM_GET_DIRTY_LOG` to its last.
+/// A slot while it is logged, from its first `KVM_GET_DIRTY_LOG` to its last.
 #[derive(Serialize)]
 pub(crate) struct SlotDirty {
     pub(crate) address_space: u32,
     pub(crate) id: u32,
-    pub(crate) gpa: u64,
+    pub(crate) gpa: Hex,
     pub(crate) bytes: u64,
+    #[serde(skip)]
+    session: u64,
     pub(crate) rounds: Vec<RoundReport>,
     /// Pages written, those of one round counted once, without the first round: nobody knows when it began.
     pub(crate) pages_written: u64,
@@ -41,14 +44,16 @@ pub(crate) struct RoundReport {
 pub(crate) fn of(rounds: &[Round]) -> Vec<SlotDirty> {
     let mut slots: Vec<SlotDirty> = Vec::new();
     for round in rounds {
-        let key = (round.address_space, round.id, round.gpa, round.size);
-        let known = slots.iter().position(|it| (it.address_space, it.id, it.gpa, it.bytes) == key);
+        let key = (round.address_space, round.id, round.gpa, round.size, round.session);
+        let known =
+            slots.iter().position(|it| (it.address_space, it.id, it.gpa.0, it.bytes, it.session) == key);
         let at = known.unwrap_or_else(|| {
             slots.push(SlotDirty {
                 address_space: round.address_space,
                 id: round.id,
-                gpa: round.gpa,
+                gpa: Hex(round.gpa),
                 bytes: round.size,
+                session: round.session,
                 rounds: Vec::new(),
                 pages_written: 0,
                 pages_per_second: None,
@@ -79,7 +84,7 @@ pub(crate) fn of(rounds: &[Round]) -> Vec<SlotDirty> {
             slot.pages_per_second = Some(slot.pages_written as f64 / ((last - first) as f64 / 1e9));
         }
     }
-    slots.sort_by_key(|slot| (slot.address_space, slot.gpa, slot.rounds.first().map(|it| it.line)));
+    slots.sort_by_key(|slot| (slot.address_space, slot.gpa.0, slot.rounds.first().map(|it| it.line)));
     slots
 }
 

@@ -40,7 +40,7 @@ pub(crate) fn write(out: &mut String, report: &DirtyReport) -> fmt::Result {
 }
 
 fn slots(out: &mut String, vm: &VmDirty) -> fmt::Result {
-    let digits = vm.slots.iter().map(|slot| units::digits(slot.gpa)).max().unwrap_or(1);
+    let digits = vm.slots.iter().map(|slot| units::digits(slot.gpa.0)).max().unwrap_or(1);
     let head = format!(
         "  {:<width$}  {:>10}  {:>4}  {:>6}  {:>8}  {:>13}  {:>18}  {}",
         "gpa",
@@ -64,7 +64,7 @@ fn slots(out: &mut String, vm: &VmDirty) -> fmt::Result {
         writeln!(
             out,
             "  {}  {:>10}  {id:>4}  {:>6}  {:>8}  {rate:>13}  {:>10} {:>6}  {}",
-            units::address(slot.gpa, digits),
+            units::address(slot.gpa.0, digits),
             units::size(slot.bytes),
             slot.rounds.len(),
             slot.pages_written,

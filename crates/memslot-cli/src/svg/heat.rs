@@ -24,7 +24,7 @@ const RAMP: [&str; 6] = ["#fee8c8", "#fdc38d", "#fc8d59", "#e34a33", "#b30000", 
 /// The picture as SVG text.
 pub(crate) fn draw(name: &str, replay: &Replay) -> String {
     let all: Vec<SlotDirty> = replay.vms.iter().flat_map(|vm| slots::of(&vm.rounds)).collect();
-    let digits = all.iter().map(|slot| units::digits(slot.gpa + slot.bytes)).max().unwrap_or(1);
+    let digits = all.iter().map(|slot| units::digits(slot.gpa.0 + slot.bytes)).max().unwrap_or(1);
     let left = text_width(&units::address(0, digits), 11.0) + 34.0;
     let width = left + PLOT_WIDTH + RIGHT;
     let times = || all.iter().flat_map(|slot| slot.rounds.iter().map(|round| round.ns));
@@ -135,8 +135,8 @@ fn band(
     body = body.add(text(left, *y - 5.0, 11.0, INK, &label));
     let frame = Rectangle::new().set("x", round(left)).set("y", round(*y)).set("width", PLOT_WIDTH);
     body = body.add(frame.set("height", round(height)).set("fill", "#f6f8fa").set("stroke", RULE));
-    for (gpa, at) in [(slot.gpa + slot.bytes, *y + 9.0), (slot.gpa, *y + height)] {
-        if height >= 20.0 || gpa == slot.gpa {
+    for (gpa, at) in [(slot.gpa.0 + slot.bytes, *y + 9.0), (slot.gpa.0, *y + height)] {
+        if height >= 20.0 || gpa == slot.gpa.0 {
             body = body.add(
                 text(left - 8.0, at, 11.0, FAINT, &units::address(gpa, digits)).set("text-anchor", "end"),
             );
@@ -166,7 +166,7 @@ fn band(
                 "{} of {} at {:#x}",
                 units::count(written, "page"),
                 size.min(pages - bucket * size),
-                slot.gpa + bucket * size * PAGE
+                slot.gpa.0 + bucket * size * PAGE
             );
             body = body.add(rectangle.set("fill", colour(share)).add(Title::new(hint)));
         }

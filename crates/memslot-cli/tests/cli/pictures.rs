@@ -154,3 +154,18 @@ fn thousands_of_aliases_stay_readable() {
     let slots = map["vms"][0]["slots"].as_array().expect("slots");
     assert!(slots.iter().all(|slot| slot["aliases"].as_array().is_some_and(|aliases| aliases.len() <= 64)));
 }
+
+#[test]
+fn the_heat_map_shows_what_was_written() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("heat.svg");
+    let mut command = memslot();
+    let (status, _, _) = run(command.arg("dirty").arg("--svg").arg(&file).arg(trace("qemu-migrate.jsonl")));
+    let picture = std::fs::read_to_string(&file).expect("a picture");
+    assert_eq!(status, 0);
+    for words in ["Pages written over time", "slot 2 \u{b7} 511.25 MiB", "not written", "0x0000c0000"] {
+        assert!(picture.contains(words), "{words} is not in the picture");
+    }
+    // Three slots' frames, the legend, and a rectangle for every bucket that was written in a round.
+    assert!(picture.matches("<rect").count() > 100);
+}

@@ -5,16 +5,16 @@ use alloc::vec::Vec;
 use super::bitmap::Bitmap;
 use super::harvest::Harvest;
 use super::log::{
-    ALL, BitmapError, DirtyLog, RemovedSet, Shared, State, check_length, runs_of, spread_everything,
+    ALL, BitmapError, DirtyLog, RemovedSet, Shared, State, check_length, logged, runs_of, spread_everything,
 };
 use super::place::Held;
 use super::rearm::Rearm;
 use super::runs::Runs;
 use super::set::Set;
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Gfn, GfnRange, HvaRange};
 use crate::error::OutOfMemory;
-use crate::slot::{AddressSpaceId, Slot};
-use crate::table::{MAX_ADDRESS_SPACES, Snapshot};
+use crate::slot::{AddressSpaceId, Slot, SlotFlags};
+use crate::table::{MAX_ADDRESS_SPACES, Snapshot, View};
 
 /// A harvest that did not come to be. Nothing is lost: the pages are dirty still.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -200,15 +200,29 @@ impl Consumer {
         Ok(removed)
     }
 
-    /// Puts bits back that were taken.
-    pub(super) fn keep(&self, sets: &mut [Set; MAX_ADDRESS_SPACES]) {
+    /// Puts bits back that were taken from the slots of `then`. Memory that has moved since is dirty where it is now;
+    /// what is gone, or not logged any more, is nobody's.
+    pub(super) fn keep(&self, sets: &mut [Set; MAX_ADDRESS_SPACES], then: &Snapshot) {
         let shared = &*self.log.shared;
         let mut state = shared.state.lock();
+        let state = &mut *state;
         let Some(kept) = &mut state.consumers[self.number] else { return };
-        for ((bitmap, kept), set) in shared.spaces.iter().zip(&mut kept.sets).zip(sets) {
+        let is_same = then.generation() == state.current.generation();
+        for ((bitmap, kept), (space, set)) in
+            shared.spaces.iter().zip(&mut kept.sets).zip(then.address_spaces().zip(sets))
+        {
+            if !is_same {
+                for slot in logged(then, space) {
+                    for (from, to) in set.runs(slot.base_gfn().get(), slot.gfns().end().get()) {
+                        keep_moved(bitmap, kept, &state.current, slot, from, to);
+                    }
+                }
+            }
             for (number, held) in set.chunks.drain(..) {
                 // SAFETY: we have the lock.
-                unsafe { kept.add(bitmap, number, held) };
+                unsafe {
+                    if is_same { kept.add(bitmap, number, held) } else { bitmap.give_back(number, held) }
+                };
             }
         }
     }
@@ -406,6 +420,26 @@ unsafe fn take_word(
             }
         }
         Ok((fresh, fresh | kept_bits))
+    }
+}
+
+/// Adds the pages `[from, to)` of a slot that was logged, wherever their memory is logged now. The caller has the
+/// lock.
+fn keep_moved(bitmap: &Bitmap, kept: &mut Set, now: &View, slot: &Slot, from: u64, to: u64) {
+    let space = slot.address_space();
+    let mut add = |gfns: GfnRange| {
+        // SAFETY: the caller has the lock.
+        unsafe { kept.add_range(bitmap, gfns.start().get(), gfns.end().get()) };
+    };
+    let page = slot.page_size();
+    let hvas = slot.hva_of(Gfn::new(from)).zip(page.bytes_of(to - from));
+    match hvas.and_then(|(start, bytes)| HvaRange::with_len(start, bytes)) {
+        Some(hvas) => now
+            .slots_at_hva(space, hvas)
+            .filter(|hit| hit.slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES))
+            .for_each(|hit| add(hit.gfns)),
+        // No host memory tells where it went.
+        None => GfnRange::new(Gfn::new(from), Gfn::new(to)).into_iter().for_each(add),
     }
 }
 

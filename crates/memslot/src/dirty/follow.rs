@@ -92,6 +92,11 @@ impl Follower {
                 }
             } else if gained(&piece.kind) {
                 bitmap.reserve(piece.gfns)?;
+                // Frames that another logged slot has until then are no stale ones: a piece of it has the same gfns.
+                let is_new = |it: &Taken| (it.bits.space, it.bits.gfns) != (piece.address_space, piece.gfns);
+                if !self.taken.iter().all(is_new) {
+                    continue;
+                }
                 let mut stale = Bits::none(piece.address_space, piece.gfns, state.consumers.len())?;
                 let result = stale.take(bitmap, &mut state);
                 stale.forget(shared);
@@ -99,6 +104,33 @@ impl Follower {
             }
         }
         Ok(())
+    }
+}
+
+impl Follower {
+    /// A change that was published is taken back: what was marked where memory had moved goes to where it is again.
+    fn bring_back(&self, shared: &Shared, state: &mut State, update: &Update<'_>) {
+        // What moved goes back, with what was marked at the new place since: all is taken before any is put back.
+        let mut back = Vec::new();
+        for taken in self.taken.iter().filter(|taken| taken.removed) {
+            for (from, to) in taken.moves(update) {
+                let bitmap = taken.bits.bitmap(shared);
+                let bits = Bits::none(taken.bits.space, to, state.consumers.len()).and_then(|mut bits| {
+                    let result = bits.take(bitmap, state);
+                    back.try_reserve(1).map_err(|_| OutOfMemory)?;
+                    back.push((from, bits));
+                    result
+                });
+                if bits.is_err() {
+                    // What was written at the new place is not known: so all of it.
+                    bitmap.mark_range(from);
+                }
+            }
+        }
+        for (from, bits) in back {
+            bits.copy(shared, state, bits.gfns, from);
+            bits.forget(shared);
+        }
     }
 }
 
@@ -153,27 +185,7 @@ impl Listener for Follower {
                 }
             }
         }
-        // What moved goes back, with what was marked at the new place since: all is taken before any is put back.
-        let mut back = Vec::new();
-        for taken in self.taken.iter().filter(|taken| taken.removed) {
-            for (from, to) in taken.moves(update) {
-                let bitmap = taken.bits.bitmap(shared);
-                let bits = Bits::none(taken.bits.space, to, state.consumers.len()).and_then(|mut bits| {
-                    let result = bits.take(bitmap, &mut state);
-                    back.try_reserve(1).map_err(|_| OutOfMemory)?;
-                    back.push((from, bits));
-                    result
-                });
-                if bits.is_err() {
-                    // What was written at the new place is not known: so all of it.
-                    bitmap.mark_range(from);
-                }
-            }
-        }
-        for (from, bits) in back {
-            bits.copy(shared, &mut state, bits.gfns, from);
-            bits.forget(shared);
-        }
+        self.bring_back(shared, &mut state, update);
         if let Some(previous) = self.previous.take() {
             state.current = previous;
         }
@@ -182,8 +194,12 @@ impl Listener for Follower {
         }
     }
 
-    fn abort(&mut self, _: &Update<'_>) {
+    fn abort(&mut self, update: &Update<'_>) {
         let mut state = self.shared.state.lock();
+        // Another listener may have failed to commit: readers have seen the new version all the same.
+        if update.snapshot().is_some() {
+            self.bring_back(&self.shared, &mut state, update);
+        }
         for taken in self.taken.drain(..) {
             taken.bits.restore(&self.shared, &mut state);
         }

@@ -146,7 +146,8 @@ impl<'c> Harvest<'c> {
 impl Drop for Harvest<'_> {
     fn drop(&mut self) {
         if self.sets.iter().any(|set| !set.chunks.is_empty()) {
-            self.consumer.keep(&mut self.sets);
+            let snapshot = self.snapshot.clone();
+            self.consumer.keep(&mut self.sets, &snapshot);
         }
     }
 }

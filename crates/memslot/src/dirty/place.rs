@@ -7,7 +7,7 @@ use core::ptr::{self, NonNull};
 
 use super::chunk::{Chunk, PAGES, WORDS, words_of};
 use crate::error::OutOfMemory;
-use crate::sync::{AtomicPtr, AtomicUsize, Ordering, fence_for_loom};
+use crate::sync::{AtomicPtr, AtomicUsize, Ordering, fence, fence_for_loom};
 
 /// Stands for a chunk whose bits are all set.
 const FULL: *mut Chunk = ptr::without_provenance_mut(64);
@@ -137,7 +137,8 @@ impl Place {
 
     fn count_turn(&self) {
         self.turn.fetch_add(1, Ordering::SeqCst);
-        fence_for_loom();
+        // What is read of the chunk from here on is read without such an order of its own.
+        fence(Ordering::SeqCst);
     }
 
     /// What is there, to look at.
