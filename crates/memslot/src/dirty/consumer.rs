@@ -166,6 +166,7 @@ impl Consumer {
             let shift = first % 64;
             let (low, high) = (bits << shift, (bits >> 1) >> (63 - shift));
             for (word, bits) in [(first - shift, low), ((first - shift).wrapping_add(64), high)] {
+                let bits = if bits == 0 { 0 } else { bits & !unsettled_bits(&state.unsettled, space, word) };
                 if bits == 0 {
                     continue;
                 }
@@ -343,7 +344,11 @@ unsafe fn take<R: Rearm>(
     let mut armed = false;
     for space in spaces.clone() {
         // SAFETY: the caller has the lock.
-        unsafe { shared.spaces[space].take(from, to, &mut fresh[space])? };
+        unsafe {
+            shared.spaces[space].take(from, to, &mut fresh[space])?;
+            let back = |number, held| shared.spaces[space].restore(number, held);
+            leave(&shared.spaces[space], &state.unsettled, space, &mut fresh[space], back)?;
+        }
         if R::NEEDED {
             let id = AddressSpaceId::new(u8::try_from(space).unwrap_or(u8::MAX));
             for chunk in fresh[space].chunks(1) {
@@ -361,12 +366,15 @@ unsafe fn take<R: Rearm>(
     }
     for space in spaces {
         let bitmap = &shared.spaces[space];
-        for (number, kept) in state.consumers.iter_mut().enumerate() {
+        let State { consumers, unsettled, .. } = state;
+        for (number, kept) in consumers.iter_mut().enumerate() {
             let Some(kept) = kept else { continue };
             // SAFETY: the caller has the lock.
             unsafe {
                 if number == consumer {
-                    kept.sets[space].take(bitmap, from, to, &mut sets[space].chunks)?;
+                    let (kept, own) = (&mut kept.sets[space], &mut sets[space].chunks);
+                    kept.take(bitmap, from, to, own)?;
+                    leave(bitmap, unsettled, space, own, |number, held| kept.add(bitmap, number, held))?;
                 } else {
                     for &(number, held) in &fresh[space] {
                         kept.sets[space].add_copy(bitmap, number, held)?;
@@ -383,6 +391,38 @@ unsafe fn take<R: Rearm>(
         }
     }
     Ok(())
+}
+
+/// Gives the bits of frames that are not settled back.
+///
+/// # Safety
+/// The caller has the lock.
+unsafe fn leave(
+    bitmap: &Bitmap,
+    unsettled: &[(AddressSpaceId, GfnRange)],
+    space: usize,
+    chunks: &mut Vec<(u64, Held)>,
+    mut back: impl FnMut(u64, Held),
+) -> Result<(), OutOfMemory> {
+    for (_, gfns) in unsettled.iter().filter(|(of, _)| usize::from(of.get()) == space) {
+        let mut set = Set { chunks: core::mem::take(chunks) };
+        let mut left = Vec::new();
+        // SAFETY: passed on.
+        let result = unsafe { set.take(bitmap, gfns.start().get(), gfns.end().get(), &mut left) };
+        *chunks = set.chunks;
+        left.drain(..).for_each(|(number, held)| back(number, held));
+        result?;
+    }
+    Ok(())
+}
+
+/// Those of the 64 pages from `first` on that are not settled.
+fn unsettled_bits(unsettled: &[(AddressSpaceId, GfnRange)], space: AddressSpaceId, first: u64) -> u64 {
+    let of_space = unsettled.iter().filter(|(of, _)| *of == space);
+    of_space.fold(0, |bits, (_, gfns)| {
+        let (from, to) = (gfns.start().get().max(first), gfns.end().get().min(first.saturating_add(64)));
+        if from < to { bits | up_to(to - from) << (from - first) } else { bits }
+    })
 }
 
 /// Takes bits of a word from the bitmap, for all consumers, and from what one consumer keeps. Returns those that

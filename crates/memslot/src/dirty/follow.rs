@@ -76,6 +76,10 @@ impl Follower {
             taken.bits.forget(shared);
         }
         spread_everything(shared, &state.current);
+        state.unsettled.clear();
+        state.unsettled.try_reserve(update.pieces.len()).map_err(|_| OutOfMemory)?;
+        let open = update.pieces.iter().filter(|piece| lost(&piece.kind).is_some() || gained(&piece.kind));
+        state.unsettled.extend(open.map(|piece| (piece.address_space, piece.gfns)));
         let leaving = update.pieces.iter().filter(|piece| lost(&piece.kind).is_some()).count();
         self.taken.try_reserve(leaving).map_err(|_| OutOfMemory)?;
         for kept in state.consumers.iter_mut().flatten().filter(|kept| kept.keeps_removed) {
@@ -169,6 +173,7 @@ impl Listener for Follower {
                 gaps(piece.gfns, moved).for_each(|gfns| bitmap.mark_range(gfns));
             }
         }
+        state.unsettled.clear();
         Ok(())
     }
 
@@ -192,6 +197,7 @@ impl Listener for Follower {
         for taken in self.taken.drain(..) {
             taken.bits.restore(shared, &mut state);
         }
+        state.unsettled.clear();
     }
 
     fn abort(&mut self, update: &Update<'_>) {
@@ -203,6 +209,7 @@ impl Listener for Follower {
         for taken in self.taken.drain(..) {
             taken.bits.restore(&self.shared, &mut state);
         }
+        state.unsettled.clear();
     }
 }
 

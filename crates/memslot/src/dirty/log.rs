@@ -28,6 +28,9 @@ pub(super) struct Shared {
 pub(super) struct State {
     /// The version that the bits belong to.
     pub(super) current: Snapshot,
+    /// Frames of a change that is published or about to be, and not followed yet: whose their bits are is open, so
+    /// they are left alone until it is.
+    pub(super) unsettled: Vec<(AddressSpaceId, GfnRange)>,
     /// Places are reused; a consumer keeps its number.
     pub(super) consumers: Vec<Option<Kept>>,
 }
@@ -97,7 +100,7 @@ impl DirtyLog {
                 bitmap.reserve(slot.gfns())?;
             }
         }
-        let state = Mutex::new(State { current, consumers: Vec::new() });
+        let state = Mutex::new(State { current, unsettled: Vec::new(), consumers: Vec::new() });
         let shared = Arc::new(Shared { spaces, initially_set: AtomicBool::new(false), state });
         table.add_listener(Box::new(Follower::new(shared.clone())))?;
         Ok(Self { shared })
