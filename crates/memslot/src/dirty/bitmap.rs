@@ -31,8 +31,8 @@
 //!
 //! # Without memory
 //!
-//! A mark cannot fail. Where there is no memory for a chunk the whole place becomes FULL, and where there is none
-//! for a directory everything counts as dirty: too much is reported, never too little.
+//! A mark cannot fail. Directories are made before a slot is logged; a mark where there is none is of no slot, and
+//! forgotten. Where there is no memory for a chunk the whole place becomes FULL: too much is reported, never too little.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -65,7 +65,7 @@ struct Inner {
 pub(super) struct Bitmap {
     /// The topmost node; how many levels of inner nodes there are stands in its low bits.
     root: AtomicPtr<u8>,
-    /// There was no memory even for a directory.
+    /// Somebody could not find out where a mark belongs.
     everything: AtomicBool,
     /// Bytes of all nodes and chunks.
     bytes: AtomicUsize,
@@ -181,11 +181,19 @@ impl Bitmap {
 
     #[inline(never)]
     fn mark_slowly(&self, from: u64, to: u64) {
-        for (first, end) in steps(from, to, PAGES) {
-            match self.make_directory(first) {
-                Ok(directory) => directory.mark_range(first, end, &self.bytes),
-                Err(OutOfMemory) => return self.mark_everything(),
-            }
+        let mut at = from;
+        while at < to {
+            let Some(directory) = self.directory(at) else {
+                // No slot was ever logged here.
+                match self.next_directory(at) {
+                    Some(next) if next < to => at = next,
+                    _ => return,
+                }
+                continue;
+            };
+            let end = (at | (PAGES - 1)).saturating_add(1).min(to);
+            directory.mark_range(at, end, &self.bytes);
+            at = end;
         }
     }
 
@@ -365,7 +373,7 @@ impl Bitmap {
     /// # Safety
     /// As [`take`](Self::take), and nobody uses it again.
     pub(super) unsafe fn give_back(&self, number: u64, held: Held) {
-        if let (Some(chunk), Ok(place)) = (held.chunk(), self.place(number)) {
+        if let (Held::Bits(chunk), Ok(place)) = (held, self.place(number)) {
             place.push(chunk);
         }
     }

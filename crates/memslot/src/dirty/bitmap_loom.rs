@@ -22,6 +22,7 @@ impl Guest {
     /// With a chunk in place, as after a first mark.
     fn new() -> Arc<Self> {
         let guest = Self { bitmap: Bitmap::new(), page: Written::new(0) };
+        guest.bitmap.reserve(gfns(0, PAGES)).unwrap();
         guest.bitmap.mark(0);
         Arc::new(guest)
     }
@@ -140,6 +141,7 @@ fn a_writer_and_one_that_makes_the_place_full() {
 fn the_first_marks_of_two_threads_make_one_chunk() {
     loom::model(|| {
         let bitmap = Arc::new(Bitmap::new());
+        bitmap.reserve(gfns(0, PAGES)).unwrap();
         let other = thread::spawn({
             let bitmap = bitmap.clone();
             move || bitmap.mark(0)

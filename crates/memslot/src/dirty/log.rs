@@ -110,8 +110,8 @@ impl DirtyLog {
     /// [module documentation](super) for what happens without memory.
     ///
     /// Write first, then mark. Whether the slot is logged ([`SlotFlags::LOG_DIRTY_PAGES`]) is the caller's to
-    /// look at; the mark of a page that is not is forgotten at the next harvest. An address space that the table
-    /// does not have, and a gfn of no 64-bit address, are ignored.
+    /// look at; the mark of a page that is not is forgotten, at the latest with the next harvest. An address space
+    /// that the table does not have, and a gfn of no 64-bit address, are ignored.
     ///
     /// A writer that is not stopped while its slot moves uses [`mark_through`](Self::mark_through).
     #[inline]

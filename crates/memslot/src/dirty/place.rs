@@ -103,8 +103,7 @@ impl Place {
             } else if to - from == PAGES {
                 if self.replace(active, FULL) {
                     if let Some(chunk) = NonNull::new(active) {
-                        // SAFETY: chunks are freed with the bitmap.
-                        self.push(unsafe { chunk.as_ref() });
+                        self.push(chunk);
                     }
                     return;
                 }
@@ -175,8 +174,7 @@ impl Place {
             }
             // A marker made the place full in between.
             if let Some(new) = NonNull::new(new) {
-                // SAFETY: chunks are freed with the bitmap; this one came from the spare ones.
-                self.push(unsafe { new.as_ref() });
+                self.push(new);
             }
         }
     }
@@ -208,7 +206,7 @@ impl Place {
                 }
                 // From now on all bits but these are set. Markers leave a full place as it is.
                 Some(Held::Full) => {
-                    let rest = self.empty(bytes).inspect_err(|_| self.push(taken))?;
+                    let rest = self.empty(bytes).inspect_err(|_| self.push(part))?;
                     rest.as_ref().fill();
                     for (word, bits) in words_of(from, to) {
                         taken.add(word, rest.as_ref().remove(word, bits));
@@ -218,7 +216,7 @@ impl Place {
                 }
             }
             if taken.is_clean() {
-                self.push(taken);
+                self.push(part);
                 return Ok(None);
             }
             Ok(Some(Held::Bits(part)))
@@ -239,11 +237,13 @@ impl Place {
             Some(Held::Bits(active)) => Ok(unsafe { active.as_ref() }.take(word, bits)),
             // As in `take_part`.
             Some(Held::Full) => {
-                // SAFETY: passed on; the chunk is alive.
-                let rest = unsafe { self.empty(bytes)?.as_ref() };
+                // SAFETY: passed on.
+                let new = unsafe { self.empty(bytes)? };
+                // SAFETY: the chunk is alive.
+                let rest = unsafe { new.as_ref() };
                 rest.fill();
                 rest.remove(word, bits);
-                self.replace(FULL, ptr::from_ref(rest).cast_mut());
+                self.replace(FULL, new.as_ptr());
                 self.count_turn();
                 Ok(bits)
             }
@@ -293,8 +293,10 @@ impl Place {
     }
 
     /// Keeps a chunk for later.
-    pub(super) fn push(&self, chunk: &Chunk) {
-        let new = ptr::from_ref(chunk).cast_mut();
+    pub(super) fn push(&self, chunk: NonNull<Chunk>) {
+        let new = chunk.as_ptr();
+        // SAFETY: chunks are freed with the bitmap.
+        let chunk = unsafe { chunk.as_ref() };
         let mut top = self.idle.load(Ordering::Relaxed);
         loop {
             chunk.next.store(top, Ordering::Relaxed);
