@@ -306,7 +306,6 @@ fn a_change_that_is_taken_back_leaves_the_bits() {
     let id = SlotId::new;
     assert!(table.delete(RAM, id(0)).is_err());
     assert!(table.move_to(RAM, id(1), Gfn::new(40_007)).is_err());
-    assert!(table.set_flags(RAM, id(1), SlotFlags::empty()).is_err());
     // Two slots swap their places.
     let swapped = table.transaction(|tx| {
         tx.resize(RAM, id(0), 50)?;
@@ -317,6 +316,16 @@ fn a_change_that_is_taken_back_leaves_the_bits() {
     assert_eq!(take(&consumer), [(3, 1), (103, 1), (40_001, 39_000)]);
     assert_eq!(take(&other), [(103, 1)]);
     assert!(other.take_removed().unwrap().is_empty());
+}
+
+/// While logging was off nobody had to mark: a change back makes all pages dirty, not only those from before.
+#[test]
+fn logging_that_stopped_for_a_moment_makes_all_dirty() {
+    let (mut table, log, consumer) = guest(&[slot(0, 0, 100), slot(1, 200, 100)]);
+    log.mark(RAM, Gfn::new(3));
+    table.add_listener(Box::new(Refuser)).unwrap();
+    assert!(table.set_flags(RAM, SlotId::new(1), SlotFlags::empty()).is_err());
+    assert_eq!(take(&consumer), [(3, 1), (200, 100)]);
 }
 
 /// A place that is full meets bits that a consumer has kept of it.

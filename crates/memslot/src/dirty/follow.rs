@@ -16,8 +16,8 @@
 //! counts for both if something is. (Later still, [`DirtyLog::mark_through`](super::DirtyLog::mark_through) finds the
 //! slot's new place by itself.)
 //!
-//! What was taken is kept until the next change, so that a change that is taken back finds it again. Pages that
-//! it had set initially stay dirty then, where they are logged by another slot: a late mark may be among them.
+//! What was taken is kept until the next change, so that a change that is taken back finds it again. Memory that was
+//! not logged in between is dirty as a whole then: nobody had to mark it. Pages that it had set initially stay dirty, where they are logged by another slot: a late mark may be among them.
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -115,6 +115,16 @@ impl Follower {
     /// A change that was published is taken back: what was marked where memory had moved goes to where it is again.
     fn bring_back(&self, shared: &Shared, state: &mut State, update: &Update<'_>) {
         // What moved goes back, with what was marked at the new place since: all is taken before any is put back.
+        // Where the new version did not log, nobody had to mark: all of it may have been written.
+        for taken in &self.taken {
+            let is_unlogged = |slot: &Slot| slot.address_space() == taken.bits.space && !logs(slot);
+            let now = update.slots.iter().filter_map(|change| change.new).filter(is_unlogged);
+            let moved = now.filter_map(|slot| moved_to(&taken.old, taken.bits.gfns, &slot));
+            moved.for_each(|(from, _)| taken.bits.bitmap(shared).mark_range(from));
+            if !taken.removed {
+                taken.bits.bitmap(shared).mark_range(taken.bits.gfns);
+            }
+        }
         let mut back = Vec::new();
         for taken in self.taken.iter().filter(|taken| taken.removed) {
             for (from, to) in taken.moves(update) {

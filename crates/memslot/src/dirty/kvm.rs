@@ -211,6 +211,11 @@ impl KvmDirtyLog {
             return Ok(());
         }
         let harvest = self.consumer.harvest_range(space, slot.gfns(), rearm).map_err(errno)?;
+        if harvest.view().slot(space, id) != Some(&slot) {
+            // Another thread has changed the slot since it was looked up: these bits may be another's.
+            harvest.merge_back();
+            return self.get_dirty_log(u32::from(space.get()) << 16 | id.get(), bitmap.ok(), rearm);
+        }
         let copied = bitmap.and_then(|bitmap| {
             harvest.words(space, slot.gfns(), bitmap).map(|_| ()).map_err(|_| Errno::EFAULT)
         });
@@ -218,7 +223,8 @@ impl KvmDirtyLog {
         copied
     }
 
-    /// `KVM_CLEAR_DIRTY_LOG`: takes the bits that are set in `bitmap`. Bits of clean pages, and bits behind the slot's
+    /// `KVM_CLEAR_DIRTY_LOG`: takes the bits that are set in `bitmap`. The caller sees to it that the slot does not move
+    /// meanwhile, as KVM does with its lock. Bits of clean pages, and bits behind the slot's
     /// end, do no harm. `None` stands for memory that cannot be read, and so does a bitmap that is too short; for 0
     /// pages it is not looked at.
     ///

@@ -154,14 +154,22 @@ impl DirtyLog {
         if pinned.is_current() {
             return;
         }
-        let Ok(now) = pinned.latest() else {
-            return self.bitmap(space).map_or((), Bitmap::mark_everything);
-        };
-        for piece in pinned.slots_in(space, gfns) {
-            let Some(slot) = now.slot(space, piece.slot.id()) else { continue };
-            if let Some(moved) = moved_to(piece.slot, piece.gfns, slot) {
-                self.mark_range(space, moved.1);
+        let mut generation = None;
+        loop {
+            let Ok(now) = pinned.latest() else {
+                return self.bitmap(space).map_or((), Bitmap::mark_everything);
+            };
+            // Marked by this version already, and it is the newest still.
+            if generation.replace(now.generation()) == Some(now.generation()) {
+                return;
             }
+            for piece in pinned.slots_in(space, gfns) {
+                let Some(slot) = now.slot(space, piece.slot.id()) else { continue };
+                if let Some((_, there)) = moved_to(piece.slot, piece.gfns, slot) {
+                    self.mark_range(space, there);
+                }
+            }
+            fence(Ordering::SeqCst);
         }
     }
 

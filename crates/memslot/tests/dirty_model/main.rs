@@ -100,7 +100,9 @@ impl World {
         match step {
             Step::Change { operations, refuse } => {
                 // What was set initially and is then taken back leaves pages dirty, which is allowed.
-                let refuse = *refuse && !self.model.initially_set;
+                // So does logging that stopped for a moment.
+                let stops = operations.iter().any(|it| matches!(it, program::Operation::Flags(..)));
+                let refuse = *refuse && !self.model.initially_set && !stops;
                 self.refuse.store(refuse, std::sync::atomic::Ordering::Relaxed);
                 let before = self.table.snapshot();
                 let result = self.table.transaction(|tx| operations.iter().try_for_each(|it| it.apply(tx)));
