@@ -235,6 +235,7 @@ impl SlotTable {
     pub fn reclaim(&mut self) {
         let (owner, writer) = split(&mut self.shared);
         writer.reclaim(owner);
+        writer.arena.pool.tidy();
     }
 
     /// Creates one slot. Returns the new generation.

@@ -13,6 +13,10 @@
 //! Memory comes from slabs, which the pool takes from the global allocator, and gives back when they are
 //! empty. A failed allocation is a value, [`OutOfMemory`]; freeing never allocates.
 //!
+//! A table that changes all the time frees nodes of a few sizes and wants the same sizes again. So each size
+//! keeps its last freed nodes in a list of its own, the *stock*, whose nodes still count as given out by their
+//! slabs: from there and to there a node goes without a look at its slab. [`Pool::tidy`] returns the stock.
+//!
 //! This file, `radix.rs` and `versions.rs` are where the crate's `unsafe` has its roots. The contract is the
 //! same everywhere: *a node pointer may be read by whoever holds the version it is reachable from (a pin, a
 //! snapshot, or the writer's own current version), and written by the writer while it is private.*
@@ -30,6 +34,8 @@ const CLASSES: usize = 18;
 /// Slabs grow with their class up to this size, so that a small table stays small.
 const SLAB_BYTES: usize = 8 << 10;
 const NONE: u32 = u32::MAX;
+/// Free nodes of one size that stay in the stock: about what the versions between two reclaims leave behind.
+const STOCK: usize = 64;
 
 /// What every node begins with.
 #[repr(C)]
@@ -241,7 +247,15 @@ struct Class {
     /// First slab with a free node.
     partial: u32,
     nodes: usize,
+    /// Free nodes in slabs.
     free: usize,
+    /// First node of the stock, linked as in a slab; and how many there are.
+    stock: Option<NonNull<u8>>,
+    stocked: usize,
+}
+
+impl Class {
+    const EMPTY: Self = Self { partial: NONE, nodes: 0, free: 0, stock: None, stocked: 0 };
 }
 
 /// Where nodes come from.
@@ -264,7 +278,7 @@ impl Pool {
         Self {
             slabs: Vec::new(),
             vacant: Vec::new(),
-            classes: [Class { partial: NONE, nodes: 0, free: 0 }; CLASSES],
+            classes: [Class::EMPTY; CLASSES],
             bytes: 0,
             #[cfg(test)]
             fail_after: None,
@@ -278,7 +292,7 @@ impl Pool {
 
     /// Nodes that are alive: published, private or dead and not yet freed.
     pub(super) fn live_nodes(&self) -> usize {
-        self.classes.iter().map(|class| class.nodes - class.free).sum()
+        self.classes.iter().map(|class| class.nodes - class.free - class.stocked).sum()
     }
 
     /// Makes a node with room for at least `capacity` items.
@@ -336,9 +350,43 @@ impl Pool {
     ///
     /// # Safety
     /// The node came from this pool, is alive, and nobody can reach it any more.
+    #[inline]
     pub(super) unsafe fn free(&mut self, node: AnyNode) {
         // SAFETY: the node is alive until the end of this function.
-        let number = unsafe { node.0.cast::<Head>().as_ref().slab };
+        let class = usize::from(unsafe { node.0.cast::<Head>().as_ref().class });
+        let class = &mut self.classes[class];
+        if class.stocked < STOCK {
+            // SAFETY: the node's memory is ours again. The link takes the place of the birth; the head's other
+            // fields stay, and say which slab the node is from when it is taken again.
+            unsafe { node.0.cast::<Option<NonNull<u8>>>().write(class.stock) };
+            class.stock = Some(node.0);
+            class.stocked += 1;
+        } else {
+            // SAFETY: passed on.
+            unsafe { self.free_to_slab(node) };
+        }
+    }
+
+    /// Returns the stock to the slabs, and the slabs that are then empty to the allocator.
+    pub(super) fn tidy(&mut self) {
+        for class in 0..CLASSES {
+            while let Some(node) = self.classes[class].stock {
+                // SAFETY: a node in the stock links to the next one; nobody can reach it any more.
+                unsafe {
+                    self.classes[class].stock = node.cast::<Option<NonNull<u8>>>().read();
+                    self.classes[class].stocked -= 1;
+                    self.free_to_slab(AnyNode(node));
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`free`](Self::free); only the node's first word has been written since.
+    #[inline(never)]
+    unsafe fn free_to_slab(&mut self, node: AnyNode) {
+        // SAFETY: the head is there but for its first word.
+        let number = unsafe { (&raw const (*node.0.cast::<Head>().as_ptr()).slab).read() };
         let slab = &mut self.slabs[number as usize];
         let class = slab.class;
         // SAFETY: the node's memory is ours again and at least a line long.
@@ -358,12 +406,27 @@ impl Pool {
         }
     }
 
+    #[inline]
     fn take(&mut self, class: usize) -> Result<(NonNull<u8>, u32), OutOfMemory> {
         assert!(class < CLASSES, "a node is at most {} bytes", (CLASSES - 1) * LINE);
         #[cfg(test)]
         if let Some(left) = &mut self.fail_after {
             *left = left.checked_sub(1).ok_or(OutOfMemory)?;
         }
+        if let Some(node) = self.classes[class].stock {
+            // SAFETY: a node in the stock links to the next one; the rest of its head is as it was.
+            let slab = unsafe {
+                self.classes[class].stock = node.cast::<Option<NonNull<u8>>>().read();
+                (&raw const (*node.cast::<Head>().as_ptr()).slab).read()
+            };
+            self.classes[class].stocked -= 1;
+            return Ok((node, slab));
+        }
+        self.take_from_slab(class)
+    }
+
+    #[inline(never)]
+    fn take_from_slab(&mut self, class: usize) -> Result<(NonNull<u8>, u32), OutOfMemory> {
         if self.classes[class].partial == NONE {
             self.grow(class)?;
         }
