@@ -508,3 +508,48 @@ fn clean_memory_costs_nothing() {
     }
     assert_eq!(log.bytes(), before);
 }
+
+/// A device's pages go with it, as memory does: it has a token in place of a host address.
+#[test]
+fn a_moved_device_keeps_its_bits() {
+    let device = |id, first, token| SlotSpec { backing: Backing::Device { token }, ..slot(id, first, 100) };
+    let (mut table, log, consumer) = guest(&[device(0, 0x100, 0x7000), device(1, 0x500, 1 << 40)]);
+    let other = log.consumer().unwrap();
+    log.mark_range(RAM, gfns(0x103, 2));
+    assert_eq!(take(&other), [(0x103, 2)]);
+    log.mark(RAM, Gfn::new(0x110));
+    log.mark(RAM, Gfn::new(0x501));
+    table.move_to(RAM, SlotId::new(0), Gfn::new(0x9000)).unwrap();
+    assert_eq!(take(&consumer), [(0x501, 1), (0x9003, 2), (0x9010, 1)]);
+    assert_eq!(take(&other), [(0x501, 1), (0x9010, 1)]);
+}
+
+/// Pages that start dirty: all of the slot's, and none behind its end, however it is asked for.
+#[test]
+fn a_slot_that_starts_dirty_has_a_clean_tail() {
+    let (mut table, log, consumer) = guest(&[]);
+    let mut kvm = KvmDirtyLog::new(consumer);
+    kvm.enable_cap(168, 0, 3).unwrap();
+    table.create(slot(0, 32768 - 7, 70)).unwrap();
+    table.create(slot(1, 32768 + 63, 1)).unwrap();
+    let mut words = [0xaaaa_aaaa_aaaa_aaaa; 3];
+    let get = |kvm: &mut KvmDirtyLog, words: &mut [u64]| {
+        kvm.get_dirty_log(0, Some(words), &mut SoftwareOnly).unwrap();
+    };
+    get(&mut kvm, &mut words);
+    assert_eq!(words, [u64::MAX, 0x3f, 0xaaaa_aaaa_aaaa_aaaa]);
+    // Bits behind the end in a mask do not reach the slot that follows.
+    let clear = ClearDirtyLog { slot: 0, num_pages: 6, first_page: 64 };
+    kvm.clear_dirty_log(&clear, Some(&[u64::MAX]), &mut SoftwareOnly).unwrap();
+    get(&mut kvm, &mut words);
+    assert_eq!(words[..2], [u64::MAX, 0]);
+    kvm.get_dirty_log(1, Some(&mut words), &mut SoftwareOnly).unwrap();
+    assert_eq!(words[0], 1);
+    // Without manual protection, too: the harvest cuts the chunk at the slot's end.
+    kvm.enable_cap(168, 0, 0).unwrap();
+    get(&mut kvm, &mut words);
+    assert_eq!(words[..2], [u64::MAX, 0]);
+    get(&mut kvm, &mut words);
+    assert_eq!(words[..2], [0, 0]);
+    assert!(log.is_marked(RAM, Gfn::new(32768 + 63)));
+}

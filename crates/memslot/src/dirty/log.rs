@@ -8,7 +8,7 @@ use super::bitmap::Bitmap;
 use super::consumer::Consumer;
 use super::follow::Follower;
 use super::set::Set;
-use crate::addr::{Gfn, GfnRange, Gpa, PageSize};
+use crate::addr::{Gfn, GfnRange, Gpa, Hva, HvaRange, PageSize};
 use crate::error::OutOfMemory;
 use crate::slot::{AddressSpaceId, Slot, SlotFlags};
 use crate::sync::{AtomicBool, Mutex, Ordering, fence};
@@ -317,13 +317,22 @@ pub(super) fn logged(view: &View, space: AddressSpaceId) -> impl Iterator<Item =
 }
 
 /// The part of `gfns`, frames of `old`, whose memory is in `new` at other frames; with the frames there.
+///
+/// Memory is told by its host address, a device by its token.
 pub(super) fn moved_to(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, GfnRange)> {
     let page = old.page_size();
-    let hvas = crate::addr::HvaRange::with_len(old.hva_of(gfns.start())?, page.bytes_of(gfns.len())?)?;
-    let same = hvas.intersect(&new.hvas()?)?;
+    // Tokens need not be aligned: pages that overlap in part are not the same.
+    let is_apart = !page.divides(old.address().wrapping_sub(new.address()));
+    if is_apart || old.hva().is_some() != new.hva().is_some() {
+        return None;
+    }
+    let skipped = page.bytes_of(gfns.start().offset_from(old.base_gfn())?)?;
+    let addresses = |start, pages| HvaRange::with_len(Hva::new(start), page.bytes_of(pages)?);
+    let here = addresses(old.address().checked_add(skipped)?, gfns.len())?;
+    let same = here.intersect(&addresses(new.address(), new.pages())?)?;
     let pages = same.len() >> page.shift();
-    let before = (same.start().get() - hvas.start().get()) >> page.shift();
-    let after = (same.start().get() - new.hva()?.get()) >> page.shift();
+    let before = (same.start().get() - here.start().get()) >> page.shift();
+    let after = (same.start().get() - new.address()) >> page.shift();
     let from = GfnRange::with_len(gfns.start().checked_add(before)?, pages)?;
     let to = GfnRange::with_len(new.base_gfn().checked_add(after)?, pages)?;
     (from != to).then_some((from, to))
