@@ -17,12 +17,15 @@
 //! split slot is one `Changed` piece for each half, and nothing needs to be unmapped.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::any::Any;
+use core::cell::RefCell;
 
 use crate::addr::{Gfn, GfnRange};
 use crate::error::OutOfMemory;
 use crate::slot::{AddressSpaceId, Slot};
-use crate::table::{Snapshot, View};
+use crate::table::{AttachmentKey, Attachments, Snapshot, View};
 
 /// An error of a listener; any error type will do.
 pub type ListenerError = Box<dyn core::error::Error + Send + Sync>;
@@ -111,15 +114,37 @@ pub struct Update<'a> {
     /// The same as pieces: first all removed, then all changed, then all added ones, each in order of gfn.
     /// In this order they can be applied one by one without ever overlapping.
     pub pieces: &'a [Piece],
-    /// The version after, once it is published.
-    pub(crate) published: Option<&'a Snapshot>,
+    pub(crate) stage: Stage<'a>,
+}
+
+/// How far the update is.
+#[derive(Clone, Copy)]
+pub(crate) enum Stage<'a> {
+    /// What is attached here becomes part of the version after.
+    Preparing(&'a RefCell<Attachments>),
+    Published(&'a Snapshot),
 }
 
 impl Update<'_> {
     /// The version after, to be kept; `None` in [`prepare`](Listener::prepare), where it is not published yet.
     #[must_use]
     pub fn snapshot(&self) -> Option<Snapshot> {
-        self.published.cloned()
+        match self.stage {
+            Stage::Preparing(_) => None,
+            Stage::Published(snapshot) => Some(snapshot.clone()),
+        }
+    }
+
+    /// Gives the version after something to carry: readers find it with [`View::attachment`], in this version and
+    /// in those after it until it is replaced. It is dropped when the last version that carries it goes, so it
+    /// is also a way to keep something alive for exactly as long as a reader can get to a slot.
+    ///
+    /// Only in [`prepare`](Listener::prepare); later the version is published, and this does nothing. A change that
+    /// is taken back publishes what the version before carried.
+    pub fn attach<T: Any + Send + Sync>(&self, key: AttachmentKey<T>, value: Arc<T>) {
+        if let Stage::Preparing(attachments) = self.stage {
+            attachments.borrow_mut().set(key, value);
+        }
     }
 }
 
