@@ -10,7 +10,8 @@
 //! let kvm = kvm_ioctls::Kvm::new()?;
 //! let vm = kvm.create_vm()?;
 //! let mut table = SlotTable::new(Limits { address_spaces: 1, ..Limits::default() })?;
-//! let slots = KvmSlots::attach(&mut table, Vm::of(&vm)?, Options::default())?;
+//! // SAFETY: the slots below stand on memory that is not used for anything else and outlives the VM.
+//! let slots = unsafe { KvmSlots::attach(&mut table, Vm::of(&vm)?, Options::default()) }?;
 //!
 //! let memory = vec![0u8; 3 << 20];
 //! let hva = (memory.as_ptr() as u64).next_multiple_of(4096);

@@ -22,12 +22,11 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Issues all steps, or none: when one fails, those before it are taken back.
+    /// Issues all steps, or none: when one fails, those before it are taken back. Ids are still to be settled then.
     pub(crate) fn issue<K: Kernel>(&mut self, kernel: &K, plan: &Plan) -> Result<(), KvmError> {
         for (done, step) in plan.steps.iter().enumerate() {
             if let Err(error) = self.step(kernel, step) {
                 self.take_back(kernel, &plan.steps[..done]);
-                plan.settle_ids(&mut self.programmed);
                 return Err(KvmError::Ioctl { what: step.to_string(), error });
             }
         }

@@ -9,6 +9,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU64;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
@@ -213,6 +214,32 @@ fn a_vm_lives_as_long_as_its_slots_are_followed() {
     assert_eq!(slots.fetch().unwrap(), 0);
     log.mark_range(RAM, gfns(3, 2));
     assert_eq!(slots.harvest(&consumer).unwrap().pages(), 2);
+}
+
+/// A ring is memory that user space can write: what stands there is not believed.
+#[test]
+fn an_entry_that_names_no_page_of_a_slot_is_ignored() {
+    let Some(kvm) = kvm() else { return };
+    let mut rig = Rig::new(&kvm, Mode::Ring, Options::default());
+    let hva = rig.memory.hva();
+    rig.table.create(spec(0, 0, 16, hva, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    rig.table.create(spec(1, 16, 16, hva + 16 * PAGE, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    assert!(rig.write(5));
+    let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, rig.vcpu.as_raw_fd());
+    // SAFETY: a new mapping of the vCPU's ring, of which we write one entry.
+    unsafe {
+        let ring = libc::mmap(std::ptr::null_mut(), 16384, protection, libc::MAP_SHARED, fd, 64 * 4096);
+        assert_ne!(ring, libc::MAP_FAILED);
+        // Flags and slot, then the page: the second entry says page 16 of slot 0.
+        let entry = ring.cast::<u64>().add(2);
+        entry.add(1).write_volatile(16);
+        entry.write_volatile(1);
+        // And the third one a slot that does not exist.
+        entry.add(2).write_volatile(1 | 0x7777 << 32);
+        libc::munmap(ring, 16384);
+    }
+    assert_eq!(rig.slots.fetch().unwrap(), 3);
+    assert_eq!(rig.harvested(), BTreeSet::from([5]));
 }
 
 #[test]

@@ -30,6 +30,8 @@ pub(crate) struct Inner {
     /// What the guest could see after each call outside of a pause.
     pub(crate) seen: Vec<Frames>,
     pub(crate) manual_protect: bool,
+    /// `KVM_GET_DIRTY_LOG` fails.
+    pub(crate) no_dirty_log: bool,
 }
 
 struct Files;
@@ -61,6 +63,7 @@ impl Fake {
             pauses: 0,
             seen: Vec::new(),
             manual_protect: false,
+            no_dirty_log: false,
         };
         Self { inner: Arc::new(Mutex::new(inner)), slots }
     }
@@ -153,6 +156,9 @@ impl Kernel for Fake {
         let known = inner.table.view().slot(RAM, SlotId::new(slot)).copied();
         let logged = known.filter(|slot| slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES));
         let logged = logged.ok_or_else(|| io::Error::from_raw_os_error(Errno::ENOENT.raw()))?;
+        if inner.no_dirty_log {
+            return Err(io::Error::from_raw_os_error(Errno::EFAULT.raw()));
+        }
         assert_eq!(words.len() as u64, logged.pages().div_ceil(64));
         words.fill(0);
         for page in inner.dirty.get(&slot).into_iter().flatten() {

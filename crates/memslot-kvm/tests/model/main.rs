@@ -18,12 +18,17 @@ use crate::fake::{Fake, Frames, Writers, frames};
 
 const FRAMES: u64 = 320;
 
-/// Refuses commits on demand, after the kernel was programmed.
+/// Refuses commits on demand, after the kernel was programmed, and slot 99 always, before.
 struct Refuser(Arc<AtomicBool>);
 
 impl Listener for Refuser {
     fn name(&self) -> &str {
         "refuser"
+    }
+
+    fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        let refused = update.after.slot(RAM, SlotId::new(99)).is_some();
+        if refused { Err("refused".into()) } else { Ok(()) }
     }
 
     fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
@@ -100,7 +105,7 @@ fn no_gap(seen: &[Frames], before: &Frames, after: &Frames) {
 
 #[test]
 fn random_transactions_with_failures() {
-    let programs = std::env::var("MEMSLOT_MODEL_PROGRAMS").map_or(300, |n| n.parse().unwrap());
+    let programs = std::env::var("MEMSLOT_MODEL_PROGRAMS").map_or(100, |n| n.parse().unwrap());
     let (mut committed, mut failed, mut pauses) = (0, 0, 0);
     for seed in 0..programs {
         let random = &mut Random::new(seed);
@@ -272,6 +277,16 @@ fn ids_run_out_before_anything_happens() {
     );
     assert_eq!(rig.calls(), []);
     rig.check();
+    // Nor are any lost by changes that do not come to be.
+    rig.table.delete(RAM, SlotId::new(1)).unwrap();
+    for _ in 0..3 {
+        rig.table.create(spec(99, 80, 4, HVA, SlotFlags::empty())).unwrap_err();
+        rig.fake.inner().fail_in = Some(0);
+        rig.fake.inner().failures = 1;
+        rig.table.create(spec(1, 80, 4, HVA, SlotFlags::empty())).unwrap_err();
+        rig.fake.inner().fail_in = None;
+    }
+    rig.table.create(spec(1, 10, 4, HVA, SlotFlags::empty())).unwrap();
     // Ids of slots that go in the same change count.
     rig.table
         .transaction(|tx| {
