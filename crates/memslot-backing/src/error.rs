@@ -117,15 +117,15 @@ fn nearest(value: u64, multiple: u64) -> String {
 #[non_exhaustive]
 pub enum StandingError {
     /// The slot's host memory is nobody's that [`Backings`](crate::Backings) know.
-    #[error("{slot} stands at {hva} on memory that was not adopted, or that is gone", hva = ShowHva(slot))]
+    #[error("{slot} would stand on {hvas}: memory that was not adopted, or that is gone", hvas = ShowHvas(slot))]
     Unknown {
         /// The slot.
         slot: Slot,
     },
     /// The slot begins in an adopted memory and ends outside of it, or the other way round.
     #[error(
-        "{slot} stands on {hvas}, which only partly lies in the memory [{start:#x}, +{bytes:#x} bytes); \
-         a slot stands on one memory", hvas = ShowHva(slot)
+        "{slot} would stand on {hvas}, which lies only partly in the memory [{start:#x}, +{bytes:#x} bytes): \
+         a slot stands on one memory", hvas = ShowHvas(slot)
     )]
     NotInside {
         /// The slot.
@@ -157,9 +157,9 @@ pub enum StandingError {
     },
 }
 
-struct ShowHva<'a>(&'a Slot);
+struct ShowHvas<'a>(&'a Slot);
 
-impl std::fmt::Display for ShowHva<'_> {
+impl std::fmt::Display for ShowHvas<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.0.hvas() {
             Some(hvas) => write!(f, "hva [{:#x}, {:#x})", hvas.start(), hvas.end()),
