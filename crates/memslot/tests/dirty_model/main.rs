@@ -3,6 +3,8 @@
 //! The model (`model.rs`) knows nothing of chunks, words or consumers' chunks: a consumer is a set of gfns, and a
 //! change of the table moves each of them by itself. After every step all ways to ask must agree with it.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod huge;
 mod model;
 mod program;
@@ -162,7 +164,7 @@ impl World {
             Step::Change { operations, refuse, late } => {
                 // What was set initially and is then taken back leaves pages dirty, which is allowed.
                 // So does logging that stopped for a moment.
-                let stops = operations.iter().any(|it| matches!(it, program::Operation::Flags(..)));
+                let stops = operations.iter().any(program::Operation::may_stop_logging);
                 let refuse = refuse.filter(|&refuser| match refuser {
                     Refuser::First => !stops,
                     Refuser::Prepare => true,
@@ -392,7 +394,7 @@ fn check_words(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(common::cases(300))]
 
     #[test]
     fn a_log_is_a_set_of_pages(steps in proptest::collection::vec(step(), 1..40)) {

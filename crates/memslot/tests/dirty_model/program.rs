@@ -23,6 +23,15 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
+    /// Whether memory that was logged may be there without logging afterwards.
+    pub(crate) fn may_stop_logging(&self) -> bool {
+        match self {
+            Self::Create(spec) => !spec.flags.contains(SlotFlags::LOG_DIRTY_PAGES),
+            Self::Flags(..) => true,
+            _ => false,
+        }
+    }
+
     pub(crate) fn apply(&self, tx: &mut Transaction<'_>) -> Result<(), TransactionError> {
         match *self {
             Self::Create(spec) => tx.create(spec),

@@ -39,11 +39,7 @@ fn walks() -> impl Strategy<Value = Vec<u64>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: if cfg!(miri) { 4 } else { 256 },
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(common::cases(256))]
 
     #[test]
     fn pages_are_coalesced_as_kvm_does(pages in walks(), read in 0..300usize) {
