@@ -470,7 +470,7 @@ fn memory_at_the_place_of_one_that_is_gone() {
         backings.adopt(&memory);
         memory
     };
-    let small = [at(0x1010, 4), at(0x1030, 4)].map(|memory| memory.hva());
+    let small = [0x1010, 0x1030].map(|page| at(page, 4).hva());
     let large = at(0x1000, 0x40);
     if small.iter().any(|&hva| !large.hvas().contains(hva)) {
         return common::skipped("memory at the place of one that is gone: the kernel puts it elsewhere");
@@ -500,6 +500,7 @@ fn readers_never_fault_while_memory_comes_and_goes() {
     let stop = AtomicBool::new(false);
     let handle = table.handle();
     std::thread::scope(|scope| {
+        let stop_at_the_end = StopAtTheEnd(&stop);
         let readers: Vec<_> = (0..2)
             .map(|_| {
                 let (handle, stop) = (handle.clone(), &stop);
@@ -542,8 +543,17 @@ fn readers_never_fault_while_memory_comes_and_goes() {
                 .create(backings.spec(id(place.into()), gfn(u64::from(place) << 8), &ram, ..).unwrap())
                 .unwrap();
         }
-        stop.store(true, Relaxed);
+        drop(stop_at_the_end);
         let found: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
         assert!(found > 0);
     });
+}
+
+/// Lets the readers end also where the writer panics.
+struct StopAtTheEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtTheEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
