@@ -4,7 +4,8 @@
 mod common;
 
 use common::{MIB, PAGE, all, file, fill, get, set, stored, vm_flags};
-use memslot_backing::{HugePage, Memory, MemoryError, Sharing};
+use memslot::{AddressSpaceId, Gfn, GfnRange, Limits, SlotId, SlotTable};
+use memslot_backing::{Backings, HugePage, Memory, MemoryError, Sharing};
 
 const BYTES: u64 = 4 * MIB;
 
@@ -155,6 +156,24 @@ fn pages_of_a_pool() {
     let private = Memory::file(clone(), 0, 2 * MIB, Sharing::Private).map().unwrap_err();
     assert!(matches!(private, MemoryError::Unsupported { .. }));
     assert!(Memory::file(clone(), PAGE, 2 * MIB, Sharing::Shared).map().is_err());
+
+    // Two slots share a huge page: discarded together, refused alone.
+    let memory = std::sync::Arc::new(memory);
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    let backings = Backings::attach(&mut table).unwrap();
+    backings.adopt(&memory);
+    table
+        .transaction(|tx| {
+            tx.create(backings.spec(SlotId::new(0), Gfn::new(0), &memory, ..MIB).unwrap())?;
+            tx.create(backings.spec(SlotId::new(1), Gfn::new(0x100), &memory, MIB..).unwrap())
+        })
+        .unwrap();
+    let discard = |gfns| backings.discard(table.view(), AddressSpaceId::NORMAL, gfns);
+    let alone = discard(GfnRange::with_len(Gfn::new(0), 0x100).unwrap()).unwrap_err();
+    assert!(alone.to_string().contains("0x100000 is not a multiple of 0x200000"), "{alone}");
+    assert_eq!(discard(GfnRange::with_len(Gfn::new(0), 0x200).unwrap()).unwrap(), 2 * MIB);
+    assert_eq!(all(&memory, 0..2 * MIB), Some(0));
+    drop((backings, table));
 
     // Guards around huge pages, and all pages back at the end.
     assert_eq!(common::signal_of_write(memory.hvas().end().get()), libc::SIGSEGV);

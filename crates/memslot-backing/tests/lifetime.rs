@@ -416,6 +416,18 @@ fn frames_are_discarded_through_the_slots() {
     assert_eq!(read(table.view(), 0x10f << 12), 0, "the alias sees it");
     assert_eq!(discard(&table, 0x400, 0x500).unwrap(), 0, "nothing is there");
 
+    // Neighbours for the guest, apart in the memory: what lies between stays.
+    fill(&low, 0..16 * PAGE, 0xee);
+    table
+        .transaction(|tx| {
+            tx.create(backings.spec(id(5), gfn(0x200), &low, ..4 * PAGE).unwrap())?;
+            tx.create(backings.spec(id(6), gfn(0x204), &low, 8 * PAGE..12 * PAGE).unwrap())
+        })
+        .unwrap();
+    assert_eq!(discard(&table, 0x202, 0x206).unwrap(), 4 * PAGE);
+    let zero: Vec<u64> = (0..16).filter(|page| common::get(&low, page * PAGE) == 0).collect();
+    assert_eq!(zero, [2, 3, 8, 9]);
+
     // Read-only frames are not the guest's to give up, and nothing before them is discarded either.
     table.set_flags(RAM, id(3), SlotFlags::READONLY).unwrap();
     set(&low, 0, 1);
@@ -446,6 +458,40 @@ fn specifications_of_slots() {
     assert!(Arc::ptr_eq(&backings.memory_at(Hva::new(ram.hvas().end().get() - 1)).unwrap(), &ram));
 }
 
+/// Addresses are used again: what lies there now counts, not what was adopted there once.
+#[test]
+fn memory_at_the_place_of_one_that_is_gone() {
+    let (mut table, backings) = table();
+    // With so large an alignment there is one place only.
+    let at = |page: u64, pages: u64| {
+        let memory =
+            Memory::anonymous(pages * PAGE).alignment(1 << 45).congruent_to(Gpa::new(page * PAGE)).map();
+        let memory = Arc::new(memory.unwrap());
+        backings.adopt(&memory);
+        memory
+    };
+    let small = [0x1010, 0x1030].map(|page| at(page, 4).hva());
+    let large = at(0x1000, 0x40);
+    if small.iter().any(|&hva| !large.hvas().contains(hva)) {
+        return common::skipped("memory at the place of one that is gone: the kernel puts it elsewhere");
+    }
+    let whole = backings.spec(id(0), gfn(0), &large, ..).unwrap();
+    table.create(whole).unwrap();
+    for page in 0..0x40 {
+        let hva = Hva::new(large.hva().get() + page * PAGE);
+        assert!(Arc::ptr_eq(&backings.memory_at(hva).unwrap(), &large), "page {page}");
+    }
+    table.delete(RAM, id(0)).unwrap();
+    table.reclaim();
+    let end = large.hvas().end();
+    drop(large);
+    // And the other way round: a slot that begins outside of what lives now.
+    let small = at(0x1010, 4);
+    assert!(backings.memory_at(Hva::new(end.get() - 1)).is_none());
+    assert!(listener_error(table.create(whole).unwrap_err()).contains("lies only partly"));
+    table.create(backings.spec(id(0), gfn(0), &small, ..).unwrap()).unwrap();
+}
+
 /// Threads read guest memory through pins while the writer plugs and unplugs it: no read ever faults, and each finds what
 /// belongs to the frame.
 #[test]
@@ -454,6 +500,7 @@ fn readers_never_fault_while_memory_comes_and_goes() {
     let stop = AtomicBool::new(false);
     let handle = table.handle();
     std::thread::scope(|scope| {
+        let stop_at_the_end = StopAtTheEnd(&stop);
         let readers: Vec<_> = (0..2)
             .map(|_| {
                 let (handle, stop) = (handle.clone(), &stop);
@@ -496,8 +543,17 @@ fn readers_never_fault_while_memory_comes_and_goes() {
                 .create(backings.spec(id(place.into()), gfn(u64::from(place) << 8), &ram, ..).unwrap())
                 .unwrap();
         }
-        stop.store(true, Relaxed);
+        drop(stop_at_the_end);
         let found: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
         assert!(found > 0);
     });
+}
+
+/// Lets the readers end also where the writer panics.
+struct StopAtTheEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtTheEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }

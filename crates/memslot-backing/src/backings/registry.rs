@@ -25,13 +25,6 @@ struct Adopted {
 impl Registry {
     pub(super) fn adopt(&self, memory: &Arc<Memory>) {
         let adopted = &mut *self.lock();
-        // Where this one lies, all others are dead. Clearing them now keeps those that a search must pass over few.
-        let hvas = memory.hvas();
-        let within: Vec<u64> =
-            adopted.memories.range(hvas.start().get()..hvas.end().get()).map(|(&start, _)| start).collect();
-        for start in within {
-            adopted.memories.remove(&start);
-        }
         adopted.memories.insert(memory.hva().get(), Arc::downgrade(memory));
         adopted.clear();
     }
@@ -69,7 +62,8 @@ impl Adopted {
         self.memories.range(..=address).rev().find_map(|(_, memory)| memory.upgrade())
     }
 
-    /// Clears the dead away, so seldom that each adoption pays for a few of them only.
+    /// Clears the dead away: seldom, so that each adoption pays for a few of them only, and often enough that there are
+    /// never many more of them than of the living.
     fn clear(&mut self) {
         if self.memories.len() + self.files.len() < self.clear_at {
             return;
