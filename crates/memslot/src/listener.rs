@@ -8,7 +8,9 @@
 //!   ├─ publish: readers see the new version
 //!   │
 //! commit    act. Should not fail; if it does, what was committed is undone in reverse order and
-//!           the table publishes what it had before, as a new generation
+//!   │       the table publishes what it had before, as a new generation
+//!   │
+//! settled   all have committed: nothing will be undone
 //! ```
 //!
 //! What it hears is an [`Update`]: the version before and the one after, the slots that changed, and the same
@@ -53,6 +55,11 @@ pub trait Listener {
 
     /// A later listener failed to commit: take back what `commit` did.
     fn undo(&mut self, update: &Update<'_>);
+
+    /// All listeners have committed, so the change stays: let go of what `undo` would have needed.
+    fn settled(&mut self, update: &Update<'_>) {
+        let _ = update;
+    }
 
     /// The change was prepared and did not come to be: let go of what `prepare` reserved.
     fn abort(&mut self, update: &Update<'_>) {

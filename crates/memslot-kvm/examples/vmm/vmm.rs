@@ -38,16 +38,18 @@ impl Mmio for Bus {
     /// Nobody is there: all ones, as on a PC.
     fn read(&mut self, gpa: u64, data: &mut [u8]) {
         data.fill(0xff);
-        self.seen.lock().unwrap().push(format!("read  of {gpa:#x}: a hole"));
+        self.seen.lock().unwrap().push(format!("read of {gpa:#x}: a hole"));
     }
 
     /// The upper half of the module is ours to write while it is read-only for the guest: what a VMM does that
-    /// wants to see each write (a flash chip, say). It writes memory itself, so it marks it itself.
+    /// wants to see each write. It writes memory itself, so it marks it itself.
+    ///
+    /// By the time that we look, the slot may be writable again, and have another id: the write was let out before,
+    /// and still has to be done. So what counts is the memory that is there now.
     fn write(&mut self, gpa: u64, data: &[u8]) {
         let view = self.reader.pin();
-        let found = view.translate(SPACE, Gpa::new(gpa));
-        match found.filter(|found| found.slot == DIMM_HIGH) {
-            Some(found) => {
+        match view.translate(SPACE, Gpa::new(gpa)) {
+            Some(found) if found.slot != FLASH => {
                 for (at, &byte) in (0..).zip(data) {
                     // SAFETY: the version says that this is memory, which stays mapped while it is pinned.
                     unsafe { AtomicU8::from_ptr((found.hva.get() + at) as *mut u8) }
@@ -55,8 +57,8 @@ impl Mmio for Bus {
                 }
                 self.log.mark_bytes(SPACE, Gpa::new(gpa), data.len() as u64, view.page_size());
             }
-            None => {
-                let what = found.map_or("a hole".to_owned(), |found| format!("slot {}", found.slot));
+            found => {
+                let what = if found.is_some() { "the flash" } else { "a hole" };
                 self.seen.lock().unwrap().push(format!("write to {gpa:#x}: {what}"));
             }
         }

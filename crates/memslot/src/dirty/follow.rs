@@ -73,10 +73,6 @@ impl Follower {
     fn try_prepare(&mut self, update: &Update<'_>) -> Result<(), OutOfMemory> {
         let shared = &*self.shared;
         let mut state = shared.state.lock();
-        self.previous = None;
-        for taken in self.taken.drain(..) {
-            taken.bits.forget(shared);
-        }
         spread_everything(shared, &state.current);
         state.unsettled.clear();
         state.unsettled.try_reserve(update.pieces.len()).map_err(|_| OutOfMemory)?;
@@ -213,6 +209,15 @@ impl Listener for Follower {
             taken.bits.restore(shared, &mut state);
         }
         state.unsettled.clear();
+    }
+
+    fn settled(&mut self, _: &Update<'_>) {
+        // Or the version before would live, with all that it keeps alive, until the next change.
+        self.previous = None;
+        let _state = self.shared.state.lock();
+        for taken in self.taken.drain(..) {
+            taken.bits.forget(&self.shared);
+        }
     }
 
     fn abort(&mut self, update: &Update<'_>) {

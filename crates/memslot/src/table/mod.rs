@@ -495,6 +495,7 @@ fn commit(
             return Err(refused);
         }
     }
+    listeners.iter_mut().for_each(|listener| listener.settled(&update));
     Ok(())
 }
 
