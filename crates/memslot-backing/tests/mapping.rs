@@ -73,19 +73,6 @@ fn guards_fault_and_the_memory_between_does_not() {
 }
 
 #[test]
-fn without_guards_nothing_is_around() {
-    let memory = Memory::memfd("no-guards", 4 * PAGE).alignment(PAGE).guard_pages(false).map().unwrap();
-    let (start, end) = (memory.hva().get(), memory.hvas().end().get());
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    assert!(maps.lines().any(|line| line.starts_with(&format!("{start:x}-{end:x} rw-s"))), "{maps}");
-    let guard = |line: &&str| {
-        line.contains("---p")
-            && (line.contains(&format!("-{start:x} ")) || line.starts_with(&format!("{end:x}-")))
-    };
-    assert_eq!(maps.lines().find(guard), None);
-}
-
-#[test]
 fn advice_reaches_the_kernel() {
     let plain = Memory::anonymous(4 * MIB).map().unwrap();
     let huge = Memory::anonymous(4 * MIB).huge_pages(true).exclude_from_dumps().no_reserve().map().unwrap();

@@ -16,9 +16,11 @@ fn nothing_is_lost_when_there_are_too_many() {
     }
     let file = common::file(&[]);
     file.set_len((limit + 1000) * PAGE).unwrap();
-    // Their guards touch, so that the kernel may keep them as one mapping.
     let names = ["too-many-0", "too-many-1", "too-many-2"];
     let others = names.map(|name| Memory::memfd(name, 16 * PAGE).alignment(PAGE).map().unwrap());
+    // Nothing lies between these, so that the kernel may keep them as one mapping and not want to cut it.
+    let bare = [0; 3]
+        .map(|_| Memory::anonymous(16 * PAGE).alignment(PAGE).guard_pages(false).prefault().map().unwrap());
     let memory = Memory::file(file, 0, (limit + 1000) * PAGE, Sharing::Private).map().unwrap();
 
     // Each discarded page is a mapping of its own, and so is what lies between.
@@ -34,9 +36,13 @@ fn nothing_is_lost_when_there_are_too_many() {
     let kept = get(&memory, page * PAGE);
     let before = get(&memory, (page - 2) * PAGE);
     let more = Memory::anonymous(PAGE).map().map(drop);
-    let [first, second, third] = others;
-    drop(second); // The one in the middle.
-    drop((first, third));
+    let [first, second, third] = bare;
+    let place = second.as_ptr();
+    drop(second);
+    let (mut states, length) = ([0u8; 16], usize::try_from(16 * PAGE).unwrap());
+    // SAFETY: the call writes one byte for each page.
+    let mapped = unsafe { libc::mincore(place.cast(), length, states.as_mut_ptr()) } == 0;
+    drop((first, third, others));
     drop(memory);
 
     let out_of_memory = |error: &MemoryError| matches!(error, MemoryError::Call { source, .. } if source.kind() == std::io::ErrorKind::OutOfMemory);
@@ -44,6 +50,7 @@ fn nothing_is_lost_when_there_are_too_many() {
     assert!(page > limit / 4);
     assert_eq!((kept, before), (9, 0));
     assert!(more.is_err_and(|error| out_of_memory(&error)));
+    assert!(!mapped || states.iter().all(|state| state & 1 == 0), "the memory is free, if not the addresses");
     assert!(names.iter().all(|name| !is_mapped(name)));
     Memory::anonymous(PAGE).map().unwrap();
 }
