@@ -87,6 +87,23 @@ fn advice_reaches_the_kernel() {
     assert!(has(&plain, "hg"));
 }
 
+/// What the alignment is for: 6 MiB that begin where the guest's do can be three huge pages; 4 KiB further on, two.
+#[test]
+fn aligned_memory_gets_huge_pages() {
+    let huge = |builder: MemoryBuilder| -> u64 {
+        let memory = builder.huge_pages(true).prefault().map().unwrap();
+        common::smaps(memory.hva().get(), "AnonHugePages:")
+    };
+    let aligned = huge(Memory::anonymous(6 * MIB));
+    if aligned == 0 {
+        let path = "/sys/kernel/mm/transparent_hugepage/enabled";
+        let enabled = std::fs::read_to_string(path).unwrap_or_default();
+        return common::skipped(&format!("transparent huge pages: none were given; {path} is {enabled:?}"));
+    }
+    assert_eq!(aligned, 6 * MIB);
+    assert_eq!(huge(Memory::anonymous(6 * MIB).congruent_to(Gpa::new(PAGE))), 4 * MIB);
+}
+
 #[test]
 fn prefault_makes_all_resident() {
     for builder in each_kind(64 * PAGE) {
