@@ -132,6 +132,9 @@ impl MemoryBuilder {
     /// Whether 64 KiB without access lie before and behind the memory, so that a stray access there faults and does not
     /// hit something else; on unless set. They cost addresses and up to two of the process's mappings
     /// (`/proc/sys/vm/max_map_count`), no memory.
+    ///
+    /// Without them the kernel keeps anonymous neighbours as one mapping, which it does not cut in three when the process
+    /// has as many as it may have: of memory that goes then, the pages are freed and the addresses are not.
     pub const fn guard_pages(mut self, wanted: bool) -> Self {
         self.guards = wanted;
         self

@@ -1,15 +1,7 @@
 //! Giving memory back to the host.
 //!
 //! What does it differs from kind to kind, and what is wrong for a kind often fails in silence: `MADV_DONTNEED` on a
-//! memfd returns success, frees nothing and leaves every byte as it was.
-//!
-//! | kind | a discard is | afterwards |
-//! |---|---|---|
-//! | anonymous | `madvise(MADV_DONTNEED)` | the pages are free |
-//! | memfd, shared file, guest_memfd | `fallocate(PUNCH_HOLE)` | the pages and blocks are free, for everybody who has the file |
-//! | private file | new anonymous memory over the range | the copies are free; the file is as it was, and no longer shows |
-//!
-//! In every kind the bytes read as zero afterwards.
+//! memfd returns success, frees nothing and leaves every byte as it was. The table is in [`Memory::discard`].
 
 use std::ops::RangeBounds;
 
@@ -20,15 +12,21 @@ use crate::error::MemoryError;
 use crate::memory::{Memory, MemoryKind, Part};
 
 impl Memory {
-    /// Gives the memory of a range back to the host. Its bytes read as zero afterwards, and whoever writes there gets new
-    /// memory. See the table above for what it does in each kind.
+    /// Gives the memory of a range back to the host. Its bytes read as zero afterwards, in every kind, and whoever writes
+    /// there gets new memory.
     ///
-    /// * Shared memory is discarded for everybody who has it mapped.
+    /// | kind | what is done | what is freed |
+    /// |---|---|---|
+    /// | anonymous | `madvise(MADV_DONTNEED)` | the pages |
+    /// | memfd, shared file, guest_memfd | `fallocate(PUNCH_HOLE)` | the pages and the file's blocks, for everybody who has the file |
+    /// | private file | new anonymous memory over the range | the copies; the file is as it was, and no longer shows |
+    ///
     /// * Memory that a device has pinned (VFIO) must not be discarded: the device would go on with the old pages.
     /// * Pages of a pool are discarded as a whole.
     /// * A discard is a write that no dirty log sees; who copies the guest's memory must hear of it.
-    /// * In a private file's memory each discard may cost two of the process's mappings
-    ///   (`/proc/sys/vm/max_map_count`); ranges that touch become one.
+    /// * In a private file's memory each discard may cost two of the process's mappings (`/proc/sys/vm/max_map_count`;
+    ///   ranges that touch become one), and what was set up for these addresses by other means (NUMA policy, `mlock`,
+    ///   userfaultfd) does not hold for the new memory.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`]; [`MemoryError::Unaligned`] if the range does not begin and end at a

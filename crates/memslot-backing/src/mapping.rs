@@ -59,10 +59,9 @@ impl Mapping {
     fn reserve(bytes: usize, place: Place) -> io::Result<Self> {
         let too_large = || io::Error::from(rustix::io::Errno::NOMEM);
         let guard = if place.guards { GUARD } else { 0 };
-        let total = bytes
-            .checked_add(2 * guard)
-            .and_then(|total| total.checked_add(place.alignment))
-            .ok_or_else(too_large)?;
+        // The kernel's choice is a page's address, so that much of the alignment is there already.
+        let surplus = place.alignment - rustix::param::page_size();
+        let total = bytes.checked_add(2 * guard + surplus).ok_or_else(too_large)?;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
         let outer = unsafe { mmap_anonymous(ptr::null_mut(), total, ProtFlags::empty(), flags) }?;
@@ -181,12 +180,12 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the addresses are this mapping's own, and whoever uses one keeps the mapping alive.
-        let all = unsafe { munmap(pointer(self.outer), self.outer_end - self.outer) };
-        if all.is_err() {
-            // The kernel keeps neighbouring guards as one and may not cut them in two when there are too many
-            // mappings. The middle has borders of its own; the guards stay, which costs addresses only.
+        let gone = unsafe { munmap(pointer(self.outer), self.outer_end - self.outer) };
+        if gone.is_err() {
+            // The kernel keeps anonymous neighbours without guards as one mapping, and does not cut it in three when the
+            // process has too many. Then the addresses are lost, but not the memory.
             // SAFETY: as above.
-            let _ = unsafe { munmap(pointer(self.start), self.bytes) };
+            let _ = unsafe { madvise(pointer(self.start), self.bytes, Advice::LinuxDontNeed) };
         }
     }
 }

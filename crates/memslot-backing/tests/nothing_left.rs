@@ -4,6 +4,7 @@
 mod common;
 
 use common::{MIB, PAGE, file};
+use memslot::Gpa;
 use memslot_backing::{HugePage, Memory, MemoryBuilder, MemoryError, Sharing};
 
 fn address_bytes() -> u64 {
@@ -45,6 +46,8 @@ fn nothing_is_left_behind() {
         assert_eq!(files(), open, "{what} left files");
     }
 
+    without_guards_nothing_is_around();
+
     // And success leaves nothing either, when it goes.
     for _ in 0..100 {
         let memory = Memory::file(file(&[0; 8192]), 0, 2 * PAGE, Sharing::Private).map().unwrap();
@@ -53,4 +56,18 @@ fn nothing_is_left_behind() {
     }
     assert!(address_bytes() < bytes + 2 * MIB);
     assert_eq!(files(), open);
+}
+
+fn without_guards_nothing_is_around() {
+    // Far from what the process has besides.
+    let far = Memory::memfd("no-guards", 4 * PAGE).alignment(1 << 40).congruent_to(Gpa::new(1 << 39));
+    let memory = far.guard_pages(false).map().unwrap();
+    let (start, end) = (memory.hva().get(), memory.hvas().end().get());
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(maps.lines().any(|line| line.starts_with(&format!("{start:x}-{end:x} rw-s"))), "{maps}");
+    let guard = |line: &&str| {
+        line.contains("---p")
+            && (line.contains(&format!("-{start:x} ")) || line.starts_with(&format!("{end:x}-")))
+    };
+    assert_eq!(maps.lines().find(guard), None);
 }

@@ -60,6 +60,16 @@ pub fn is_mapped(name: &str) -> bool {
 
 /// The `VmFlags` of the mapping that has this address.
 pub fn vm_flags(address: u64) -> Vec<String> {
+    smaps_line(address, "VmFlags:").split_whitespace().map(str::to_owned).collect()
+}
+
+/// One of the sizes in smaps of the mapping that has this address, in bytes.
+pub fn smaps(address: u64, name: &str) -> u64 {
+    let line = smaps_line(address, name);
+    line.trim().strip_suffix("kB").unwrap().trim().parse::<u64>().unwrap() << 10
+}
+
+fn smaps_line(address: u64, name: &str) -> String {
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mut here = false;
     for line in smaps.lines() {
@@ -68,8 +78,8 @@ pub fn vm_flags(address: u64) -> Vec<String> {
         if let Some((Some(start), Some(end))) = range.map(|(start, end)| (number(start), number(end))) {
             here = (start..end).contains(&address);
         }
-        if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| here) {
-            return flags.split_whitespace().map(str::to_owned).collect();
+        if let Some(rest) = line.strip_prefix(name).filter(|_| here) {
+            return rest.to_owned();
         }
     }
     panic!("nothing is mapped at {address:#x}");
