@@ -39,6 +39,25 @@ impl Step {
         }
     }
 
+    /// The frames that it is about.
+    pub(crate) fn places(&self) -> impl Iterator<Item = Place> {
+        let (one, other) = match self {
+            Self::Delete(slot) | Self::Create(slot) => (slot, None),
+            Self::Move { from, to } | Self::Flags { from, to } => (from, Some(to)),
+        };
+        std::iter::once(one).chain(other).map(|slot| (slot.address_space, slot.gfns))
+    }
+
+    /// What comes first.
+    const fn order(&self) -> u8 {
+        match self {
+            Self::Delete(_) => 0,
+            Self::Move { .. } => 1,
+            Self::Flags { .. } => 2,
+            Self::Create(_) => 3,
+        }
+    }
+
     /// The slot that it is about, as it is before or, for one that is created, after it.
     pub(crate) const fn slot(&self) -> &KvmSlot {
         match self {
@@ -67,6 +86,10 @@ pub(crate) struct Plan {
     pub(crate) leaves_gap: bool,
     /// A slot goes that the kernel logs.
     pub(crate) ends_log: bool,
+    /// So the vCPUs have to stand still.
+    pub(crate) needs_pause: bool,
+    going: Vec<KvmSlot>,
+    coming: Vec<KvmSlot>,
 }
 
 /// A range of frames of an address space.
@@ -85,16 +108,31 @@ pub(crate) fn join(places: &mut Vec<Place>) {
     });
 }
 
-/// The plan for the frames of `places`. Ids of new slots are taken; [`Plan::settle_ids`] gives back what was not used.
+/// Makes the plan for the frames of `places`. Ids of new slots are taken; [`Plan::settle_ids`] gives back what was not
+/// used. The plan is empty at first, and its memory is used again.
 pub(crate) fn plan(
     programmed: &mut Programmed,
     after: &View,
     places: &mut Vec<Place>,
     options: &Options,
-) -> Result<Plan, KvmError> {
+    plan: &mut Plan,
+) -> Result<(), KvmError> {
     join(places);
-    let mut plan = Plan::default();
-    let mut going = Vec::new();
+    let (mut going, mut coming) = (std::mem::take(&mut plan.going), std::mem::take(&mut plan.coming));
+    let result = fill(programmed, after, places, options, plan, &mut going, &mut coming);
+    (plan.going, plan.coming) = (going, coming);
+    result
+}
+
+fn fill(
+    programmed: &mut Programmed,
+    after: &View,
+    places: &mut Vec<Place>,
+    options: &Options,
+    plan: &mut Plan,
+    going: &mut Vec<KvmSlot>,
+    coming: &mut Vec<KvmSlot>,
+) -> Result<(), KvmError> {
     for &(space, gfns) in &*places {
         for slot in programmed.in_range(space, gfns) {
             match wanted_flags(after, slot) {
@@ -111,61 +149,59 @@ pub(crate) fn plan(
         places.extend(going.iter().map(|slot| (slot.address_space, slot.gfns)));
         join(places);
     }
-    let mut coming = Vec::new();
     for &(space, gfns) in &*places {
-        bare(programmed, &going, after, space, gfns, options, &mut coming)?;
+        bare(programmed, going, after, space, gfns, options, coming)?;
     }
     if !going.is_empty() {
-        let moved = find_moves(&mut plan.steps, &going, &mut coming);
-        plan.leaves_gap = coming.iter().any(|slot| first_overlapping(&going, slot).is_some());
+        let moved = find_moves(&mut plan.steps, going, coming);
+        plan.leaves_gap = coming.iter().any(|slot| first_overlapping(going, slot).is_some());
         let mut moved = moved.into_iter();
         going.retain(|_| moved.next() != Some(true));
     }
     plan.ends_log = going.iter().any(KvmSlot::logs);
-    let flags = std::mem::take(&mut plan.steps);
-    // `find_moves` has appended its moves to the flag changes; moves come first.
-    plan.steps.reserve_exact(going.len() + flags.len() + coming.len());
-    plan.steps.extend(going.iter().copied().map(Step::Delete));
-    plan.steps.extend(flags.iter().filter(|step| matches!(step, Step::Move { .. })));
-    plan.steps.extend(flags.iter().filter(|step| !matches!(step, Step::Move { .. })));
-    for slot in &going {
+    for slot in &*going {
         if let Some(ids) = programmed.ids(slot.address_space) {
             ids.free(slot.id.into());
         }
+        plan.steps.push(Step::Delete(*slot));
     }
-    let needed = coming.len();
-    for slot in coming {
+    for (done, slot) in coming.iter().enumerate() {
         let ids = programmed.ids(slot.address_space);
         let id = ids.and_then(|ids| ids.allocate()).and_then(|id| u16::try_from(id).ok());
         let Some(id) = id else {
             let available = programmed.ids(slot.address_space).map_or(0, |ids| ids.available());
-            let taken = plan.steps.iter().filter(|step| matches!(step, Step::Create(_))).count();
             plan.settle_ids(programmed);
-            let available = available + u32::try_from(taken).unwrap_or(u32::MAX);
-            return Err(KvmError::NoSlots { address_space: slot.address_space.get(), needed, available });
+            let available = available + u32::try_from(done).unwrap_or(u32::MAX);
+            return Err(KvmError::NoSlots {
+                address_space: slot.address_space.get(),
+                needed: coming.len(),
+                available,
+            });
         };
-        plan.steps.push(Step::Create(KvmSlot { id, ..slot }));
+        plan.steps.push(Step::Create(KvmSlot { id, ..*slot }));
     }
-    Ok(plan)
+    if plan.steps.len() > 1 {
+        // Stable: each kind stays in the order of the frames.
+        plan.steps.sort_by_key(Step::order);
+    }
+    Ok(())
 }
 
 impl Plan {
+    /// Forgets all but its memory.
+    pub(crate) fn clear(&mut self) {
+        let Self { steps, leaves_gap, ends_log, needs_pause, going, coming } = self;
+        (*leaves_gap, *ends_log, *needs_pause) = (false, false, false);
+        steps.clear();
+        going.clear();
+        coming.clear();
+    }
+
     /// Makes the ids that the plan is about free or taken, as the kernel has them now.
     pub(crate) fn settle_ids(&self, programmed: &mut Programmed) {
         for step in &self.steps {
             programmed.settle_id(step.slot().address_space, step.slot().id);
         }
-    }
-
-    /// The frames that it is about.
-    pub(crate) fn places(&self) -> impl Iterator<Item = Place> {
-        self.steps.iter().flat_map(|step| {
-            let (one, other) = match step {
-                Step::Delete(slot) | Step::Create(slot) => (slot, None),
-                Step::Move { from, to } | Step::Flags { from, to } => (from, Some(to)),
-            };
-            std::iter::once(one).chain(other).map(|slot| (slot.address_space, slot.gfns))
-        })
     }
 }
 

@@ -84,13 +84,19 @@ impl std::fmt::Display for KvmSlot {
     }
 }
 
-/// The kernel's slots of one address space.
+/// The kernel's slots of one address space. The tree has ids only, so that its nodes are small: the kernel leaves
+/// little in the caches.
 #[derive(Debug)]
 struct Space {
-    by_gfn: BTreeMap<Gfn, KvmSlot>,
-    /// The first frame of each id's slot.
-    by_id: Vec<Option<Gfn>>,
+    by_gfn: BTreeMap<Gfn, u16>,
+    by_id: Vec<Option<KvmSlot>>,
     ids: SlotIds,
+}
+
+impl Space {
+    fn slot(&self, id: u16) -> Option<&KvmSlot> {
+        self.by_id.get(usize::from(id))?.as_ref()
+    }
 }
 
 /// The kernel's slots.
@@ -111,7 +117,7 @@ impl Programmed {
 
     /// All slots, in order of address space and gfn.
     pub(crate) fn all(&self) -> impl Iterator<Item = &KvmSlot> {
-        self.spaces.iter().flat_map(|space| space.by_gfn.values())
+        self.spaces.iter().flat_map(|space| space.by_gfn.values().filter_map(|&id| space.slot(id)))
     }
 
     /// The slots that cover a frame of `gfns`, in order.
@@ -119,18 +125,23 @@ impl Programmed {
         let space = self.space(space).filter(|_| !gfns.is_empty());
         space.into_iter().flat_map(move |space| {
             // A slot that starts before the range may reach into it.
-            let before = space.by_gfn.range(..gfns.start()).next_back().map(|(_, slot)| slot);
-            before
-                .filter(|slot| slot.gfns.overlaps(&gfns))
-                .into_iter()
-                .chain(space.by_gfn.range(gfns.start()..gfns.end()).map(|(_, slot)| slot))
+            let mut found = space.by_gfn.range(..gfns.end()).rev();
+            let mut first = gfns.end();
+            // Backwards to the first one: mostly there is none, or just one.
+            while let Some(slot) = found.next().and_then(|(_, &id)| space.slot(id)) {
+                if slot.gfns.end() <= gfns.start() {
+                    break;
+                }
+                first = slot.gfns.start();
+            }
+            let slots = (first < gfns.end()).then(|| space.by_gfn.range(first..gfns.end()));
+            slots.into_iter().flatten().filter_map(|(_, &id)| space.slot(id))
         })
     }
 
     /// The slot with this id.
     pub(crate) fn with_id(&self, space: AddressSpaceId, id: u16) -> Option<&KvmSlot> {
-        let space = self.space(space)?;
-        space.by_gfn.get(space.by_id.get(usize::from(id))?.as_ref()?)
+        self.space(space)?.slot(id)
     }
 
     /// Where ids of an address space come from.
@@ -150,15 +161,17 @@ impl Programmed {
         }
     }
 
-    /// The kernel has this slot now.
+    /// The kernel has this slot now. One with the same id, and the same first frame, is replaced.
     pub(crate) fn insert(&mut self, slot: KvmSlot) {
         let Some(space) = self.spaces.get_mut(usize::from(slot.address_space.get())) else { return };
         let id = usize::from(slot.id);
         if id >= space.by_id.len() {
             space.by_id.resize(id + 1, None);
         }
-        space.by_id[id] = Some(slot.gfns.start());
-        space.by_gfn.insert(slot.gfns.start(), slot);
+        let old = space.by_id[id].replace(slot);
+        if old.is_none_or(|old| old.gfns.start() != slot.gfns.start()) {
+            space.by_gfn.insert(slot.gfns.start(), slot.id);
+        }
     }
 
     /// The kernel does not have this slot any more.

@@ -180,7 +180,9 @@ impl<K: Kernel> Follower<K> {
         }
         let mut state = self.shared.state();
         self.places.extend_from_slice(&state.out_of_step);
-        self.plan = plan(&mut state.programmed, after, &mut self.places, options)?;
+        self.plan.clear();
+        plan(&mut state.programmed, after, &mut self.places, options, &mut self.plan)?;
+        self.plan.needs_pause = self.plan.leaves_gap || (self.plan.ends_log && state.log.is_some());
         Ok(())
     }
 
@@ -201,8 +203,7 @@ fn with_vcpus<K: Kernel, T>(
     plan: &Plan,
     mut work: impl FnMut(&mut State) -> T,
 ) -> Option<T> {
-    let fetches = plan.ends_log && shared.state().log.is_some();
-    if !plan.leaves_gap && !fetches {
+    if !plan.needs_pause {
         return Some(work(&mut shared.state()));
     }
     let mut done = None;

@@ -38,8 +38,7 @@ impl State {
         for step in steps.iter().rev() {
             let step = step.reversed();
             if self.is_in_the_way(&step) || self.step(kernel, &step).is_err() {
-                let mine = Plan { steps: vec![step], ..Plan::default() };
-                self.out_of_step.extend(mine.places());
+                self.out_of_step.extend(step.places());
             }
         }
     }
@@ -69,7 +68,8 @@ impl State {
         match step {
             Step::Delete(slot) => self.programmed.remove(slot),
             Step::Create(slot) => self.programmed.insert(*slot),
-            Step::Move { from, to } | Step::Flags { from, to } => {
+            Step::Flags { to, .. } => self.programmed.insert(*to),
+            Step::Move { from, to } => {
                 self.programmed.remove(from);
                 self.programmed.insert(*to);
             }

@@ -157,6 +157,14 @@ impl Update<'_> {
 
 /// Cuts changed slots into pieces.
 pub(crate) fn cut(changes: &[SlotChange], pieces: &mut Vec<Piece>) -> Result<(), OutOfMemory> {
+    if let &[change] = changes {
+        if let Some(piece) = whole(change) {
+            pieces.clear();
+            pieces.try_reserve(1).map_err(|_| OutOfMemory)?;
+            pieces.push(piece);
+            return Ok(());
+        }
+    }
     let mut old = sorted(changes, |change| change.old)?;
     let mut new = sorted(changes, |change| change.new)?;
     pieces.clear();
@@ -213,6 +221,19 @@ pub(crate) fn cut(changes: &[SlotChange], pieces: &mut Vec<Piece>) -> Result<(),
         (order, piece.address_space, piece.gfns.start())
     });
     Ok(())
+}
+
+/// The one piece of a change that concerns all frames of one slot alike: the most frequent changes are.
+fn whole(change: SlotChange) -> Option<Piece> {
+    let (slot, kind) = match (change.old, change.new) {
+        (Some(old), None) => (old, PieceKind::Removed { old }),
+        (None, Some(new)) => (new, PieceKind::Added { new }),
+        (Some(old), Some(new)) if old.gfns() == new.gfns() && old.same_backing_at_same_gfn(&new) => {
+            (old, PieceKind::Changed { old, new })
+        }
+        _ => return None,
+    };
+    Some(Piece { address_space: slot.address_space(), gfns: slot.gfns(), kind })
 }
 
 /// What is left of a slot from `from` on.
