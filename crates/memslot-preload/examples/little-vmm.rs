@@ -367,6 +367,12 @@ fn threads() {
 /// in which nothing of the trace may end up.
 fn closed() {
     std::env::set_current_dir("/").expect("a root");
+    let vm = new_vm();
+    let above = libc::c_uint::try_from(vm.as_raw_fd() + 1).expect("a descriptor");
+    // SAFETY: nothing above is ours. The trace is, so the next call is recorded only with errors on the way.
+    assert_eq!(unsafe { libc::close_range(above, libc::c_uint::MAX, 0) }, 0);
+    assert_eq!(set(vm.as_raw_fd(), 0, 0, 0, PAGE, memory(1)), 0);
+    std::mem::forget(vm);
     // SAFETY: nothing that was open is used again; the name is a C string.
     let file = unsafe {
         assert_eq!(libc::close_range(3, libc::c_uint::MAX, 0), 0);

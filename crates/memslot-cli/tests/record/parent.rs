@@ -1,6 +1,7 @@
 //! Between the user and the VMM: status, signals, output, and what is said where a recording ends early.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -49,6 +50,8 @@ fn a_signal_reaches_the_vmm_and_the_trace_is_kept() {
         let mut child = record(&trace)
             .arg(little_vmm)
             .args(["slots", "wait"])
+            // Not in a terminal's foreground, where Ctrl-C would have reached the VMM by itself.
+            .process_group(0)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()

@@ -2,8 +2,9 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use crate::common::{built, memslot, record, run, skipped};
+use crate::common::{built, has_kvm, memslot, record, replay, run, skipped};
 
 fn executable(path: &Path, content: &[u8]) -> PathBuf {
     std::fs::write(path, content).expect("written");
@@ -53,6 +54,32 @@ fn static_programs_are_shown_the_way_to_strace() {
         assert!(error.contains("  strace -f -v -ttt -T -e trace=ioctl -o /"), "{error}");
         assert!(error.contains(&strace) && error.contains("  memslot replay /"), "{error}");
     }
+}
+
+/// The command line that a refusal shows, run as it stands but for the program: what strace writes replays.
+#[test]
+fn the_way_that_is_shown_works() {
+    if !has_kvm() {
+        return;
+    }
+    if !Command::new("strace")
+        .args(["-o", "/dev/null", "true"])
+        .output()
+        .is_ok_and(|output| output.status.success())
+    {
+        return skipped("no strace that works (cargo xtask setup installs it)");
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = executable(&folder.path().join("vmm"), &static_elf(None));
+    let trace = folder.path().join("little.jsonl");
+    let (status, _, error) = run(record(&trace).arg(&program).arg("slots"));
+    assert_eq!(status, 126);
+    let strace = error.lines().find(|line| line.starts_with("  strace")).expect("the way");
+    std::fs::copy(&built().little_vmm, &program).expect("a copy");
+    let output = Command::new("sh").args(["-c", strace]).output().expect("sh runs");
+    assert!(output.status.success(), "{strace}: {}", String::from_utf8_lossy(&output.stderr));
+    let report = replay(&trace.with_extension("strace"));
+    assert_eq!(report["compared"], 12);
 }
 
 #[test]
