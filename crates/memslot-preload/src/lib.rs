@@ -26,7 +26,7 @@
 //! # How it is told what to do
 //!
 //! One environment variable names a small file, made by `memslot record`, that is mapped and shared by all processes:
-//! see [`control`]. Without it every call is passed on and that is all.
+//! see the module `control`. Without it every call is passed on and that is all.
 
 #![cfg(target_os = "linux")]
 

@@ -4,6 +4,7 @@
 //! is not, and other libraries may stand in front of it.
 
 use std::ffi::c_int;
+use std::ptr;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use crate::control::{Control, TOO_LARGE};
@@ -116,11 +117,13 @@ fn close(descriptor: c_int) {
 }
 
 /// A limit of this process, if there is one.
-fn limit(which: libc::__rlimit_resource_t) -> Option<u64> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+fn limit(which: impl Into<i64>) -> Option<u64> {
+    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    let (ourselves, unchanged) = (0_i64, ptr::null::<libc::rlimit64>());
+    let which: i64 = which.into();
     // SAFETY: our rlimit, written by the call.
-    let answer = unsafe { libc::getrlimit(which, &raw mut limit) };
-    (answer == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
+    let answer = unsafe { libc::syscall(libc::SYS_prlimit64, ourselves, which, unchanged, &raw mut limit) };
+    (answer == 0 && limit.rlim_cur != libc::RLIM64_INFINITY).then_some(limit.rlim_cur)
 }
 
 fn error(errno: c_int) -> u64 {

@@ -89,7 +89,7 @@ impl Child {
     fn outlived(&mut self, say: &impl Fn(&dyn Display)) -> bool {
         if !self.name.is_empty() {
             say(&format_args!(
-                "{} has ended and left processes running: recording goes on until they end (Ctrl-C stops it)",
+                "memslot: {} has ended and left processes running: recording goes on until they end (Ctrl-C stops it)",
                 self.name
             ));
             // Said once.

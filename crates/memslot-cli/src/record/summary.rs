@@ -70,7 +70,7 @@ pub(super) fn write(args: &RecordArgs, trace: &Trace, control: &Control) {
 }
 
 fn warn(text: &mut String, message: &str) {
-    _ = writeln!(text, "{}: {message}", paint(style::WARN, "warning"));
+    _ = writeln!(text, "memslot: {}: {message}", paint(style::WARN, "warning"));
 }
 
 /// Why there may be nothing, although the command was fit to be recorded.
