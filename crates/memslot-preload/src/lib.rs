@@ -28,6 +28,12 @@
 //! One environment variable names a small file, made by `memslot record`, that is mapped and shared by all processes:
 //! see the module `control`. Without it every call is passed on and that is all.
 
+//!
+//! # Unsafe code
+//!
+//! It is calls of libc, and reads of memory that the kernel has just read or written: nothing that Miri or loom could run. What
+//! can be done without it (the lines, the runs of a bitmap) is done in modules without it.
+
 #![cfg(target_os = "linux")]
 
 mod arguments;
