@@ -96,7 +96,7 @@ pub enum Answer {
 
 /// Answers slot + guest frame → host frame.
 ///
-/// **The contract**: an answer stays right until the memory is [invalidated](crate::nested). Whoever
+/// **The contract**: an answer stays right until the memory is [invalidated](crate::Mmu::invalidate_hva). Whoever
 /// changes what the answer would be (another frame, or less access) has that done first, keeps the invalidation
 /// while it changes, and uses the old frame for something else only then. More access needs no invalidation.
 pub trait Frames {

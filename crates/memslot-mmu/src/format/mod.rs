@@ -126,7 +126,8 @@ pub trait Format: Copy + Send + Sync + 'static {
     /// The same leaf, a level below: the first of the pages that it is split into, with its accessed, dirty and software bits.
     #[inline]
     fn split(entry: u64, level: Level) -> u64 {
-        let below = Self::leaf(Self::pfn(entry, level), level.down(), Self::access(entry), Self::memory(entry));
+        let below =
+            Self::leaf(Self::pfn(entry, level), level.down(), Self::access(entry), Self::memory(entry));
         below | entry & (Self::ACCESSED | Self::DIRTY | Self::MAY_WRITE)
     }
 
