@@ -117,7 +117,6 @@ impl<'p, F: Format, H: Host> Cursor<'p, F, H> {
             if self.budget == 0 {
                 return gfn;
             }
-            self.budget -= 1;
             let entry = table.entry(level, gfn);
             let base = level.align_down(gfn);
             let behind = base + level.pages();
@@ -154,7 +153,7 @@ impl<'p, F: Format, H: Host> Cursor<'p, F, H> {
                             return stopped;
                         }
                         visit.behind(&at, below);
-                        Next::Done
+                        return end;
                     }
                     other => other,
                 }
@@ -171,7 +170,11 @@ impl<'p, F: Format, H: Host> Cursor<'p, F, H> {
                     self.budget = 0;
                     return from;
                 }
-                Next::Done | Next::Below => return end,
+                Next::Done | Next::Below => {
+                    // The way down does not count: every walk gets further, however small its budget.
+                    self.budget -= 1;
+                    return end;
+                }
             }
         }
     }

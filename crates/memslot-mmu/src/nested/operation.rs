@@ -188,7 +188,10 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
         }
         let is_done = self.at >= self.end;
         let gfns = range(self.start, self.end);
-        if is_done && state.is_owed(gfns) && owed.gfns.is_none_or(|owed| !owed.contains_range(&gfns)) {
+        if is_done
+            && state.is_owed_beside(owed.count, gfns)
+            && owed.gfns.is_none_or(|owed| !owed.contains_range(&gfns))
+        {
             // Somebody else has changed entries here, and processors use them still.
             state.owe(gfns, owed.count == 0);
             owed.count = 1;

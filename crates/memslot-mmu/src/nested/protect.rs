@@ -42,7 +42,8 @@ impl<F: Format, const EMPTIES: bool> Protect<F, EMPTIES> {
             Take::Writing => F::WRITE,
             Take::Dirty => F::DIRTY,
             Take::DirtyOrLarge if level == Level::K4 => F::DIRTY,
-            Take::DirtyOrLarge => F::WRITE,
+            // As long as it is writable, all of it counts as dirty: nothing is lost with its dirty bit.
+            Take::DirtyOrLarge => F::WRITE | F::DIRTY,
             Take::WritingForGood => F::WRITE | F::MAY_WRITE,
         }
     }

@@ -134,7 +134,7 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
         let Some(armed) = self.armed.take() else { return Ok(()) };
         let mut changed = self.changed.take();
         // Whoever has protected or zapped such a page before may not have flushed yet.
-        if shared.lock().is_owed(armed) {
+        if shared.lock().is_owed_beside(0, armed) {
             changed = Some(hull(changed, armed));
         }
         if let Some(gfns) = changed {

@@ -424,9 +424,9 @@ impl State {
         self.pending.hull = Some(hull(self.pending.hull, gfns));
     }
 
-    /// Whether a flush of some of these frames is owed by somebody.
-    pub(crate) fn is_owed(&self, gfns: GfnRange) -> bool {
-        self.pending.count > 0 && self.pending.hull.is_some_and(|hull| hull.overlaps(&gfns))
+    /// Whether a flush of some of these frames is owed by somebody, apart from `own` obligations.
+    pub(crate) fn is_owed_beside(&self, own: usize, gfns: GfnRange) -> bool {
+        self.pending.count > own && self.pending.hull.is_some_and(|hull| hull.overlaps(&gfns))
     }
 
     /// So many obligations are discharged.
