@@ -249,6 +249,11 @@ impl<F: Format> Guest<F> {
     pub fn processor_writes(&mut self, gfn: u64) -> bool {
         processor(&self.mmu, gfn, true)
     }
+
+    /// The same for a read or a write.
+    pub fn processor_writes_if(&mut self, gfn: u64, is_write: bool) -> bool {
+        processor(&self.mmu, gfn, is_write)
+    }
 }
 
 pub fn spec(id: u32, base: u64, pages: u64, hva: u64, flags: SlotFlags) -> SlotSpec {
