@@ -11,3 +11,6 @@ struct Backing;
 
 #[doc = include_str!("src/vmm/dirty.md")]
 struct Dirty;
+
+#[doc = include_str!("src/hypervisor.md")]
+struct Hypervisor;

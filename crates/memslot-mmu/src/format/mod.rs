@@ -1,0 +1,143 @@
+//! How an entry of a page table is written: everything that differs between processors.
+//!
+//! A [`Format`] is a type without values; the walker, the fault path and the range operations are written once for
+//! all of them. [`Npt`] are AMD's nested page tables, [`Ept`] Intel's extended page tables.
+//!
+//! # What an entry can be
+//!
+//! | kind | present | what the processor does | made by |
+//! |---|---|---|---|
+//! | empty | no | faults | [`Format::empty`] |
+//! | table | yes | goes on in the table of the level below | [`Format::table`] |
+//! | leaf | yes | has its translation | [`Format::leaf`] |
+//!
+//! Two things are ours and mean nothing to the processor. An **empty** entry carries a *nonce*, the number of the
+//! change that emptied it, so that an entry that was emptied twice differs; this is how a fault notices that it was
+//! overtaken (see the documentation of [`nested`](crate::nested)). With [`Format::STALE`] it also says that a processor may
+//! still have the translation it had. And a **leaf** has [`Format::MAY_WRITE`]: the host and the slot allow writing,
+//! so if the processor may not write, then only because writes are to be noticed.
+//!
+//! # Another format
+//!
+//! Is one file beside `npt.rs`, with a type that implements [`Format`], and a table of hand-computed entries for its tests:
+//!
+//! * **RISC-V Sv48x4** (`hgatp`): `LEVELS` 4, `ROOT_TABLES` 4 (the root has 2048 entries in 16 KiB), `WRITE` bit 2,
+//!   `ACCESSED` bit 6, `DIRTY` bit 7 (0 for both where `Svadu` is missing), `MAY_WRITE` and `STALE` in the software bits 8 and
+//!   9; an entry is a table if it is valid and has none of R, W, X. U must be set in leaves. Page numbers start
+//!   at bit 10.
+//! * **arm64 stage 2**, 4 KiB granule: `LEVELS` 4 (the architecture counts from 0 at the root; level 1 here is its
+//!   level 3), `ROOT_TABLES` the number of concatenated tables that `VTCR_EL2.SL0` asks for. A leaf of level 1 has bits `11`, of
+//!   others `01`; `S2AP[1]` is `WRITE`, `AF` is `ACCESSED`. With `VTCR_EL2.HD`, a page is writable-clean by `DBM` and dirty
+//!   by `S2AP[1]`, so dirty is not a bit beside write: leave `DIRTY` 0 and use write protection. Its *break before make* rule holds
+//!   wherever a translation is replaced by an empty entry and flushed before the next fault installs another; it does
+//!   not hold for [splitting and collapsing](crate::nested) large pages, which need `FEAT_BBM` level 2.
+
+mod ept;
+mod npt;
+
+use bitflags::bitflags;
+
+pub use self::ept::Ept;
+pub use self::npt::Npt;
+
+use crate::host::Pfn;
+use crate::level::Level;
+
+bitflags! {
+    /// What an access does, and what an entry allows.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+    pub struct Access: u8 {
+        /// Loads.
+        const READ = 1;
+        /// Stores.
+        const WRITE = 2;
+        /// Instruction fetches.
+        const EXECUTE = 4;
+    }
+}
+
+/// How the host's processor caches a page.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum MemoryType {
+    /// Ordinary memory.
+    #[default]
+    WriteBack,
+    /// Writes go through to memory.
+    WriteThrough,
+    /// Frame buffers. [`Npt`] has it as uncacheable: the power-on page attribute table lacks it.
+    WriteCombining,
+    /// Device registers.
+    Uncacheable,
+}
+
+/// A processor's entries. See the [module documentation](self).
+pub trait Format: Copy + Send + Sync + 'static {
+    /// What it is called.
+    const NAME: &'static str;
+    /// How many levels of tables there are; the root is at this level.
+    const LEVELS: u8;
+    /// How many tables side by side make the root; a power of two.
+    const ROOT_TABLES: usize = 1;
+    /// The largest page.
+    const LARGEST: Level;
+    /// Set in a present entry that the processor may write through.
+    const WRITE: u64;
+    /// Set by the processor in leaves that it used; 0 if it does not.
+    const ACCESSED: u64;
+    /// Set by the processor in leaves that it wrote through; 0 if it does not.
+    const DIRTY: u64;
+    /// In a leaf, ours: the host and the slot allow writing.
+    const MAY_WRITE: u64;
+    /// In an empty entry, ours: a processor may still have the translation that was here.
+    const STALE: u64;
+
+    /// An entry that leads to a table, allowing everything.
+    fn table(table: Pfn) -> u64;
+
+    /// An entry that maps the page at `pfn`, which is aligned to its size. Neither accessed nor dirty; `access` allows reading at least,
+    /// and `WRITE` in it makes the page writable at once.
+    fn leaf(pfn: Pfn, level: Level, access: Access, memory: MemoryType) -> u64;
+
+    /// An entry that maps nothing. Different nonces make different entries, up to the bits that there are; nonce 0
+    /// is the entry 0.
+    fn empty(nonce: u64) -> u64;
+
+    /// Whether the processor uses the entry.
+    fn is_present(entry: u64) -> bool;
+
+    /// Whether the entry leads to a table.
+    fn is_table(entry: u64, level: Level) -> bool;
+
+    /// Where a present entry leads: the table, or the first frame of the page.
+    fn pfn(entry: u64, level: Level) -> Pfn;
+
+    /// What a leaf allows.
+    fn access(entry: u64) -> Access;
+
+    /// How a leaf is cached.
+    fn memory(entry: u64) -> MemoryType;
+
+    /// Whether the entry maps a page.
+    #[inline]
+    fn is_leaf(entry: u64, level: Level) -> bool {
+        Self::is_present(entry) && !Self::is_table(entry, level)
+    }
+
+    /// The same leaf, a level below: the first of the pages that it is split into, with its accessed, dirty and software bits.
+    #[inline]
+    fn split(entry: u64, level: Level) -> u64 {
+        let below =
+            Self::leaf(Self::pfn(entry, level), level.down(), Self::access(entry), Self::memory(entry));
+        below | entry & (Self::ACCESSED | Self::DIRTY | Self::MAY_WRITE)
+    }
+
+    /// The same leaf, a level above: what pages of which `entry` is the first are collapsed into.
+    #[inline]
+    fn collapse(entry: u64, level: Level) -> u64 {
+        let above = Self::leaf(Self::pfn(entry, level), level.up(), Self::access(entry), Self::memory(entry));
+        above | entry & (Self::ACCESSED | Self::DIRTY | Self::MAY_WRITE)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests;

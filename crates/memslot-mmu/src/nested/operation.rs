@@ -1,0 +1,268 @@
+//! Range operations: in steps, or at once.
+//!
+//! An [`Operation`] goes over its frames in steps of so many entries; between two steps nothing is locked, and whatever
+//! happens meanwhile, the result is that of one step. It owes one flush for all its steps.
+
+use memslot::{Gfn, GfnRange};
+
+use super::collapse::Collapse;
+use super::cursor::Cursor;
+use super::protect::{Protect, Take};
+use super::shared::{State, hull};
+use super::split::Split;
+use super::zap::{Cut, Zap};
+use super::{Mmu, Pin, Shared, TableError};
+use crate::cache::Cache;
+use crate::flush::Flush;
+use crate::format::Format;
+use crate::host::Host;
+use crate::invalidate::{ends, range};
+use crate::level::Level;
+use core::marker::PhantomData;
+
+/// What is done with a range of frames.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Work {
+    /// Nothing is mapped there any more. A large page that is there in part goes as a whole.
+    Zap,
+    /// Pages are not writable until the next write faults. So are all frames of a large page that is there in part.
+    WriteProtect,
+    /// Dirty bits of pages are cleared, where the format has some.
+    ClearDirty,
+    /// Small pages become large ones, where their slots are not logged.
+    Collapse,
+}
+
+/// What is done with each entry, also on behalf of the slot table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Task {
+    Zap,
+    /// Zap, of memory that is so much further now.
+    ZapMoved(u64),
+    /// The range is the first frame behind a border that no page may cross.
+    Cut,
+    Collapse,
+    Protect(Take),
+}
+
+impl From<Work> for Task {
+    fn from(work: Work) -> Self {
+        match work {
+            Work::Zap => Self::Zap,
+            Work::WriteProtect => Self::Protect(Take::Writing),
+            Work::ClearDirty => Self::Protect(Take::Dirty),
+            Work::Collapse => Self::Collapse,
+        }
+    }
+}
+
+/// An operation under way. See the [module documentation](self).
+///
+/// ```
+/// # use memslot::*;
+/// # use memslot_mmu::{format::Npt, *};
+/// # let mut table = SlotTable::new(Limits::default())?;
+/// # let mmu = Mmu::<Npt, _>::attach(&mut table, user::UserHost::default(), Config::default())?;
+/// # let range = GfnRange::with_len(Gfn::new(0), 1 << 20).unwrap();
+/// let mut zap = mmu.begin(Work::Zap, range);
+/// while zap.step(1000) {
+///     // Let others have their turn.
+/// }
+/// zap.finish().discharge();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use = "an operation does nothing until it is run, and then owes a flush"]
+pub struct Operation<'m, F: Format, H: Host> {
+    mmu: &'m Mmu<F, H>,
+    task: Task,
+    start: u64,
+    end: u64,
+    at: u64,
+    nonce: u64,
+    flush: Flush<'m, F, H>,
+}
+
+/// How many entries an operation looks at while it holds the lock, if nobody says otherwise.
+const STEP: usize = 1 << 14;
+
+impl<F: Format, H: Host> Mmu<F, H> {
+    /// Begins an operation; nothing is done yet.
+    pub fn begin(&self, work: Work, gfns: GfnRange) -> Operation<'_, F, H> {
+        self.start(work.into(), gfns)
+    }
+
+    pub(crate) fn start(&self, task: Task, gfns: GfnRange) -> Operation<'_, F, H> {
+        let (start, end) = ends(gfns);
+        let end = end.min(Shared::<F, H>::END);
+        let start = start.min(end);
+        Operation {
+            mmu: self,
+            task,
+            start,
+            end,
+            at: start,
+            nonce: self.shared.nonce(),
+            flush: self.nothing_owed(),
+        }
+    }
+
+    /// Unmaps frames.
+    pub fn zap(&self, gfns: GfnRange) -> Flush<'_, F, H> {
+        self.begin(Work::Zap, gfns).run()
+    }
+
+    /// Write-protects what is mapped at these frames.
+    pub fn write_protect(&self, gfns: GfnRange) -> Flush<'_, F, H> {
+        self.begin(Work::WriteProtect, gfns).run()
+    }
+
+    /// Clears dirty bits.
+    pub fn clear_dirty(&self, gfns: GfnRange) -> Flush<'_, F, H> {
+        self.begin(Work::ClearDirty, gfns).run()
+    }
+
+    /// Makes large pages of small ones, where slots and backing allow.
+    pub fn collapse(&self, gfns: GfnRange) -> Flush<'_, F, H> {
+        self.begin(Work::Collapse, gfns).run()
+    }
+
+    /// Splits pages that are larger than `target` and map any of these frames. Returns how many. No flush is owed: no
+    /// translation changes.
+    ///
+    /// # Errors
+    /// [`TableError`]; what was split until then stays so.
+    pub fn split(&self, gfns: GfnRange, target: Level) -> Result<u64, TableError> {
+        let (start, end) = ends(gfns);
+        let end = end.min(Shared::<F, H>::END);
+        let mut cache = Drained { mmu: self, cache: Cache::new() };
+        let (mut at, mut pages) = (start, 0);
+        while at < end {
+            let mut split = Split {
+                shared: &self.shared,
+                cache: &mut cache.cache,
+                target,
+                pages: 0,
+                wants_tables: false,
+            };
+            {
+                let mut locked = self.shared.lock();
+                let (pin, _) = locked.pin();
+                at = Cursor::new(&pin, start, end, STEP).run(at, &mut split);
+            }
+            pages += split.pages;
+            if split.wants_tables {
+                cache.cache.top_up(&self.shared, 1)?;
+            }
+        }
+        Ok(pages)
+    }
+}
+
+/// A cache that gives its tables back.
+struct Drained<'m, F: Format, H: Host> {
+    mmu: &'m Mmu<F, H>,
+    cache: Cache,
+}
+
+impl<F: Format, H: Host> Drop for Drained<'_, F, H> {
+    fn drop(&mut self) {
+        self.cache.drain(&self.mmu.shared);
+    }
+}
+
+impl<'m, F: Format, H: Host> Operation<'m, F, H> {
+    /// Looks at up to `entries` entries, at least one. Returns whether there is more to do.
+    pub fn step(&mut self, entries: usize) -> bool {
+        if self.at >= self.end {
+            return false;
+        }
+        let mut locked = self.mmu.shared.lock();
+        let (pin, state) = locked.pin();
+        let changed = self.visit(&pin, state, entries.max(1));
+        let owed = &mut self.flush.owed;
+        if let Some(gfns) = changed {
+            state.owe(gfns, owed.count == 0);
+            owed.count = 1;
+            owed.gfns = Some(hull(owed.gfns, gfns));
+        }
+        let is_done = self.at >= self.end;
+        let gfns = range(self.start, self.end);
+        if is_done
+            && state.is_owed_beside(owed.count, gfns)
+            && owed.gfns.is_none_or(|owed| !owed.contains_range(&gfns))
+        {
+            // Somebody else has changed entries here, and processors use them still.
+            state.owe(gfns, owed.count == 0);
+            owed.count = 1;
+            owed.gfns = Some(hull(owed.gfns, gfns));
+        }
+        !is_done
+    }
+
+    /// Does all that is left.
+    pub fn run(mut self) -> Flush<'m, F, H> {
+        while self.step(STEP) {}
+        self.flush
+    }
+
+    /// What the steps until now owe.
+    pub fn finish(self) -> Flush<'m, F, H> {
+        self.flush
+    }
+
+    /// The frames that are left.
+    #[must_use]
+    pub fn rest(&self) -> GfnRange {
+        GfnRange::new(Gfn::new(self.at), Gfn::new(self.end)).unwrap_or_default()
+    }
+
+    fn visit(&mut self, pin: &Pin<'_, F, H>, state: &mut State, budget: usize) -> Option<GfnRange> {
+        let shared = pin.shared;
+        let graves = &mut state.graves;
+        let tables = &mut self.flush.owed.tables;
+        let (nonce, start, end) = (self.nonce, self.start, self.end);
+        let mut cursor = Cursor::new(pin, start, end, budget);
+        let take = match self.task {
+            Task::Zap | Task::ZapMoved(_) => {
+                let moved = match self.task {
+                    Task::ZapMoved(further) => Some((range(start, end), further)),
+                    _ => None,
+                };
+                let mut zap = Zap { shared, graves, tables, nonce, moved, changed: None };
+                self.at = cursor.run(self.at, &mut zap);
+                return zap.changed;
+            }
+            Task::Cut => {
+                let zap = Zap { shared, graves, tables, nonce, moved: None, changed: None };
+                let mut cut = Cut { zap, border: start };
+                self.at = cursor.run(self.at, &mut cut);
+                return cut.zap.changed;
+            }
+            Task::Collapse => {
+                let mut collapse = Collapse::<F> {
+                    graves,
+                    tables,
+                    view: &pin.published().view,
+                    space: shared.space(),
+                    largest: shared.config.largest.min(F::LARGEST),
+                    nonce,
+                    changed: None,
+                    format: PhantomData,
+                };
+                self.at = cursor.run(self.at, &mut collapse);
+                return collapse.changed;
+            }
+            Task::Protect(take) => take,
+        };
+        if take == Take::WritingForGood {
+            let mut protect = Protect::<F, true>::new(take, nonce);
+            self.at = cursor.run(self.at, &mut protect);
+            protect.changed
+        } else {
+            let mut protect = Protect::<F, false>::new(take, nonce);
+            self.at = cursor.run(self.at, &mut protect);
+            protect.changed
+        }
+    }
+}

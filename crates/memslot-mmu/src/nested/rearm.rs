@@ -1,0 +1,151 @@
+//! The dirty log's other half: noticing the next write to a page again, and what the processor's dirty bits say.
+
+use alloc::sync::Arc;
+use core::convert::Infallible;
+use core::marker::PhantomData;
+
+use memslot::dirty::{Consumer, Harvest, HarvestError, Rearm};
+use memslot::{AddressSpaceId, GfnRange, OutOfMemory};
+
+use super::cursor::{At, Cursor, Next, Visit};
+use super::epoch::Cell;
+use super::protect::{Protect, Take};
+use super::shared::hull;
+use super::{Mmu, Shared};
+use crate::format::Format;
+use crate::host::Host;
+use crate::invalidate::{ends, range};
+
+/// Re-arms pages for a [`Consumer`]: by write protection, or by clearing the processor's dirty bits. It takes no lock
+/// while it does, and asks for one flush a harvest.
+///
+/// ```
+/// use memslot::dirty::DirtyLog;
+/// use memslot::*;
+/// use memslot_mmu::format::{Access, Npt};
+/// use memslot_mmu::{Config, Fault, Level, Mmu, user::UserHost};
+///
+/// let mut table = SlotTable::new(Limits::default())?;
+/// let log = DirtyLog::attach(&mut table)?;
+/// let config = Config { log: Some(log.clone()), ..Config::default() };
+/// let mmu = Mmu::<Npt, _>::attach(&mut table, UserHost::default(), config)?;
+/// table.create(SlotSpec {
+///     address_space: AddressSpaceId::NORMAL,
+///     id: SlotId::new(0),
+///     gfns: GfnRange::with_len(Gfn::new(0), 512).unwrap(),
+///     backing: Backing::Host { hva: Hva::new(0x7f00_0000_0000) },
+///     flags: SlotFlags::LOG_DIRTY_PAGES,
+/// })?;
+/// let (mut vcpu, consumer) = (mmu.walker()?, log.consumer()?);
+/// let mut rearm = mmu.dirty_rearm()?;
+///
+/// assert_eq!(vcpu.fault(Gpa::new(0x5000), Access::WRITE)?, Fault::Mapped(Level::K4));
+/// assert_eq!(rearm.harvest(&consumer)?.pages(), 1);
+/// // The page is mapped still; its next write faults and is marked.
+/// assert_eq!(vcpu.fault(Gpa::new(0x5000), Access::READ)?, Fault::AlreadyMapped);
+/// assert_eq!(vcpu.fault(Gpa::new(0x5000), Access::WRITE)?, Fault::Mapped(Level::K4));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct DirtyRearm<F: Format, H: Host> {
+    mmu: Mmu<F, H>,
+    cell: Arc<Cell>,
+    /// What was re-armed since the last flush.
+    armed: Option<GfnRange>,
+    /// What of it processors must hear of.
+    changed: Option<GfnRange>,
+}
+
+impl<F: Format, H: Host> Mmu<F, H> {
+    /// What a harvest of the dirty log needs of these tables.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn dirty_rearm(&self) -> Result<DirtyRearm<F, H>, OutOfMemory> {
+        let cell = self.shared.add_cell()?;
+        Ok(DirtyRearm { mmu: self.clone(), cell, armed: None, changed: None })
+    }
+}
+
+/// Marks what the processor's dirty bits say.
+struct Collect<'a, F: Format, H: Host> {
+    shared: &'a Shared<F, H>,
+    format: PhantomData<F>,
+}
+
+impl<F: Format, H: Host> Visit for Collect<'_, F, H> {
+    #[inline]
+    fn leaf(&mut self, at: &At<'_>) -> Next {
+        if at.seen & F::DIRTY != 0 {
+            self.shared.mark(range(at.base, at.end()));
+        }
+        Next::Done
+    }
+}
+
+impl<F: Format, H: Host> DirtyRearm<F, H> {
+    /// With [`DirtyMode::Hardware`](crate::DirtyMode::Hardware), marks the pages of logged slots whose dirty bits are set. To
+    /// be called before each harvest; with write protection there is nothing to do.
+    ///
+    /// What is zapped at the same time is marked when its flush is discharged.
+    pub fn collect(&mut self) {
+        let shared = &*self.mmu.shared;
+        if !shared.uses_dirty_bits() {
+            return;
+        }
+        let pin = shared.pin(&self.cell);
+        let mut collect = Collect::<F, H> { shared, format: PhantomData };
+        let view = &pin.published().view;
+        for slot in view.slots(shared.space()).filter(|slot| shared.is_logged(slot)) {
+            let (start, end) = ends(slot.gfns());
+            Cursor::new(&pin, start, end, usize::MAX).run(start, &mut collect);
+        }
+    }
+
+    /// Collects, and takes all dirty pages.
+    ///
+    /// # Errors
+    /// As [`Consumer::harvest`].
+    pub fn harvest<'c>(&mut self, consumer: &'c Consumer) -> Result<Harvest<'c>, HarvestError<Infallible>> {
+        self.collect();
+        consumer.harvest(self)
+    }
+}
+
+impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
+    type Error = Infallible;
+
+    fn rearm(&mut self, space: AddressSpaceId, gfns: GfnRange) -> Result<(), Infallible> {
+        let shared = &*self.mmu.shared;
+        if space != shared.space() {
+            return Ok(());
+        }
+        let pin = shared.pin(&self.cell);
+        let take = if shared.uses_dirty_bits() { Take::DirtyOrLarge } else { Take::Writing };
+        let mut protect = Protect::<F, false>::new(take, 0);
+        let (start, end) = ends(gfns);
+        Cursor::new(&pin, start, end, usize::MAX).run(start, &mut protect);
+        self.armed = Some(hull(self.armed, gfns));
+        self.changed = protect.changed.map(|gfns| hull(self.changed, gfns)).or(self.changed);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), Infallible> {
+        let shared = &*self.mmu.shared;
+        let Some(armed) = self.armed.take() else { return Ok(()) };
+        let mut changed = self.changed.take();
+        // Whoever has protected or zapped such a page before may not have flushed yet.
+        if shared.lock().is_owed_beside(0, armed) {
+            changed = Some(hull(changed, armed));
+        }
+        if let Some(gfns) = changed {
+            shared.flush(gfns);
+        }
+        Ok(())
+    }
+}
+
+impl<F: Format, H: Host> Drop for DirtyRearm<F, H> {
+    fn drop(&mut self) {
+        self.mmu.shared.remove_cell(&self.cell);
+    }
+}

@@ -1,0 +1,131 @@
+//! A host in the memory of a process: for tests, benchmarks and simulators, whose "processors" are threads that walk the
+//! tables themselves.
+//!
+//! The frame number of a table is its address divided by 4096. Behind guest memory are "frames" whose
+//! number is the host address divided by 4096, contiguous through the whole slot; [`UserHost::set_run`] breaks them
+//! up. Nothing of guest memory is ever touched.
+
+use alloc::boxed::Box;
+use core::convert::Infallible;
+use core::ptr::NonNull;
+
+use memslot::{Gfn, GfnRange, Slot};
+
+use crate::format::{Access, MemoryType};
+use crate::host::{Answer, Context, Frame, Frames, Pfn, TableMemory, TlbFlush};
+use crate::level::{PAGE_SHIFT, Table};
+use crate::sync::{AtomicU64, AtomicUsize, Ordering};
+
+/// See the [module documentation](self).
+pub struct UserHost {
+    tables: AtomicUsize,
+    /// How many more tables there are.
+    left: AtomicUsize,
+    flushes: AtomicU64,
+    /// log2 of the pages that are contiguous.
+    run: AtomicU64,
+}
+
+impl Default for UserHost {
+    fn default() -> Self {
+        Self {
+            tables: AtomicUsize::new(0),
+            left: AtomicUsize::new(usize::MAX),
+            flushes: AtomicU64::new(0),
+            run: AtomicU64::new(63),
+        }
+    }
+}
+
+impl UserHost {
+    /// How many tables are allocated.
+    #[must_use]
+    pub fn tables(&self) -> usize {
+        self.tables.load(Ordering::SeqCst)
+    }
+
+    /// How many flushes there were.
+    #[must_use]
+    pub fn flushes(&self) -> u64 {
+        self.flushes.load(Ordering::SeqCst)
+    }
+
+    /// Has only so many more tables; the next allocation after them fails.
+    pub fn set_tables_left(&self, tables: usize) {
+        self.left.store(tables, Ordering::SeqCst);
+    }
+
+    /// Makes only `2^pages_log2` frames at a time contiguous, in units aligned to their size.
+    pub fn set_run(&self, pages_log2: u32) {
+        self.run.store(u64::from(pages_log2), Ordering::SeqCst);
+    }
+}
+
+#[cfg(not(loom))]
+fn new_table() -> Option<NonNull<Table>> {
+    use alloc::alloc::{Layout, alloc_zeroed};
+    // SAFETY: a table's size is not zero.
+    NonNull::new(unsafe { alloc_zeroed(Layout::new::<Table>()) }.cast())
+}
+
+#[cfg(loom)]
+fn new_table() -> Option<NonNull<Table>> {
+    NonNull::new(Box::into_raw(Box::new(Table(core::array::from_fn(|_| AtomicU64::new(0))))))
+}
+
+// SAFETY: tables come from the global allocator, one by one; their frame number is their address.
+unsafe impl TableMemory for UserHost {
+    fn allocate(&self, tables: usize) -> Option<Pfn> {
+        if tables != 1 {
+            return None;
+        }
+        let take = |left: usize| if left == usize::MAX { Some(left) } else { left.checked_sub(1) };
+        self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).ok()?;
+        let table = new_table()?;
+        self.tables.fetch_add(1, Ordering::SeqCst);
+        Some(Pfn::new((table.as_ptr().expose_provenance() >> PAGE_SHIFT) as u64))
+    }
+
+    unsafe fn free(&self, first: Pfn, tables: usize) {
+        debug_assert_eq!(tables, 1);
+        self.tables.fetch_sub(1, Ordering::SeqCst);
+        // SAFETY: allocated by `new_table` with a table's layout, which is that of a box.
+        drop(unsafe { Box::from_raw(self.reach(first).as_ptr()) });
+    }
+
+    #[inline]
+    fn reach(&self, table: Pfn) -> NonNull<Table> {
+        #[expect(clippy::cast_possible_truncation, reason = "made from an address of this process")]
+        let address = (table.get() as usize) << PAGE_SHIFT;
+        debug_assert_ne!(address, 0);
+        // SAFETY: no table lies at address 0.
+        unsafe { NonNull::new_unchecked(core::ptr::with_exposed_provenance_mut(address)) }
+    }
+}
+
+impl Frames for UserHost {
+    type Error = Infallible;
+
+    #[inline]
+    fn frame(&self, slot: &Slot, gfn: Gfn, _: Access) -> Result<Answer, Infallible> {
+        let Some(hva) = slot.hva_of(gfn) else { return Ok(Answer::Mmio) };
+        let pfn = hva.get() >> PAGE_SHIFT;
+        let mut run = slot.gfns();
+        let log2 = self.run.load(Ordering::Relaxed);
+        if log2 < 63 {
+            let pages = 1 << log2;
+            let within = pfn & (pages - 1);
+            let start = Gfn::new(gfn.get() - within.min(gfn.get() - run.start().get()));
+            let end = Gfn::new(gfn.get() + (pages - within));
+            run = GfnRange::new(start, end.min(run.end())).unwrap_or(run);
+        }
+        let memory = MemoryType::WriteBack;
+        Ok(Answer::Frame(Frame { pfn: Pfn::new(pfn), run, access: Access::all(), memory }))
+    }
+}
+
+impl TlbFlush for UserHost {
+    fn flush(&self, _: Context, _: GfnRange) {
+        self.flushes.fetch_add(1, Ordering::SeqCst);
+    }
+}
