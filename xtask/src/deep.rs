@@ -33,6 +33,10 @@ pub(crate) struct Args {
     fuzz_seconds: u32,
 }
 
+/// The crates with unsafe code or properties.
+const CRATES: [&str; 8] =
+    ["-p", "memslot", "-p", "memslot-backing", "-p", "memslot-kvm", "-p", "memslot-mmu"];
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Proof {
     /// Random programs against the real kernel, errno for errno, and tables programmed into it (needs /dev/kvm)
@@ -119,41 +123,17 @@ fn sanitizer(report: &mut Report, name: &str, flags: &str) {
     if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
         return report.skip(name, "sanitizers are set up for x86-64 Linux only");
     }
-    let arguments = [
-        "+nightly",
-        "test",
-        "--quiet",
-        "-p",
-        "memslot",
-        "-p",
-        "memslot-backing",
-        "-p",
-        "memslot-kvm",
-        "--lib",
-        "--tests",
-        "--no-fail-fast",
-        "--target",
-        TARGET,
-    ];
-    report.run(&Step::cargo(name, arguments).rustflags(flags).own_target(name).tests());
+    let arguments = ["+nightly", "test", "--quiet", "--lib", "--tests", "--no-fail-fast", "--target", TARGET];
+    report.run(
+        &Step::cargo(name, arguments.into_iter().chain(CRATES)).rustflags(flags).own_target(name).tests(),
+    );
 }
 
 fn proptest(cases: u32) -> Step {
-    let arguments = [
-        "test",
-        "--quiet",
-        "--release",
-        "-p",
-        "memslot",
-        "-p",
-        "memslot-backing",
-        "-p",
-        "memslot-kvm",
-        "--lib",
-        "--tests",
-        "--no-fail-fast",
-    ];
-    Step::cargo("proptest", arguments).env("PROPTEST_CASES", cases.to_string()).tests()
+    let arguments = ["test", "--quiet", "--release", "--lib", "--tests", "--no-fail-fast"];
+    Step::cargo("proptest", arguments.into_iter().chain(CRATES))
+        .env("PROPTEST_CASES", cases.to_string())
+        .tests()
 }
 
 /// Every target of `fuzz/`, from its seeds on. What is found is kept below `fuzz/`.

@@ -46,6 +46,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             "cargo-fuzz",
             "inputs nobody would write, in `deep` (cargo install cargo-fuzz; a nightly toolchain)",
         ),
+        (tools::has_program("mdbook"), "mdbook", "the guide as a book (cargo install --locked mdbook)"),
         (
             tools::has_mutants(),
             "cargo-mutants",
