@@ -293,12 +293,11 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         if is_write && writable {
             leaf |= F::DIRTY;
         }
-        let pages;
-        if tables == 0 {
+        let pages = if tables == 0 {
             if !place.replace(leaf) {
                 return Ok(None);
             }
-            pages = level.pages() - within;
+            level.pages() - within
         } else {
             let count = if limit.neighbours && wish.end - wish.gfn > 1 {
                 Self::count(wish, level, backed)
@@ -310,8 +309,8 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
             if !path.link(shared, cache, place.entry, place.seen) {
                 return Ok(None);
             }
-            pages = count as u64 * level.pages() - within;
-        }
+            count as u64 * level.pages() - within
+        };
         if writable {
             let first = wish.gfn - within;
             self.granted(published, is_logged && is_write, range(first, first + within + pages));
