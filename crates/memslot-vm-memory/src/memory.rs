@@ -1,0 +1,101 @@
+//! One version of an address space, as vm-memory's memory.
+
+use std::ptr::NonNull;
+
+use memslot::{AddressSpaceId, Gpa, View};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, MemoryRegionAddress};
+
+use crate::map::Map;
+use crate::region::Region;
+
+/// One version of an address space: vm-memory's [`GuestMemoryBackend`], and with it `GuestMemory` and
+/// `Bytes<GuestAddress>`. A [`MemoryGuard`](crate::MemoryGuard) has one.
+///
+/// Its regions are the slots with host memory, in order of guest address. A device's slot is a hole. A read-only slot is
+/// a region like any other, see [`Enforcing`](crate::Enforcing).
+pub struct Memory<B> {
+    view: NonNull<View>,
+    map: NonNull<Map<B>>,
+    space: AddressSpaceId,
+}
+
+// SAFETY: both pointers are to what is shared by reference.
+unsafe impl<B: Send + Sync> Send for Memory<B> {}
+// SAFETY: as above.
+unsafe impl<B: Send + Sync> Sync for Memory<B> {}
+
+impl<B> Memory<B> {
+    /// The memory that `view` says, with the regions that it carries.
+    ///
+    /// # Safety
+    /// The view is held as long as the result is there, and `map` is one of its attachments.
+    pub(crate) unsafe fn new(view: &View, map: &Map<B>) -> Self {
+        Self { view: NonNull::from(view), map: NonNull::from(map), space: map.space }
+    }
+
+    /// The same memory, for somebody else who holds the view.
+    pub(crate) fn again(&self) -> Self {
+        Self { view: self.view, map: self.map, space: self.space }
+    }
+
+    /// The version of the table.
+    #[inline]
+    #[must_use]
+    pub fn view(&self) -> &View {
+        // SAFETY: the promise of `new`.
+        unsafe { self.view.as_ref() }
+    }
+
+    /// The address space whose slots are the regions.
+    #[must_use]
+    pub fn address_space(&self) -> AddressSpaceId {
+        self.space
+    }
+
+    #[inline]
+    fn map(&self) -> &Map<B> {
+        // SAFETY: the promise of `new`.
+        unsafe { self.map.as_ref() }
+    }
+
+    /// The region of an address, and where in it the address lies.
+    #[inline]
+    fn locate(&self, addr: GuestAddress) -> Option<(&Region<B>, MemoryRegionAddress)> {
+        let found = self.view().translate(self.space, Gpa::new(addr.0))?;
+        let region = self.map().get(found.slot)?;
+        Some((region, region.offset_of(addr)?))
+    }
+}
+
+impl<B: Bitmap> GuestMemoryBackend for Memory<B> {
+    type R = Region<B>;
+
+    fn num_regions(&self) -> usize {
+        self.map().len()
+    }
+
+    #[inline]
+    fn find_region(&self, addr: GuestAddress) -> Option<&Region<B>> {
+        Some(self.locate(addr)?.0)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Region<B>> {
+        self.view().slots(self.space).filter_map(|slot| self.map().get(slot.id()))
+    }
+
+    #[inline]
+    fn to_region_addr(&self, addr: GuestAddress) -> Option<(&Region<B>, MemoryRegionAddress)> {
+        self.locate(addr)
+    }
+}
+
+impl<B> std::fmt::Debug for Memory<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Memory")
+            .field("generation", &self.view().generation())
+            .field("address_space", &self.space)
+            .field("regions", &self.map().len())
+            .finish()
+    }
+}
