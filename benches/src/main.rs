@@ -5,6 +5,7 @@ mod layout;
 mod measure;
 mod report;
 mod slots;
+mod vm_memory;
 
 use std::path::PathBuf;
 
@@ -36,6 +37,8 @@ enum Family {
     Slots,
     /// The dirty engine: marking, harvesting, memory.
     Dirty,
+    /// vm-memory's traits: accesses, guards, descriptor chains.
+    VmMemory,
 }
 
 /// How much to measure.
@@ -60,6 +63,7 @@ fn main() -> anyhow::Result<()> {
     match options.family {
         Family::Slots => slots::run(effort, &mut report)?,
         Family::Dirty => dirty::run(effort, &mut report)?,
+        Family::VmMemory => vm_memory::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

@@ -39,7 +39,7 @@ impl<B: Tracking> Follower<B> {
             let region = region.map_err(|error| NativeError::Describe { slot: *slot, error })?;
             map.set(slot.id(), region);
         }
-        Ok(map)
+        Ok(map.seal())
     }
 
     fn region(&mut self, slot: &Slot, generation: u64) -> Result<Option<Region<B>>, ListenerError> {
@@ -78,7 +78,7 @@ impl<B: Tracking> Listener for Follower<B> {
             map.set(slot.id(), region);
         }
         if let Some(map) = next {
-            update.attach(key, Arc::new(map));
+            update.attach(key, Arc::new(map.seal()));
         }
         if let Some(marks) = &mut self.marks {
             marks.prepare(update);

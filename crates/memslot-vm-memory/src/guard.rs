@@ -4,12 +4,12 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use memslot::{AttachmentKey, Guard, Snapshot, View};
+use memslot::{AttachmentKey, Guard, ParkedReader, Snapshot, View};
 
 use crate::map::Map;
 use crate::memory::Memory;
 use crate::space::Tracking;
-use crate::stock::{self, Common, Ticket};
+use crate::stock::{self, Common};
 
 /// A version of an address space, held: what [`Space::memory`](crate::Space) gives. Dereferences to [`Memory`].
 ///
@@ -17,22 +17,23 @@ use crate::stock::{self, Common, Ticket};
 /// and the table. It keeps its version's memory alive and delays nobody. Clones hold the same version.
 pub struct MemoryGuard<B> {
     memory: Memory<B>,
+    /// Whatever the regions' bitmaps need.
+    common: ManuallyDrop<Arc<Common>>,
     held: ManuallyDrop<Held>,
 }
 
-/// What holds the version, and whatever the regions' bitmaps need.
+/// What holds the version.
 enum Held {
-    Reader { guard: Guard, common: Arc<Common> },
-    Snapshot { snapshot: Snapshot, _common: Option<Arc<Common>> },
+    Reader(Guard),
+    Snapshot(Snapshot),
 }
 
 impl<B: Tracking> MemoryGuard<B> {
     #[inline]
-    pub(crate) fn enter(ticket: Ticket, key: AttachmentKey<Map<B>>) -> Self {
-        let Ticket { reader, common } = ticket;
+    pub(crate) fn enter((reader, common): (ParkedReader, Arc<Common>), key: AttachmentKey<Map<B>>) -> Self {
         let guard = reader.into_guard();
         let memory = memory_of(&guard, key, &common).expect("every version carries the map of its regions");
-        Self { memory, held: ManuallyDrop::new(Held::Reader { guard, common }) }
+        Self::new(memory, common, Held::Reader(guard))
     }
 
     /// `None` for a version without this space's regions.
@@ -42,8 +43,7 @@ impl<B: Tracking> MemoryGuard<B> {
         common: &Arc<Common>,
     ) -> Option<Self> {
         let memory = memory_of(&snapshot, key, common)?;
-        let held = Held::Snapshot { snapshot, _common: common.marks.is_some().then(|| common.clone()) };
-        Some(Self { memory, held: ManuallyDrop::new(held) })
+        Some(Self::new(memory, common.clone(), Held::Snapshot(snapshot)))
     }
 }
 
@@ -64,25 +64,37 @@ fn memory_of<B: Tracking>(
 }
 
 impl<B> MemoryGuard<B> {
+    #[inline]
+    fn new(memory: Memory<B>, common: Arc<Common>, held: Held) -> Self {
+        Self { memory, common: ManuallyDrop::new(common), held: ManuallyDrop::new(held) }
+    }
+
     /// The version, to be kept apart from the guard.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         match &*self.held {
-            Held::Reader { guard, .. } => guard.snapshot(),
-            Held::Snapshot { snapshot, .. } => snapshot.clone(),
+            Held::Reader(guard) => guard.snapshot(),
+            Held::Snapshot(snapshot) => snapshot.clone(),
         }
     }
 }
 
 impl<B> Clone for MemoryGuard<B> {
+    /// Holds the same version once more.
+    ///
+    /// While that is the newest one, as it mostly is, another reader enters it, which touches no cache line of others.
+    #[inline]
     fn clone(&self) -> Self {
-        let common = match &*self.held {
-            Held::Reader { common, .. } => common.marks.is_some().then_some(common),
-            Held::Snapshot { _common: common, .. } => common.as_ref(),
+        let (reader, common) = stock::take(&self.common);
+        let guard = reader.into_guard();
+        let held = if std::ptr::eq(&*guard, self.memory.view()) {
+            Held::Reader(guard)
+        } else {
+            stock::put(guard.park(), common.clone());
+            Held::Snapshot(self.snapshot())
         };
-        let held = Held::Snapshot { snapshot: self.snapshot(), _common: common.cloned() };
         // The same version, so what is at these addresses is held by the clone, too.
-        Self { memory: self.memory.again(), held: ManuallyDrop::new(held) }
+        Self::new(self.memory.again(), common, held)
     }
 }
 
@@ -98,11 +110,12 @@ impl<B> Deref for MemoryGuard<B> {
 impl<B> Drop for MemoryGuard<B> {
     #[inline]
     fn drop(&mut self) {
-        // SAFETY: it is not used again; this is the drop.
-        let held = unsafe { ManuallyDrop::take(&mut self.held) };
+        // SAFETY: they are not used again; this is the drop.
+        let (common, held) =
+            unsafe { (ManuallyDrop::take(&mut self.common), ManuallyDrop::take(&mut self.held)) };
         match held {
-            Held::Reader { guard, common } => stock::put(Ticket { reader: guard.into_reader(), common }),
-            Held::Snapshot { .. } => {}
+            Held::Reader(guard) => stock::put(guard.park(), common),
+            Held::Snapshot(snapshot) => drop((snapshot, common)),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! A persistent table: chunks of neighbouring ids, each counted. A commit copies the chunks that have a changed slot
 //! and the list of chunks; all others are shared with the version before.
 
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use memslot::{AddressSpaceId, SlotId};
@@ -20,20 +21,33 @@ pub(crate) struct Map<B> {
     pub(crate) owner: u64,
     pub(crate) space: AddressSpaceId,
     regions: usize,
+    /// The largest region, as of the last [`seal`](Self::seal): most accesses of most guests are there.
+    main: Option<NonNull<Region<B>>>,
     chunks: Vec<Option<Arc<Chunk<B>>>>,
 }
+
+// SAFETY: `main` is a reference to something of the map's own.
+unsafe impl<B: Send + Sync> Send for Map<B> {}
+// SAFETY: as above.
+unsafe impl<B: Send + Sync> Sync for Map<B> {}
 
 const _: () = assert!(size_of::<Option<Region<()>>>() == 32, "an empty place costs no extra room");
 
 impl<B> Clone for Map<B> {
     fn clone(&self) -> Self {
-        Self { owner: self.owner, space: self.space, regions: self.regions, chunks: self.chunks.clone() }
+        Self {
+            owner: self.owner,
+            space: self.space,
+            regions: self.regions,
+            main: None,
+            chunks: self.chunks.clone(),
+        }
     }
 }
 
 impl<B> Map<B> {
     pub(crate) const fn empty(owner: u64, space: AddressSpaceId) -> Self {
-        Self { owner, space, regions: 0, chunks: Vec::new() }
+        Self { owner, space, regions: 0, main: None, chunks: Vec::new() }
     }
 
     /// How many regions there are.
@@ -48,6 +62,20 @@ impl<B> Map<B> {
         chunk[(id.get() % IDS) as usize].as_ref()
     }
 
+    /// The largest region, if the map is sealed.
+    #[inline]
+    pub(crate) fn main(&self) -> Option<&Region<B>> {
+        // SAFETY: it stands in a chunk that the map has, and is not changed as long as `main` is set.
+        self.main.map(|main| unsafe { main.as_ref() })
+    }
+
+    /// Finds the largest region: the map is complete.
+    pub(crate) fn seal(mut self) -> Self {
+        let regions = self.chunks.iter().flatten().flat_map(|chunk| chunk.iter().flatten());
+        self.main = regions.max_by_key(|region| region.slot().pages()).map(NonNull::from);
+        self
+    }
+
     /// Puts a region under an id, or takes away what is there.
     pub(crate) fn set(&mut self, id: SlotId, region: Option<Region<B>>) {
         let (at, within) = ((id.get() / IDS) as usize, (id.get() % IDS) as usize);
@@ -57,6 +85,7 @@ impl<B> Map<B> {
             }
             self.chunks.resize_with(at + 1, || None);
         }
+        self.main = None;
         let chunk = self.chunks[at].get_or_insert_with(|| Arc::new([const { None }; IDS as usize]));
         let chunk = Arc::make_mut(chunk);
         self.regions += usize::from(region.is_some());

@@ -62,6 +62,11 @@ impl<B> Memory<B> {
     /// The region of an address, and where in it the address lies.
     #[inline]
     fn locate(&self, addr: GuestAddress) -> Option<(&Region<B>, MemoryRegionAddress)> {
+        if let Some(region) = self.map().main() {
+            if let Some(offset) = region.offset_of(addr) {
+                return Some((region, offset));
+            }
+        }
         let found = self.view().translate(self.space, Gpa::new(addr.0))?;
         let region = self.map().get(found.slot)?;
         Some((region, region.offset_of(addr)?))

@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use memslot::{AddressSpaceId, Handle, Reader};
+use memslot::{AddressSpaceId, Handle, ParkedReader};
 
 use crate::log::Marks;
 
@@ -33,17 +33,53 @@ pub(crate) struct Common {
     pub(crate) space: AddressSpaceId,
     pub(crate) marks: Option<Arc<Marks>>,
     table_is_gone: AtomicBool,
-    depot: Apart<Mutex<Vec<Ticket>>>,
+    depot: Apart<Mutex<Tickets>>,
 }
 
 /// Written now and then, so it does not share the line of what every guard reads.
 #[repr(align(128))]
 struct Apart<T>(T);
 
-/// A reader, and what its guard keeps alive. Both are in stock together, so that a guard counts nothing.
-pub(crate) struct Ticket {
-    pub(crate) reader: Reader,
-    pub(crate) common: Arc<Common>,
+/// Readers, and what the guard of each keeps alive. Both are in stock together, so that a guard counts nothing.
+///
+/// They lie apart, because a pair of both is copied in pieces of another size than it was written in, and the
+/// processor waits until such a write is done.
+#[derive(Default)]
+struct Tickets {
+    readers: Vec<ParkedReader>,
+    commons: Vec<Arc<Common>>,
+}
+
+impl Tickets {
+    fn with_capacity(n: usize) -> Self {
+        Self { readers: Vec::with_capacity(n), commons: Vec::with_capacity(n) }
+    }
+
+    fn len(&self) -> usize {
+        self.readers.len()
+    }
+
+    #[inline]
+    fn pop(&mut self) -> Option<(ParkedReader, Arc<Common>)> {
+        self.readers.pop().zip(self.commons.pop())
+    }
+
+    #[inline]
+    fn push(&mut self, reader: ParkedReader, common: Arc<Common>) {
+        self.readers.push(reader);
+        self.commons.push(common);
+    }
+
+    /// The last `n`, or all.
+    fn take_last(&mut self, n: usize) -> Self {
+        let left = self.len().saturating_sub(n);
+        Self { readers: self.readers.split_off(left), commons: self.commons.split_off(left) }
+    }
+
+    fn append(&mut self, mut other: Self) {
+        self.readers.append(&mut other.readers);
+        self.commons.append(&mut other.commons);
+    }
 }
 
 impl Common {
@@ -55,11 +91,11 @@ impl Common {
             space,
             marks,
             table_is_gone: AtomicBool::new(false),
-            depot: Apart(Mutex::new(Vec::new())),
+            depot: Apart(Mutex::new(Tickets::default())),
         })
     }
 
-    fn depot(&self) -> MutexGuard<'_, Vec<Ticket>> {
+    fn depot(&self) -> MutexGuard<'_, Tickets> {
         self.depot.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -84,7 +120,7 @@ impl Common {
 /// ticket the stock may be anyone's.
 struct Stock {
     of: *const Common,
-    tickets: Vec<Ticket>,
+    tickets: Tickets,
 }
 
 thread_local! {
@@ -95,10 +131,11 @@ thread_local! {
 
 /// A reader from the stock of this thread.
 #[inline]
-pub(crate) fn take(common: &Arc<Common>) -> Ticket {
+pub(crate) fn take(common: &Arc<Common>) -> (ParkedReader, Arc<Common>) {
     let here = STOCKS.try_with(|stocks| {
-        let stock = &mut *stocks.borrow_mut();
-        stock.iter_mut().find(|stock| stock.of == Arc::as_ptr(common)).and_then(|stock| stock.tickets.pop())
+        let stocks = &mut *stocks.borrow_mut();
+        let stock = stocks.iter_mut().find(|stock| stock.of == Arc::as_ptr(common))?;
+        stock.tickets.pop()
     });
     match here {
         Ok(Some(ticket)) => ticket,
@@ -109,22 +146,17 @@ pub(crate) fn take(common: &Arc<Common>) -> Ticket {
 /// A reader from the depot, or a new one.
 #[cold]
 #[inline(never)]
-fn fetch(common: &Arc<Common>) -> Ticket {
-    let mut fetched = {
-        let mut depot = common.depot();
-        let left = depot.len().saturating_sub(STOCK / 2);
-        depot.split_off(left)
-    };
+fn fetch(common: &Arc<Common>) -> (ParkedReader, Arc<Common>) {
+    let mut fetched = common.depot().take_last(STOCK / 2);
     let ticket = fetched.pop().unwrap_or_else(|| {
         let reader = common.handle.reader().expect("out of memory for a reader of the slot table");
-        Ticket { reader, common: common.clone() }
+        (reader.park(), common.clone())
     });
+    let mut fetched = Some(fetched);
     let stale = STOCKS.try_with(|stocks| {
         let stocks = &mut *stocks.borrow_mut();
         let stale = sweep(stocks);
-        for ticket in fetched.drain(..) {
-            stock_of(stocks, &ticket.common).tickets.push(ticket);
-        }
+        fetched.take().into_iter().for_each(|fetched| stock_of(stocks, common).tickets.append(fetched));
         stale
     });
     drop((stale, fetched));
@@ -133,37 +165,40 @@ fn fetch(common: &Arc<Common>) -> Ticket {
 
 /// Leaves a reader to this thread.
 #[inline]
-pub(crate) fn put(ticket: Ticket) {
-    let mut ticket = Some(ticket);
+pub(crate) fn put(reader: ParkedReader, common: Arc<Common>) {
+    let mut ticket = Some((reader, common));
     let _ = STOCKS.try_with(|stocks| {
         let stocks = &mut *stocks.borrow_mut();
-        let own = ticket.as_ref().map(|ticket| Arc::as_ptr(&ticket.common));
-        if let Some(stock) = stocks.iter_mut().find(|stock| Some(stock.of) == own) {
-            if stock.tickets.len() < STOCK {
-                stock.tickets.extend(ticket.take_if(|ticket| !ticket.common.is_gone()));
+        if let Some((reader, common)) = ticket.take() {
+            let of = Arc::as_ptr(&common);
+            match stocks.iter_mut().find(|stock| stock.of == of) {
+                Some(stock) if stock.tickets.len() < STOCK && !common.is_gone() => {
+                    stock.tickets.push(reader, common);
+                }
+                _ => ticket = Some((reader, common)),
             }
         }
     });
-    if let Some(ticket) = ticket {
-        hand_over(ticket);
+    if let Some((reader, common)) = ticket {
+        hand_over(reader, common);
     }
 }
 
 /// Makes room for a reader, here or in the depot.
 #[cold]
 #[inline(never)]
-fn hand_over(ticket: Ticket) {
-    let common = ticket.common.clone();
-    let mut left = vec![ticket];
+fn hand_over(reader: ParkedReader, common: Arc<Common>) {
+    let mut left = Tickets::default();
+    left.push(reader, common.clone());
     let stale = STOCKS.try_with(|stocks| {
         let stocks = &mut *stocks.borrow_mut();
         let stale = sweep(stocks);
         if !common.is_gone() {
             let stock = stock_of(stocks, &common);
             if stock.tickets.len() >= STOCK {
-                left.extend(stock.tickets.drain(STOCK / 2..));
+                left.append(stock.tickets.take_last(STOCK / 2));
             } else {
-                stock.tickets.append(&mut left);
+                stock.tickets.append(std::mem::take(&mut left));
             }
         }
         stale
@@ -172,8 +207,8 @@ fn hand_over(ticket: Ticket) {
         // Looked at under the lock: once it is gone, nothing comes to the depot any more.
         let mut depot = common.depot();
         if !common.is_gone() {
-            let room = DEPOT.saturating_sub(depot.len()).min(left.len());
-            depot.extend(left.drain(..room));
+            let room = DEPOT.saturating_sub(depot.len());
+            depot.append(left.take_last(room));
         }
     }
     drop((stale, left));
@@ -182,7 +217,7 @@ fn hand_over(ticket: Ticket) {
 fn stock_of<'a>(stocks: &'a mut Vec<Stock>, common: &Arc<Common>) -> &'a mut Stock {
     let of = Arc::as_ptr(common);
     let at = stocks.iter().position(|stock| stock.of == of).unwrap_or_else(|| {
-        stocks.push(Stock { of, tickets: Vec::with_capacity(STOCK) });
+        stocks.push(Stock { of, tickets: Tickets::with_capacity(STOCK) });
         stocks.len() - 1
     });
     &mut stocks[at]
@@ -190,7 +225,7 @@ fn stock_of<'a>(stocks: &'a mut Vec<Stock>, common: &Arc<Common>) -> &'a mut Sto
 
 /// Takes the stocks away whose tables are gone, and empty ones. The caller drops them.
 fn sweep(stocks: &mut Vec<Stock>) -> Vec<Stock> {
-    let is_stale = |stock: &Stock| stock.tickets.first().is_none_or(|ticket| ticket.common.is_gone());
+    let is_stale = |stock: &Stock| stock.tickets.commons.first().is_none_or(|common| common.is_gone());
     if !stocks.iter().any(is_stale) {
         return Vec::new();
     }
