@@ -4,36 +4,28 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use memslot::{AttachmentKey, Guard, ParkedReader, Snapshot, View};
+use memslot::{AttachmentKey, Snapshot};
 
 use crate::map::Map;
 use crate::memory::Memory;
-use crate::space::Tracking;
-use crate::stock::{self, Common};
+use crate::stock::{self, Common, Held, Ticket};
 
 /// A version of an address space, held: what [`Space::memory`](crate::Space) gives. Dereferences to [`Memory`].
 ///
 /// It is owned: it may be kept for ever, moved to another thread, shared, and it may outlive the [`Space`](crate::Space)
 /// and the table. It keeps its version's memory alive and delays nobody. Clones hold the same version.
 pub struct MemoryGuard<B> {
+    /// Valid as long as the ticket holds its version, which is until the drop.
     memory: Memory<B>,
-    /// Whatever the regions' bitmaps need.
-    common: ManuallyDrop<Arc<Common>>,
-    held: ManuallyDrop<Held>,
+    ticket: ManuallyDrop<Box<Ticket>>,
 }
 
-/// What holds the version.
-enum Held {
-    Reader(Guard),
-    Snapshot(Snapshot),
-}
-
-impl<B: Tracking> MemoryGuard<B> {
+impl<B: Send + Sync + 'static> MemoryGuard<B> {
+    /// Holds the newest version.
     #[inline]
-    pub(crate) fn enter((reader, common): (ParkedReader, Arc<Common>), key: AttachmentKey<Map<B>>) -> Self {
-        let guard = reader.into_guard();
-        let memory = memory_of(&guard, key, &common).expect("every version carries the map of its regions");
-        Self::new(memory, common, Held::Reader(guard))
+    pub(crate) fn enter(mut ticket: Box<Ticket>, key: AttachmentKey<Map<B>>) -> Self {
+        ticket.enter();
+        Self::new(ticket, key).expect("every version carries the map of its regions")
     }
 
     /// `None` for a version without this space's regions.
@@ -42,39 +34,32 @@ impl<B: Tracking> MemoryGuard<B> {
         key: AttachmentKey<Map<B>>,
         common: &Arc<Common>,
     ) -> Option<Self> {
-        let memory = memory_of(&snapshot, key, common)?;
-        Some(Self::new(memory, common.clone(), Held::Snapshot(snapshot)))
+        Self::new(Box::new(Ticket { held: Held::Snapshot(snapshot), common: common.clone() }), key)
     }
-}
 
-/// The memory of a version that the caller holds, and keeps holding as long as the result is there.
-#[inline]
-fn memory_of<B: Tracking>(
-    view: &View,
-    key: AttachmentKey<Map<B>>,
-    common: &Arc<Common>,
-) -> Option<Memory<B>> {
-    let map = view.attachment(key)?;
-    // The key may be of another table, whose regions mark what `common` does not keep alive.
-    if map.owner != common.number {
-        return None;
+    #[inline]
+    fn new(ticket: Box<Ticket>, key: AttachmentKey<Map<B>>) -> Option<Self> {
+        let view = ticket.view()?;
+        let map = view.attachment(key)?;
+        // The key may be of another table, whose regions mark what `common` does not keep alive.
+        if map.owner != ticket.common.number {
+            return None;
+        }
+        // SAFETY: the ticket holds the view until the guard is dropped, wherever it is moved: what is held is not
+        // in the ticket itself.
+        let memory = unsafe { Memory::new(view, map) };
+        Some(Self { memory, ticket: ManuallyDrop::new(ticket) })
     }
-    // SAFETY: the guard that is being made holds the view, and drops the memory before it lets go.
-    Some(unsafe { Memory::new(view, map) })
 }
 
 impl<B> MemoryGuard<B> {
-    #[inline]
-    fn new(memory: Memory<B>, common: Arc<Common>, held: Held) -> Self {
-        Self { memory, common: ManuallyDrop::new(common), held: ManuallyDrop::new(held) }
-    }
-
     /// The version, to be kept apart from the guard.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        match &*self.held {
+        match &self.ticket.held {
             Held::Reader(guard) => guard.snapshot(),
             Held::Snapshot(snapshot) => snapshot.clone(),
+            Held::Nothing | Held::Parked(_) => unreachable!("a guard holds a version"),
         }
     }
 }
@@ -85,16 +70,17 @@ impl<B> Clone for MemoryGuard<B> {
     /// While that is the newest one, as it mostly is, another reader enters it, which touches no cache line of others.
     #[inline]
     fn clone(&self) -> Self {
-        let (reader, common) = stock::take(&self.common);
-        let guard = reader.into_guard();
-        let held = if std::ptr::eq(&*guard, self.memory.view()) {
-            Held::Reader(guard)
-        } else {
-            stock::put(guard.park(), common.clone());
-            Held::Snapshot(self.snapshot())
-        };
-        // The same version, so what is at these addresses is held by the clone, too.
-        Self::new(self.memory.again(), common, held)
+        let mut ticket = stock::take(&self.ticket.common);
+        ticket.enter();
+        if !ticket.view().is_some_and(|view| std::ptr::eq(view, self.memory.view())) {
+            stock::put(ticket);
+            ticket = Box::new(Ticket {
+                held: Held::Snapshot(self.snapshot()),
+                common: self.ticket.common.clone(),
+            });
+        }
+        // The same version, so what the memory points to is held by the clone, too.
+        Self { memory: self.memory.again(), ticket: ManuallyDrop::new(ticket) }
     }
 }
 
@@ -110,13 +96,8 @@ impl<B> Deref for MemoryGuard<B> {
 impl<B> Drop for MemoryGuard<B> {
     #[inline]
     fn drop(&mut self) {
-        // SAFETY: they are not used again; this is the drop.
-        let (common, held) =
-            unsafe { (ManuallyDrop::take(&mut self.common), ManuallyDrop::take(&mut self.held)) };
-        match held {
-            Held::Reader(guard) => stock::put(guard.park(), common),
-            Held::Snapshot(snapshot) => drop((snapshot, common)),
-        }
+        // SAFETY: it is not used again; this is the drop.
+        stock::put(unsafe { ManuallyDrop::take(&mut self.ticket) });
     }
 }
 

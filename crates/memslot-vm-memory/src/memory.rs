@@ -17,7 +17,6 @@ use crate::region::Region;
 pub struct Memory<B> {
     view: NonNull<View>,
     map: NonNull<Map<B>>,
-    space: AddressSpaceId,
 }
 
 // SAFETY: both pointers are to what is shared by reference.
@@ -31,12 +30,12 @@ impl<B> Memory<B> {
     /// # Safety
     /// The view is held as long as the result is there, and `map` is one of its attachments.
     pub(crate) unsafe fn new(view: &View, map: &Map<B>) -> Self {
-        Self { view: NonNull::from(view), map: NonNull::from(map), space: map.space }
+        Self { view: NonNull::from(view), map: NonNull::from(map) }
     }
 
     /// The same memory, for somebody else who holds the view.
     pub(crate) fn again(&self) -> Self {
-        Self { view: self.view, map: self.map, space: self.space }
+        Self { view: self.view, map: self.map }
     }
 
     /// The version of the table.
@@ -50,7 +49,7 @@ impl<B> Memory<B> {
     /// The address space whose slots are the regions.
     #[must_use]
     pub fn address_space(&self) -> AddressSpaceId {
-        self.space
+        self.map().space
     }
 
     #[inline]
@@ -67,7 +66,7 @@ impl<B> Memory<B> {
                 return Some((region, offset));
             }
         }
-        let found = self.view().translate(self.space, Gpa::new(addr.0))?;
+        let found = self.view().translate(self.map().space, Gpa::new(addr.0))?;
         let region = self.map().get(found.slot)?;
         Some((region, region.offset_of(addr)?))
     }
@@ -86,7 +85,7 @@ impl<B: Bitmap> GuestMemoryBackend for Memory<B> {
     }
 
     fn iter(&self) -> impl Iterator<Item = &Region<B>> {
-        self.view().slots(self.space).filter_map(|slot| self.map().get(slot.id()))
+        self.view().slots(self.map().space).filter_map(|slot| self.map().get(slot.id()))
     }
 
     #[inline]
@@ -99,7 +98,7 @@ impl<B> std::fmt::Debug for Memory<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Memory")
             .field("generation", &self.view().generation())
-            .field("address_space", &self.space)
+            .field("address_space", &self.map().space)
             .field("regions", &self.map().len())
             .finish()
     }

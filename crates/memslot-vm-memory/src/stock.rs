@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use memslot::{AddressSpaceId, Handle, ParkedReader};
+use memslot::{AddressSpaceId, Guard, Handle, ParkedReader, Snapshot, View};
 
 use crate::log::Marks;
 
@@ -33,52 +33,48 @@ pub(crate) struct Common {
     pub(crate) space: AddressSpaceId,
     pub(crate) marks: Option<Arc<Marks>>,
     table_is_gone: AtomicBool,
-    depot: Apart<Mutex<Tickets>>,
+    depot: Apart<Mutex<Vec<Box<Ticket>>>>,
 }
 
 /// Written now and then, so it does not share the line of what every guard reads.
 #[repr(align(128))]
 struct Apart<T>(T);
 
-/// Readers, and what the guard of each keeps alive. Both are in stock together, so that a guard counts nothing.
+/// A reader and what its guard keeps alive; both are in stock together, so that a guard counts nothing.
 ///
-/// They lie apart, because a pair of both is copied in pieces of another size than it was written in, and the
-/// processor waits until such a write is done.
-#[derive(Default)]
-struct Tickets {
-    readers: Vec<ParkedReader>,
-    commons: Vec<Arc<Common>>,
+/// It lies in a box that is in stock as well: a guard that is moved, and a device moves it into each descriptor chain,
+/// is three words.
+pub(crate) struct Ticket {
+    pub(crate) held: Held,
+    pub(crate) common: Arc<Common>,
 }
 
-impl Tickets {
-    fn with_capacity(n: usize) -> Self {
-        Self { readers: Vec::with_capacity(n), commons: Vec::with_capacity(n) }
-    }
+/// What holds a version, or could.
+pub(crate) enum Held {
+    Nothing,
+    Parked(ParkedReader),
+    Reader(Guard),
+    Snapshot(Snapshot),
+}
 
-    fn len(&self) -> usize {
-        self.readers.len()
-    }
-
+impl Ticket {
+    /// Holds the newest version.
     #[inline]
-    fn pop(&mut self) -> Option<(ParkedReader, Arc<Common>)> {
-        self.readers.pop().zip(self.commons.pop())
+    pub(crate) fn enter(&mut self) {
+        match std::mem::replace(&mut self.held, Held::Nothing) {
+            Held::Parked(reader) => self.held = Held::Reader(reader.into_guard()),
+            other => self.held = other,
+        }
     }
 
+    /// The version that is held.
     #[inline]
-    fn push(&mut self, reader: ParkedReader, common: Arc<Common>) {
-        self.readers.push(reader);
-        self.commons.push(common);
-    }
-
-    /// The last `n`, or all.
-    fn take_last(&mut self, n: usize) -> Self {
-        let left = self.len().saturating_sub(n);
-        Self { readers: self.readers.split_off(left), commons: self.commons.split_off(left) }
-    }
-
-    fn append(&mut self, mut other: Self) {
-        self.readers.append(&mut other.readers);
-        self.commons.append(&mut other.commons);
+    pub(crate) fn view(&self) -> Option<&View> {
+        match &self.held {
+            Held::Nothing | Held::Parked(_) => None,
+            Held::Reader(guard) => Some(guard),
+            Held::Snapshot(snapshot) => Some(snapshot),
+        }
     }
 }
 
@@ -91,11 +87,11 @@ impl Common {
             space,
             marks,
             table_is_gone: AtomicBool::new(false),
-            depot: Apart(Mutex::new(Tickets::default())),
+            depot: Apart(Mutex::new(Vec::new())),
         })
     }
 
-    fn depot(&self) -> MutexGuard<'_, Tickets> {
+    fn depot(&self) -> MutexGuard<'_, Vec<Box<Ticket>>> {
         self.depot.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -120,7 +116,7 @@ impl Common {
 /// ticket the stock may be anyone's.
 struct Stock {
     of: *const Common,
-    tickets: Tickets,
+    tickets: Vec<Box<Ticket>>,
 }
 
 thread_local! {
@@ -129,9 +125,9 @@ thread_local! {
     static STOCKS: RefCell<Vec<Stock>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A reader from the stock of this thread.
+/// A parked reader from the stock of this thread.
 #[inline]
-pub(crate) fn take(common: &Arc<Common>) -> (ParkedReader, Arc<Common>) {
+pub(crate) fn take(common: &Arc<Common>) -> Box<Ticket> {
     let here = STOCKS.try_with(|stocks| {
         let stocks = &mut *stocks.borrow_mut();
         let stock = stocks.iter_mut().find(|stock| stock.of == Arc::as_ptr(common))?;
@@ -146,59 +142,64 @@ pub(crate) fn take(common: &Arc<Common>) -> (ParkedReader, Arc<Common>) {
 /// A reader from the depot, or a new one.
 #[cold]
 #[inline(never)]
-fn fetch(common: &Arc<Common>) -> (ParkedReader, Arc<Common>) {
-    let mut fetched = common.depot().take_last(STOCK / 2);
+fn fetch(common: &Arc<Common>) -> Box<Ticket> {
+    let mut fetched = {
+        let mut depot = common.depot();
+        let left = depot.len().saturating_sub(STOCK / 2);
+        depot.split_off(left)
+    };
     let ticket = fetched.pop().unwrap_or_else(|| {
         let reader = common.handle.reader().expect("out of memory for a reader of the slot table");
-        (reader.park(), common.clone())
+        Box::new(Ticket { held: Held::Parked(reader.park()), common: common.clone() })
     });
-    let mut fetched = Some(fetched);
     let stale = STOCKS.try_with(|stocks| {
         let stocks = &mut *stocks.borrow_mut();
         let stale = sweep(stocks);
-        fetched.take().into_iter().for_each(|fetched| stock_of(stocks, common).tickets.append(fetched));
+        stock_of(stocks, common).append(&mut fetched);
         stale
     });
     drop((stale, fetched));
     ticket
 }
 
-/// Leaves a reader to this thread.
+/// Lets go of the version, and leaves the reader to this thread if it is one.
 #[inline]
-pub(crate) fn put(reader: ParkedReader, common: Arc<Common>) {
-    let mut ticket = Some((reader, common));
+pub(crate) fn put(mut ticket: Box<Ticket>) {
+    match std::mem::replace(&mut ticket.held, Held::Nothing) {
+        Held::Reader(guard) => ticket.held = Held::Parked(guard.park()),
+        other => return drop((other, ticket)),
+    }
+    let mut ticket = Some(ticket);
     let _ = STOCKS.try_with(|stocks| {
         let stocks = &mut *stocks.borrow_mut();
-        if let Some((reader, common)) = ticket.take() {
-            let of = Arc::as_ptr(&common);
+        if let Some(own) = ticket.take() {
+            let of = Arc::as_ptr(&own.common);
             match stocks.iter_mut().find(|stock| stock.of == of) {
-                Some(stock) if stock.tickets.len() < STOCK && !common.is_gone() => {
-                    stock.tickets.push(reader, common);
+                Some(stock) if stock.tickets.len() < STOCK && !own.common.is_gone() => {
+                    stock.tickets.push(own)
                 }
-                _ => ticket = Some((reader, common)),
+                _ => ticket = Some(own),
             }
         }
     });
-    if let Some((reader, common)) = ticket {
-        hand_over(reader, common);
-    }
+    ticket.into_iter().for_each(hand_over);
 }
 
 /// Makes room for a reader, here or in the depot.
 #[cold]
 #[inline(never)]
-fn hand_over(reader: ParkedReader, common: Arc<Common>) {
-    let mut left = Tickets::default();
-    left.push(reader, common.clone());
+fn hand_over(ticket: Box<Ticket>) {
+    let common = ticket.common.clone();
+    let mut left = vec![ticket];
     let stale = STOCKS.try_with(|stocks| {
         let stocks = &mut *stocks.borrow_mut();
         let stale = sweep(stocks);
         if !common.is_gone() {
             let stock = stock_of(stocks, &common);
-            if stock.tickets.len() >= STOCK {
-                left.append(stock.tickets.take_last(STOCK / 2));
+            if stock.len() >= STOCK {
+                left.extend(stock.drain(STOCK / 2..));
             } else {
-                stock.tickets.append(std::mem::take(&mut left));
+                stock.append(&mut left);
             }
         }
         stale
@@ -207,25 +208,25 @@ fn hand_over(reader: ParkedReader, common: Arc<Common>) {
         // Looked at under the lock: once it is gone, nothing comes to the depot any more.
         let mut depot = common.depot();
         if !common.is_gone() {
-            let room = DEPOT.saturating_sub(depot.len());
-            depot.append(left.take_last(room));
+            let room = DEPOT.saturating_sub(depot.len()).min(left.len());
+            depot.extend(left.drain(..room));
         }
     }
     drop((stale, left));
 }
 
-fn stock_of<'a>(stocks: &'a mut Vec<Stock>, common: &Arc<Common>) -> &'a mut Stock {
+fn stock_of<'a>(stocks: &'a mut Vec<Stock>, common: &Arc<Common>) -> &'a mut Vec<Box<Ticket>> {
     let of = Arc::as_ptr(common);
     let at = stocks.iter().position(|stock| stock.of == of).unwrap_or_else(|| {
-        stocks.push(Stock { of, tickets: Tickets::with_capacity(STOCK) });
+        stocks.push(Stock { of, tickets: Vec::with_capacity(STOCK) });
         stocks.len() - 1
     });
-    &mut stocks[at]
+    &mut stocks[at].tickets
 }
 
 /// Takes the stocks away whose tables are gone, and empty ones. The caller drops them.
 fn sweep(stocks: &mut Vec<Stock>) -> Vec<Stock> {
-    let is_stale = |stock: &Stock| stock.tickets.commons.first().is_none_or(|common| common.is_gone());
+    let is_stale = |stock: &Stock| stock.tickets.first().is_none_or(|ticket| ticket.common.is_gone());
     if !stocks.iter().any(is_stale) {
         return Vec::new();
     }
