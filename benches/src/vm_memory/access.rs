@@ -23,6 +23,7 @@ pub(crate) fn run(sides: &Sides, effort: Effort, report: &mut Report) -> anyhow:
         anyhow::ensure!(ours.read_obj::<u64>(GuestAddress(address))? == i as u64, "the same memory");
         peer.write_obj(0u64, GuestAddress(address))?;
     }
+    let device = sides.ours.for_devices().memory();
     let same = vec![random[0]; count];
     for (name, addresses, target) in
         [("read_obj, random", &random, target(n)), ("read_obj, one region", &same, Some(1.0))]
@@ -31,6 +32,14 @@ pub(crate) fn run(sides: &Sides, effort: Effort, report: &mut Report) -> anyhow:
             let times = versus(rounds, || read(&*ours, addresses), || read(&*peer, addresses));
             report.times(name, n, PEER, times, target);
         }
+    }
+    if report.wants("read_obj, device") {
+        let times = versus(rounds, || read(&*device, &random), || read(&*peer, &random));
+        report.times("read_obj, device, random", n, PEER, times, target(n));
+    }
+    if report.wants("write_obj, device") {
+        let times = versus(rounds, || write(&*device, &random), || write(&*peer, &random));
+        report.times("write_obj, device, random", n, PEER, times, target(n));
     }
     if report.wants("load, random") {
         let times = versus(rounds, || load(&*ours, &random), || load(&*peer, &random));

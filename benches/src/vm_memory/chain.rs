@@ -7,7 +7,7 @@ use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::host::Sides;
 use super::{amount, target};
@@ -36,39 +36,33 @@ pub(crate) fn run(sides: &Sides, effort: Effort, report: &mut Report) -> anyhow:
         })
         .collect();
     queue.build_desc_chain(&descriptors).map_err(|error| anyhow::anyhow!("{error:?}"))?;
-    let (mut ours, mut theirs): (Queue, Queue) = (
+    let (mut ours, mut device, mut theirs): (Queue, Queue, Queue) = (
+        queue.create_queue().context("the queue is valid")?,
         queue.create_queue().context("the queue is valid")?,
         queue.create_queue().context("the queue is valid")?,
     );
     anyhow::ensure!(walk(&sides.ours, &mut ours) == LENGTH && walk(&sides.peer, &mut theirs) == LENGTH);
     let count = count / LENGTH;
-    let times = versus(
-        rounds,
-        || {
-            time(count, || {
-                for _ in 0..count {
-                    black_box(walk(&sides.ours, &mut ours));
-                }
-            })
-        },
-        || {
-            time(count, || {
-                for _ in 0..count {
-                    black_box(walk(&sides.peer, &mut theirs));
-                }
-            })
-        },
-    );
+    let mut peer = || walks(count, &sides.peer, &mut theirs);
+    let times = versus(rounds, || walks(count, &sides.ours, &mut ours), &mut peer);
     report.times("descriptor chain of 8", n, "GuestMemoryAtomic", times, target(n));
+    let space = sides.ours.for_devices();
+    let times = versus(rounds, || walks(count, &space, &mut device), &mut peer);
+    report.times("descriptor chain of 8, device", n, "GuestMemoryAtomic", times, target(n));
     Ok(())
+}
+
+fn walks<S: GuestAddressSpace>(count: usize, space: &S, queue: &mut Queue) -> f64 {
+    time(count, || {
+        for _ in 0..count {
+            black_box(walk(space, queue));
+        }
+    })
 }
 
 /// Pops the chain and reads from each of its buffers; how many there were.
 #[inline(never)]
-fn walk<S: GuestAddressSpace>(space: &S, queue: &mut Queue) -> usize
-where
-    S::M: GuestMemory,
-{
+fn walk<S: GuestAddressSpace>(space: &S, queue: &mut Queue) -> usize {
     queue.set_next_avail(0);
     let Some(chain) = queue.pop_descriptor_chain(space.memory()) else { return 0 };
     let memory = chain.memory();

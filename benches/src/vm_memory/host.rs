@@ -29,8 +29,8 @@ impl Sides {
         Ok(Self { pieces, table, ours, peer })
     }
 
-    /// Addresses to access, each in the first page of some region, so that the number of regions decides how
-    /// much memory is touched and their size does not.
+    /// Addresses to access, in random order, one cache line in each region: what is measured is finding the region, not
+    /// waiting for memory.
     pub(crate) fn addresses(&self, count: usize) -> Vec<u64> {
         addresses(&self.pieces, count)
     }
@@ -38,7 +38,11 @@ impl Sides {
 
 pub(crate) fn addresses(pieces: &[Piece], count: usize) -> Vec<u64> {
     let mut random = Random::new(777);
-    let mut address = || pieces[random.below(pieces.len())].gpa + 64 + 8 * random.below(500) as u64;
+    let mut address = || {
+        let at = random.below(pieces.len());
+        // Not the same line of each page, which would be in the same set of the cache.
+        pieces[at].gpa + 1024 + 64 * (at as u64 % 47) + 8 * random.below(8) as u64
+    };
     (0..count).map(|_| address()).collect()
 }
 

@@ -2,9 +2,10 @@
 
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
-use memslot::{AttachmentKey, Snapshot};
+use memslot::{AttachmentKey, Snapshot, View};
 
 use crate::map::Map;
 use crate::memory::Memory;
@@ -24,8 +25,13 @@ impl<B: Send + Sync + 'static> MemoryGuard<B> {
     /// Holds the newest version.
     #[inline]
     pub(crate) fn enter(mut ticket: Box<Ticket>, key: AttachmentKey<Map<B>>) -> Self {
-        ticket.enter();
-        Self::new(ticket, key).expect("every version carries the map of its regions")
+        let view = match &mut ticket.held {
+            Held::Reader(holder) => holder.hold(),
+            Held::Snapshot(snapshot) => NonNull::from(&**snapshot),
+        };
+        // SAFETY: the ticket holds the view.
+        let guard = unsafe { Self::new(ticket, view, key) };
+        guard.expect("every version carries the map of its regions")
     }
 
     /// `None` for a version without this space's regions.
@@ -34,19 +40,24 @@ impl<B: Send + Sync + 'static> MemoryGuard<B> {
         key: AttachmentKey<Map<B>>,
         common: &Arc<Common>,
     ) -> Option<Self> {
-        Self::new(Box::new(Ticket { held: Held::Snapshot(snapshot), common: common.clone() }), key)
+        let view = NonNull::from(&*snapshot);
+        let ticket = Box::new(Ticket { held: Held::Snapshot(snapshot), common: common.clone() });
+        // SAFETY: the ticket holds the view.
+        unsafe { Self::new(ticket, view, key) }
     }
 
+    /// # Safety
+    /// The ticket holds the view.
     #[inline]
-    fn new(ticket: Box<Ticket>, key: AttachmentKey<Map<B>>) -> Option<Self> {
-        let view = ticket.view()?;
+    unsafe fn new(ticket: Box<Ticket>, view: NonNull<View>, key: AttachmentKey<Map<B>>) -> Option<Self> {
+        // SAFETY: it is held.
+        let view = unsafe { view.as_ref() };
         let map = view.attachment(key)?;
         // The key may be of another table, whose regions mark what `common` does not keep alive.
         if map.owner != ticket.common.number {
             return None;
         }
-        // SAFETY: the ticket holds the view until the guard is dropped, wherever it is moved: what is held is not
-        // in the ticket itself.
+        // SAFETY: the ticket holds the view until the guard is dropped, and a view does not move with its holder.
         let memory = unsafe { Memory::new(view, map) };
         Some(Self { memory, ticket: ManuallyDrop::new(ticket) })
     }
@@ -57,9 +68,8 @@ impl<B> MemoryGuard<B> {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         match &self.ticket.held {
-            Held::Reader(guard) => guard.snapshot(),
+            Held::Reader(holder) => holder.snapshot().expect("a guard holds a version"),
             Held::Snapshot(snapshot) => snapshot.clone(),
-            Held::Nothing | Held::Parked(_) => unreachable!("a guard holds a version"),
         }
     }
 }
@@ -71,8 +81,11 @@ impl<B> Clone for MemoryGuard<B> {
     #[inline]
     fn clone(&self) -> Self {
         let mut ticket = stock::take(&self.ticket.common);
-        ticket.enter();
-        if !ticket.view().is_some_and(|view| std::ptr::eq(view, self.memory.view())) {
+        let view = match &mut ticket.held {
+            Held::Reader(holder) => Some(holder.hold()),
+            Held::Snapshot(_) => None,
+        };
+        if view != Some(NonNull::from(self.memory.view())) {
             stock::put(ticket);
             ticket = Box::new(Ticket {
                 held: Held::Snapshot(self.snapshot()),

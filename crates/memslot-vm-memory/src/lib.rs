@@ -1,5 +1,6 @@
 //! rust-vmm's `vm-memory` traits on memslot's versions.
 
+mod device;
 mod follower;
 mod guard;
 mod host;
@@ -10,6 +11,7 @@ mod region;
 mod space;
 mod stock;
 
+pub use device::{DeviceGuard, DeviceMemory, DeviceSpace};
 pub use guard::MemoryGuard;
 pub use host::HostMemory;
 pub use log::{LogSlice, SlotLog};

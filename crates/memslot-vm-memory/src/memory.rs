@@ -13,7 +13,7 @@ use crate::region::Region;
 /// `Bytes<GuestAddress>`. A [`MemoryGuard`](crate::MemoryGuard) has one.
 ///
 /// Its regions are the slots with host memory, in order of guest address. A device's slot is a hole. A read-only slot is
-/// a region like any other, see [`Enforcing`](crate::Enforcing).
+/// a region like any other, see [`DeviceMemory`](crate::DeviceMemory).
 pub struct Memory<B> {
     view: NonNull<View>,
     map: NonNull<Map<B>>,
@@ -60,7 +60,7 @@ impl<B> Memory<B> {
 
     /// The region of an address, and where in it the address lies.
     #[inline]
-    fn locate(&self, addr: GuestAddress) -> Option<(&Region<B>, MemoryRegionAddress)> {
+    pub(crate) fn locate(&self, addr: GuestAddress) -> Option<(&Region<B>, MemoryRegionAddress)> {
         if let Some(region) = self.map().main() {
             if let Some(offset) = region.offset_of(addr) {
                 return Some((region, offset));

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use memslot::Slot;
+use memslot::{Slot, SlotFlags};
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes, GuestUsize,
@@ -19,9 +19,13 @@ use crate::host::HostMemory;
 pub struct Region<B> {
     start: u64,
     len: u64,
+    /// The host address; its lowest bit, in which a page's address has nothing, says that the slot is read-only.
     host: *mut u8,
     rest: Arc<Rest<B>>,
 }
+
+/// In the host address of a region.
+const READ_ONLY: usize = 1;
 
 /// What an access does not need, and the bitmap, which only writes need.
 struct Rest<B> {
@@ -50,11 +54,12 @@ impl<B> Region<B> {
         let page = slot.page_size();
         let host = usize::try_from(slot.hva()?.get()).ok()?;
         let HostMemory { file_offset, hugetlbfs, keep } = memory;
+        let flag = if slot.flags().contains(SlotFlags::READONLY) { READ_ONLY } else { 0 };
         Some(Self {
             start: slot.base_gfn().get() << page.shift(),
             len: page.bytes_of(slot.pages())?,
             // The mapping is the VMM's own; it has exposed its address when it made the slot.
-            host: std::ptr::with_exposed_provenance_mut(host),
+            host: std::ptr::with_exposed_provenance_mut(host | flag),
             rest: Arc::new(Rest { bitmap, slot: *slot, file_offset, hugetlbfs, _keep: keep }),
         })
     }
@@ -63,6 +68,19 @@ impl<B> Region<B> {
     #[must_use]
     pub fn slot(&self) -> &Slot {
         &self.rest.slot
+    }
+
+    /// Whether the guest may not write to it.
+    #[inline]
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.host.addr() & READ_ONLY != 0
+    }
+
+    /// Where the region begins in the host.
+    #[inline]
+    fn host(&self) -> *mut u8 {
+        self.host.map_addr(|address| address & !READ_ONLY)
     }
 
     /// Where an address lies in the region, if it does.
@@ -97,7 +115,7 @@ impl<B: Bitmap> GuestMemoryRegion for Region<B> {
 
     fn get_host_address(&self, addr: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
         let offset = self.check_address(addr).ok_or(GuestMemoryError::InvalidBackendAddress)?;
-        Ok(self.host.wrapping_add(to_usize(offset.0)))
+        Ok(self.host().wrapping_add(to_usize(offset.0)))
     }
 
     fn file_offset(&self) -> Option<&FileOffset> {
@@ -116,7 +134,7 @@ impl<B: Bitmap> GuestMemoryRegion for Region<B> {
         let bitmap = self.rest.bitmap.slice_at(offset);
         // SAFETY: by the promise of `Native::attach` the slot's host memory, `len` bytes from `host` on, is there as
         // long as a version that has the slot is held, and whoever has `&self` holds one.
-        Ok(unsafe { VolatileSlice::with_bitmap(self.host.add(offset), count, bitmap, None) })
+        Ok(unsafe { VolatileSlice::with_bitmap(self.host().add(offset), count, bitmap, None) })
     }
 
     #[cfg(target_os = "linux")]

@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use memslot::{AddressSpaceId, Guard, Handle, ParkedReader, Snapshot, View};
+use memslot::{AddressSpaceId, Handle, Holder, Snapshot};
 
 use crate::log::Marks;
 
@@ -40,42 +40,18 @@ pub(crate) struct Common {
 #[repr(align(128))]
 struct Apart<T>(T);
 
-/// A reader and what its guard keeps alive; both are in stock together, so that a guard counts nothing.
-///
-/// It lies in a box that is in stock as well: a guard that is moved, and a device moves it into each descriptor chain,
-/// is three words.
+/// What holds a version, and what else a guard keeps alive. All of it is in stock together, so that a guard counts
+/// nothing, and in a box, so that a guard is small: a device moves it into each descriptor chain.
 pub(crate) struct Ticket {
     pub(crate) held: Held,
     pub(crate) common: Arc<Common>,
 }
 
-/// What holds a version, or could.
+/// What holds the version.
 pub(crate) enum Held {
-    Nothing,
-    Parked(ParkedReader),
-    Reader(Guard),
+    /// Holds one, or waits in a stock.
+    Reader(Holder),
     Snapshot(Snapshot),
-}
-
-impl Ticket {
-    /// Holds the newest version.
-    #[inline]
-    pub(crate) fn enter(&mut self) {
-        match std::mem::replace(&mut self.held, Held::Nothing) {
-            Held::Parked(reader) => self.held = Held::Reader(reader.into_guard()),
-            other => self.held = other,
-        }
-    }
-
-    /// The version that is held.
-    #[inline]
-    pub(crate) fn view(&self) -> Option<&View> {
-        match &self.held {
-            Held::Nothing | Held::Parked(_) => None,
-            Held::Reader(guard) => Some(guard),
-            Held::Snapshot(snapshot) => Some(snapshot),
-        }
-    }
 }
 
 impl Common {
@@ -125,7 +101,7 @@ thread_local! {
     static STOCKS: RefCell<Vec<Stock>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A parked reader from the stock of this thread.
+/// A reader from the stock of this thread.
 #[inline]
 pub(crate) fn take(common: &Arc<Common>) -> Box<Ticket> {
     let here = STOCKS.try_with(|stocks| {
@@ -150,7 +126,7 @@ fn fetch(common: &Arc<Common>) -> Box<Ticket> {
     };
     let ticket = fetched.pop().unwrap_or_else(|| {
         let reader = common.handle.reader().expect("out of memory for a reader of the slot table");
-        Box::new(Ticket { held: Held::Parked(reader.park()), common: common.clone() })
+        Box::new(Ticket { held: Held::Reader(reader.into_holder()), common: common.clone() })
     });
     let stale = STOCKS.try_with(|stocks| {
         let stocks = &mut *stocks.borrow_mut();
@@ -165,9 +141,9 @@ fn fetch(common: &Arc<Common>) -> Box<Ticket> {
 /// Lets go of the version, and leaves the reader to this thread if it is one.
 #[inline]
 pub(crate) fn put(mut ticket: Box<Ticket>) {
-    match std::mem::replace(&mut ticket.held, Held::Nothing) {
-        Held::Reader(guard) => ticket.held = Held::Parked(guard.park()),
-        other => return drop((other, ticket)),
+    match &mut ticket.held {
+        Held::Reader(holder) => holder.release(),
+        Held::Snapshot(_) => return drop(ticket),
     }
     let mut ticket = Some(ticket);
     let _ = STOCKS.try_with(|stocks| {

@@ -195,6 +195,11 @@ impl<P, W> Seat<P, W> {
         }
     }
 
+    /// The version that is announced. Only the seat changes that.
+    pub(super) fn announced(&self) -> Option<NonNull<Version<P>>> {
+        NonNull::new(self.cell().announced.load(Ordering::Relaxed))
+    }
+
     /// Takes the announcement back.
     #[inline]
     pub(super) fn leave(&mut self) {
