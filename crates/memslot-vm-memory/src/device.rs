@@ -15,9 +15,10 @@ use std::iter::FusedIterator;
 use std::ops::Deref;
 
 use vm_memory::bitmap::{BS, Bitmap};
+use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, GuestMemoryRegion,
-    GuestMemorySliceIterator, Permissions, VolatileSlice,
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, GuestMemoryRegion, Permissions,
+    VolatileSlice,
 };
 
 use crate::guard::MemoryGuard;
@@ -160,9 +161,15 @@ impl<'a, B: Bitmap> UntilError<'a, B> {
 }
 
 /// An address space as devices see it; see [`DeviceMemory`]. Made by [`Space::for_devices`].
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct DeviceSpace<B: Tracking = ()> {
     space: Space<B>,
+}
+
+impl<B: Tracking> Clone for DeviceSpace<B> {
+    fn clone(&self) -> Self {
+        Self { space: self.space.clone() }
+    }
 }
 
 impl<B: Tracking> Space<B> {
@@ -193,9 +200,21 @@ impl<B: Tracking> GuestAddressSpace for DeviceSpace<B> {
 
 /// A version of an address space, held, as devices see it. Dereferences to [`DeviceMemory`]; otherwise as
 /// [`MemoryGuard`].
-#[derive(Clone, Debug)]
 pub struct DeviceGuard<B> {
     guard: MemoryGuard<B>,
+}
+
+impl<B> Clone for DeviceGuard<B> {
+    #[inline]
+    fn clone(&self) -> Self {
+        Self { guard: self.guard.clone() }
+    }
+}
+
+impl<B> std::fmt::Debug for DeviceGuard<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.guard.fmt(f)
+    }
 }
 
 impl<B> From<MemoryGuard<B>> for DeviceGuard<B> {
