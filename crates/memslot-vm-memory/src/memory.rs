@@ -68,7 +68,9 @@ impl<B> Memory<B> {
         }
         let found = self.view().translate(self.map().space, Gpa::new(addr.0))?;
         let region = self.map().get(found.slot)?;
-        Some((region, region.offset_of(addr)?))
+        // The region is of the slot that was found, so the address lies in it. Not asking again keeps the region's length
+        // out of the way to the memory; `Region::get_slice` asks.
+        Some((region, region.offset_from_start(addr)))
     }
 }
 

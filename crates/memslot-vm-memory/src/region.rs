@@ -83,6 +83,14 @@ impl<B> Region<B> {
         self.host.map_addr(|address| address & !READ_ONLY)
     }
 
+    /// Where an address of the region lies in it.
+    #[inline]
+    pub(crate) fn offset_from_start(&self, addr: GuestAddress) -> MemoryRegionAddress {
+        let offset = addr.0.wrapping_sub(self.start);
+        debug_assert!(offset < self.len, "{addr:?} is not in {self:?}");
+        MemoryRegionAddress(offset)
+    }
+
     /// Where an address lies in the region, if it does.
     #[inline]
     pub(crate) fn offset_of(&self, addr: GuestAddress) -> Option<MemoryRegionAddress> {
