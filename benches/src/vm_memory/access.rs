@@ -45,6 +45,10 @@ pub(crate) fn run(sides: &Sides, effort: Effort, report: &mut Report) -> anyhow:
         let times = versus(rounds, || load(&*ours, &random), || load(&*peer, &random));
         report.times("load, random", n, PEER, times, target(n));
     }
+    if report.wants("load, device") {
+        let times = versus(rounds, || load(&*device, &random), || load(&*peer, &random));
+        report.times("load, device, random", n, PEER, times, target(n));
+    }
     if report.wants("write_obj, random") {
         let times = versus(rounds, || write(&*ours, &random), || write(&*peer, &random));
         report.times("write_obj, random", n, PEER, times, target(n));

@@ -14,12 +14,9 @@
 use std::iter::FusedIterator;
 use std::ops::Deref;
 
-use vm_memory::bitmap::{BS, Bitmap};
+use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
-use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, GuestMemoryRegion, Permissions,
-    VolatileSlice,
-};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
 
 use crate::guard::MemoryGuard;
 use crate::memory::Memory;
@@ -48,7 +45,7 @@ impl<B> DeviceMemory<B> {
     }
 }
 
-impl<B: Bitmap> GuestMemory for DeviceMemory<B> {
+impl<B: Tracking> GuestMemory for DeviceMemory<B> {
     type PhysicalMemory = Memory<B>;
     type Bitmap = B;
 
@@ -81,7 +78,7 @@ struct Slices<'a, B> {
 
 type Slice<'a, B> = VolatileSlice<'a, BS<'a, B>>;
 
-impl<'a, B: Bitmap> Slices<'a, B> {
+impl<'a, B: Tracking> Slices<'a, B> {
     #[inline]
     fn new(memory: &'a Memory<B>, addr: GuestAddress, left: usize, access: Permissions) -> Self {
         Self { memory, addr, left, writes: access.has_write() }
@@ -90,17 +87,16 @@ impl<'a, B: Bitmap> Slices<'a, B> {
     /// The next slice, where there is one to come.
     #[inline]
     fn advance(&mut self) -> Result<Slice<'a, B>, GuestMemoryError> {
-        let Some((region, offset)) = self.memory.locate(self.addr) else {
+        let Some((slice, read_only)) = self.memory.slice(self.addr, self.left) else {
             return Err(self.fail(false));
         };
-        if self.writes && region.is_read_only() {
+        if self.writes && read_only {
             return Err(self.fail(true));
         }
-        let here = usize::try_from(region.len() - offset.0).unwrap_or(usize::MAX).min(self.left);
-        self.left -= here;
-        self.addr = GuestAddress(self.addr.0.wrapping_add(here as u64));
-        // No slot has the last page of the address space, so that the address has not wrapped.
-        region.get_slice(offset, here)
+        self.left -= slice.len();
+        // No slot has the last page of the address space, so that the address does not wrap.
+        self.addr = GuestAddress(self.addr.0.wrapping_add(slice.len() as u64));
+        Ok(slice)
     }
 
     #[cold]
@@ -114,7 +110,7 @@ impl<'a, B: Bitmap> Slices<'a, B> {
     }
 }
 
-impl<'a, B: Bitmap> Iterator for Slices<'a, B> {
+impl<'a, B: Tracking> Iterator for Slices<'a, B> {
     type Item = Result<Slice<'a, B>, GuestMemoryError>;
 
     #[inline]
@@ -123,9 +119,9 @@ impl<'a, B: Bitmap> Iterator for Slices<'a, B> {
     }
 }
 
-impl<B: Bitmap> FusedIterator for Slices<'_, B> {}
+impl<B: Tracking> FusedIterator for Slices<'_, B> {}
 
-impl<'a, B: Bitmap> GuestMemorySliceIterator<'a, BS<'a, B>> for Slices<'a, B> {
+impl<'a, B: Tracking> GuestMemorySliceIterator<'a, BS<'a, B>> for Slices<'a, B> {
     #[inline]
     fn stop_on_error(mut self) -> Result<impl Iterator<Item = Slice<'a, B>>, GuestMemoryError> {
         let first = if self.left > 0 { Some(self.advance()?) } else { None };
@@ -134,12 +130,12 @@ impl<'a, B: Bitmap> GuestMemorySliceIterator<'a, BS<'a, B>> for Slices<'a, B> {
 }
 
 /// Slices up to the first error, of which the first is known to be none.
-struct UntilError<'a, B: Bitmap> {
+struct UntilError<'a, B: Tracking> {
     first: Option<Slice<'a, B>>,
     rest: Slices<'a, B>,
 }
 
-impl<'a, B: Bitmap> Iterator for UntilError<'a, B> {
+impl<'a, B: Tracking> Iterator for UntilError<'a, B> {
     type Item = Slice<'a, B>;
 
     #[inline]
@@ -151,7 +147,7 @@ impl<'a, B: Bitmap> Iterator for UntilError<'a, B> {
     }
 }
 
-impl<'a, B: Bitmap> UntilError<'a, B> {
+impl<'a, B: Tracking> UntilError<'a, B> {
     /// Most accesses end in the slot in which they begin.
     #[cold]
     #[inline(never)]

@@ -14,8 +14,9 @@
 //!
 //! # The order
 //!
-//! Writer: write, mark, *fence*, look. Table: note that something moves, publish, *fence*, settle the marks that have
-//! come in (the log's part). If the log does not see the mark, the writer sees the note. It may be early: noted and
+//! Writer: write, mark, look. Table: note that something moves, publish, settle the marks that have come in (the log's
+//! part). A mark is a read-modify-write, and it, the look, the note and what the log does to settle are sequentially
+//! consistent: if the log does not see the mark, the writer sees the note. It may be early: noted and
 //! not published yet. Then the newest version the writer finds is still the old one, and its mark is older than
 //! the publication, so that the log sees it. A region is known to be in place *as of the generation in which it
 //! was found there*, so that an early note is looked at again.
@@ -70,8 +71,8 @@ impl Marks {
         }
         let page = place.slot.page_size();
         self.log.mark_bytes(self.space, Gpa::new(place.start + offset as u64), len, page);
-        fence(Ordering::SeqCst);
-        if !reached(place.in_place_at.load(Ordering::Relaxed), self.moved_at.load(Ordering::Relaxed)) {
+        // See the module's documentation.
+        if !reached(place.in_place_at.load(Ordering::Relaxed), self.moved_at.load(Ordering::SeqCst)) {
             self.follow(place, offset as u64, len);
         }
     }

@@ -2,12 +2,13 @@
 
 use std::ptr::NonNull;
 
-use memslot::{AddressSpaceId, Gpa, View};
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend, MemoryRegionAddress};
+use memslot::{AddressSpaceId, Gpa, SlotFlags, View};
+use vm_memory::bitmap::{BS, Bitmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice};
 
 use crate::map::Map;
-use crate::region::Region;
+use crate::region::{Region, to_usize};
+use crate::space::Tracking;
 
 /// One version of an address space: vm-memory's [`GuestMemoryBackend`], and with it `GuestMemory` and
 /// `Bytes<GuestAddress>`. A [`MemoryGuard`](crate::MemoryGuard) has one.
@@ -71,6 +72,32 @@ impl<B> Memory<B> {
         // The region is of the slot that was found, so the address lies in it. Not asking again keeps the region's length
         // out of the way to the memory; `Region::get_slice` asks.
         Some((region, region.offset_from_start(addr)))
+    }
+}
+
+impl<B: Tracking> Memory<B> {
+    /// The memory at an address up to `count` bytes or the end of the slot, and whether the slot is read-only.
+    ///
+    /// As [`locate`](Self::locate) and [`Region::get_slice`], but for a slot without bitmap the region is not needed.
+    #[inline]
+    pub(crate) fn slice(
+        &self,
+        addr: GuestAddress,
+        count: usize,
+    ) -> Option<(VolatileSlice<'_, BS<'_, B>>, bool)> {
+        if let Some(region) = self.map().main() {
+            if let Some(offset) = region.offset_of(addr) {
+                let left = to_usize(region.len() - offset.0);
+                return Some((region.get_slice(offset, count.min(left)).ok()?, region.is_read_only()));
+            }
+        }
+        let found = self.view().translate(self.address_space(), Gpa::new(addr.0))?;
+        let host = std::ptr::with_exposed_provenance_mut(to_usize(found.hva.get()));
+        let here = count.min(to_usize(found.bytes_left));
+        let bitmap = B::slice_of(|| self.map().get(found.slot), addr)?;
+        // SAFETY: as in `Region::get_slice`: the slot has `bytes_left` bytes of host memory from here on.
+        let slice = unsafe { VolatileSlice::with_bitmap(host, here, bitmap, None) };
+        Some((slice, found.flags.contains(SlotFlags::READONLY)))
     }
 }
 

@@ -99,6 +99,14 @@ impl<B> Region<B> {
     }
 }
 
+impl<B: Bitmap> Region<B> {
+    /// The bitmap from an offset on.
+    #[inline]
+    pub(crate) fn bitmap_at(&self, offset: usize) -> BS<'_, B> {
+        self.rest.bitmap.slice_at(offset)
+    }
+}
+
 impl<B: Bitmap> GuestMemoryRegion for Region<B> {
     type B = B;
 
@@ -113,7 +121,7 @@ impl<B: Bitmap> GuestMemoryRegion for Region<B> {
     }
 
     fn bitmap(&self) -> BS<'_, B> {
-        self.rest.bitmap.slice_at(0)
+        self.bitmap_at(0)
     }
 
     #[inline]
@@ -139,7 +147,7 @@ impl<B: Bitmap> GuestMemoryRegion for Region<B> {
         let end = offset.0.checked_add(count as u64).filter(|&end| end <= self.len);
         end.ok_or(GuestMemoryError::InvalidBackendAddress)?;
         let offset = to_usize(offset.0);
-        let bitmap = self.rest.bitmap.slice_at(offset);
+        let bitmap = self.bitmap_at(offset);
         // SAFETY: by the promise of `Native::attach` the slot's host memory, `len` bytes from `host` on, is there as
         // long as a version that has the slot is held, and whoever has `&self` holds one.
         Ok(unsafe { VolatileSlice::with_bitmap(self.host().add(offset), count, bitmap, None) })

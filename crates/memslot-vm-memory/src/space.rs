@@ -25,10 +25,20 @@ pub(crate) mod sealed {
     use std::sync::Arc;
 
     use memslot::Slot;
+    use vm_memory::GuestAddress;
+    use vm_memory::bitmap::{BS, Bitmap};
 
-    use crate::log::{Marks, SlotLog};
+    use crate::log::{LogSlice, Marks, SlotLog};
+    use crate::region::{Region, to_usize};
 
-    pub trait Make {
+    pub trait Make: Bitmap + Sized + 'static {
+        /// The part of the bitmap from an address in a region on. Where there is nothing to track the region is
+        /// not asked for.
+        fn slice_of<'a>(
+            region: impl FnOnce() -> Option<&'a Region<Self>>,
+            addr: GuestAddress,
+        ) -> Option<BS<'a, Self>>;
+
         /// The bitmap of a slot's region.
         ///
         /// # Safety
@@ -38,11 +48,25 @@ pub(crate) mod sealed {
     }
 
     impl Make for () {
+        #[inline]
+        fn slice_of<'a>(_: impl FnOnce() -> Option<&'a Region<()>>, _: GuestAddress) -> Option<()> {
+            Some(())
+        }
+
         #[expect(private_interfaces, reason = "as above")]
         unsafe fn make(_: &Slot, _: u64, _: Option<&Arc<Marks>>) {}
     }
 
     impl Make for SlotLog {
+        #[inline]
+        fn slice_of<'a>(
+            region: impl FnOnce() -> Option<&'a Region<Self>>,
+            addr: GuestAddress,
+        ) -> Option<LogSlice<'a>> {
+            let region = region()?;
+            Some(region.bitmap_at(to_usize(region.offset_from_start(addr).0)))
+        }
+
         #[expect(private_interfaces, reason = "as above")]
         unsafe fn make(slot: &Slot, generation: u64, marks: Option<&Arc<Marks>>) -> Self {
             let marks = marks.expect("a space whose regions log is made with a log");

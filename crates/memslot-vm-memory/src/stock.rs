@@ -23,7 +23,7 @@ use crate::log::Marks;
 /// Readers that a thread keeps for a space.
 const STOCK: usize = 16;
 /// Readers that a depot keeps.
-const DEPOT: usize = 256;
+const DEPOT: usize = 1024;
 
 /// What a space, its guards and its listener share.
 pub(crate) struct Common {
