@@ -268,6 +268,48 @@ impl Bitmap for SlotLog {
     }
 }
 
+/// As [`SlotLog`], for regions that live apart from the table's versions: those of the [bridge](crate::Bridge).
+#[cfg(feature = "bridge")]
+pub struct BridgedLog {
+    marks: Arc<Marks>,
+    place: Place,
+}
+
+#[cfg(feature = "bridge")]
+impl BridgedLog {
+    pub(crate) fn new(marks: Arc<Marks>, slot: &Slot, generation: u64) -> Self {
+        Self { marks, place: Place::new(slot, generation) }
+    }
+}
+
+#[cfg(feature = "bridge")]
+impl<'a> WithBitmapSlice<'a> for BridgedLog {
+    type S = LogSlice<'a>;
+}
+
+#[cfg(feature = "bridge")]
+impl Bitmap for BridgedLog {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.marks.mark(&self.place, offset, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.marks.is_marked(&self.place, offset)
+    }
+
+    #[inline]
+    fn slice_at(&self, offset: usize) -> LogSlice<'_> {
+        LogSlice { marks: &self.marks, place: &self.place, offset }
+    }
+}
+
+#[cfg(feature = "bridge")]
+impl std::fmt::Debug for BridgedLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "BridgedLog({})", self.place.slot)
+    }
+}
+
 /// A part of a slot's view of the dirty log: what a volatile slice of logged memory marks.
 #[derive(Clone, Copy)]
 pub struct LogSlice<'a> {

@@ -87,7 +87,7 @@ pub struct Native<B = ()> {
 }
 
 /// A space that could not be made; the table is as it was, but for a new generation perhaps.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
     /// The versions of a table carry so many things and no more.
@@ -99,6 +99,9 @@ pub enum AttachError {
     /// No memory for the table's part.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),
+    /// vm-memory cannot have the slots as its own map; why.
+    #[error("{0}")]
+    Map(String),
 }
 
 /// A space that could not be made.

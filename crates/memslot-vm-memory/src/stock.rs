@@ -12,6 +12,8 @@
 //! dropped guards leave nothing. What lies in the stocks of other threads goes when they next look for a stock
 //! that they do not have, or drop a guard of that space, or end.
 
+#![expect(clippy::vec_box, reason = "a ticket goes into a guard in its box")]
+
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -152,7 +154,7 @@ pub(crate) fn put(mut ticket: Box<Ticket>) {
             let of = Arc::as_ptr(&own.common);
             match stocks.iter_mut().find(|stock| stock.of == of) {
                 Some(stock) if stock.tickets.len() < STOCK && !own.common.is_gone() => {
-                    stock.tickets.push(own)
+                    stock.tickets.push(own);
                 }
                 _ => ticket = Some(own),
             }
