@@ -6,6 +6,7 @@ mod layout;
 mod measure;
 mod report;
 mod slots;
+mod vm_memory;
 
 use std::path::PathBuf;
 
@@ -39,6 +40,8 @@ enum Family {
     Dirty,
     /// Slots of the real kernel, changed through a table and by the bare ioctl.
     Kvm,
+    /// vm-memory's traits: accesses, guards, descriptor chains.
+    VmMemory,
 }
 
 /// How much to measure.
@@ -64,6 +67,7 @@ fn main() -> anyhow::Result<()> {
         Family::Slots => slots::run(effort, &mut report)?,
         Family::Dirty => dirty::run(effort, &mut report)?,
         Family::Kvm => kvm::run(effort, &mut report)?,
+        Family::VmMemory => vm_memory::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

@@ -112,7 +112,8 @@ impl DirtyLog {
     /// Marks a page as dirty, from any thread, without a lock. It cannot fail: see the
     /// [module documentation](super) for what happens without memory.
     ///
-    /// Write first, then mark. Whether the slot is logged ([`SlotFlags::LOG_DIRTY_PAGES`]) is the caller's to
+    /// Write first, then mark. A mark that finds a chunk of bits is a sequentially consistent read-modify-write, also
+    /// where the bit was set. Whether the slot is logged ([`SlotFlags::LOG_DIRTY_PAGES`]) is the caller's to
     /// look at; the mark of a page that is not is forgotten, at the latest with the next harvest. An address space
     /// that the table does not have, and a gfn of no 64-bit address, are ignored.
     ///

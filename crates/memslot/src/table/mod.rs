@@ -44,7 +44,7 @@ use core::ptr::NonNull;
 
 pub(crate) use self::attachment::Attachments;
 pub use self::attachment::{AttachmentKey, MAX_ATTACHMENTS};
-pub use self::reader::{Guard, Handle, Pinned, Reader, Snapshot};
+pub use self::reader::{Guard, Handle, Holder, Pinned, Reader, Snapshot};
 pub use self::transaction::Transaction;
 pub use self::view::{HvaHit, SlotPiece, Translation, View};
 
