@@ -5,7 +5,7 @@ use core::ptr::NonNull;
 use super::super::node::Arena;
 use super::node::{
     Bounds, Child, FAN_OUT, Inner, Interval, Intervals, Leaf, Node, add_child, alloc_inner, alloc_leaf,
-    drop_child, insert_in_place, last_start, one_leaf, remove_in_place, set_child,
+    drop_child, insert_packed, last_start, one_leaf, remove_packed, set_child,
 };
 use crate::error::OutOfMemory;
 
@@ -20,12 +20,15 @@ pub(super) unsafe fn insert(arena: &mut Arena, place: &mut Child, new: Interval)
     // SAFETY: passed on; only private nodes are written.
     unsafe {
         match Node::of(place.node) {
-            Node::Leaf(leaf) if insert_in_place(arena, leaf, new) => {}
             Node::Leaf(leaf) => {
-                let mut items = Intervals::of(leaf);
-                let at = items.as_slice().partition_point(|item| item.key() < new.key());
-                items.insert(at, new);
-                replace_leaf(arena, place, leaf, items.as_slice())?;
+                if let Some(leaf) = insert_packed(arena, leaf, new)? {
+                    place.node = leaf.raw();
+                } else {
+                    let mut items = Intervals::of(leaf);
+                    let at = items.as_slice().partition_point(|item| item.key() < new.key());
+                    items.insert(at, new);
+                    replace_leaf(arena, place, leaf, items.as_slice())?;
+                }
             }
             Node::Inner(inner) => {
                 let inner = arena.privately(inner)?;
@@ -166,13 +169,16 @@ pub(super) unsafe fn remove(arena: &mut Arena, place: &mut Child, old: Interval)
     // SAFETY: passed on; only private nodes are written.
     unsafe {
         match Node::of(place.node) {
-            Node::Leaf(leaf) if remove_in_place(arena, leaf, old) => {}
             Node::Leaf(leaf) => {
-                let mut items = Intervals::of(leaf);
-                let at = items.as_slice().partition_point(|item| item.key() < old.key());
-                debug_assert!(items.as_slice().get(at).is_some_and(|item| item.key() == old.key()));
-                items.remove(at);
-                replace_leaf(arena, place, leaf, items.as_slice())?;
+                if let Some(leaf) = remove_packed(arena, leaf, old)? {
+                    place.node = leaf.raw();
+                } else {
+                    let mut items = Intervals::of(leaf);
+                    let at = items.as_slice().partition_point(|item| item.key() < old.key());
+                    debug_assert!(items.as_slice().get(at).is_some_and(|item| item.key() == old.key()));
+                    items.remove(at);
+                    replace_leaf(arena, place, leaf, items.as_slice())?;
+                }
             }
             Node::Inner(inner) => {
                 let inner = arena.privately(inner)?;
@@ -185,7 +191,9 @@ pub(super) unsafe fn remove(arena: &mut Arena, place: &mut Child, old: Interval)
                 tidy(arena, inner, at)?;
             }
         }
-        if Node::of(place.node).len() > 0 {
+        // What is left starts and ends where it did, unless what went was the first or reached furthest.
+        let same = old.key() != place.key() && old.end() < place.end;
+        if !same && Node::of(place.node).len() > 0 {
             *place = Node::of(place.node).as_child();
         }
         Ok(())
@@ -206,6 +214,9 @@ pub(super) unsafe fn tidy(arena: &mut Arena, inner: Inner, at: usize) -> Result<
                 Node::Inner(empty) => arena.free_private(empty),
             }
             drop_child(inner, at);
+            return Ok(());
+        }
+        if node.len() >= MERGE_ITEMS {
             return Ok(());
         }
         let low = if at > 0 { at - 1 } else { at };
