@@ -101,7 +101,7 @@ pub(super) type Leaf = NodePtr<LeafHeader, Mapping>;
 
 /// A slot on its way from one leaf to another: as [`Mapping`], but with its own start.
 #[derive(Clone, Copy)]
-pub(super) struct Piece {
+pub(in crate::table) struct Piece {
     pub(super) start: u64,
     pub(super) delta: u64,
     pub(super) pages: u32,
@@ -109,13 +109,13 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    pub(super) fn of(slot: &Slot) -> Self {
+    pub(in crate::table) fn of(slot: &Slot) -> Self {
         let start = slot.base_gfn().get();
         let delta = slot.address().wrapping_sub(start << slot.page_size().shift());
         Self { start, delta, pages: slot.pages32(), label: Label::of(slot) }
     }
 
-    fn from_leaf(header: &LeafHeader, at: usize, mapping: &Mapping) -> Self {
+    pub(super) fn from_leaf(header: &LeafHeader, at: usize, mapping: &Mapping) -> Self {
         let from = header.from(at);
         Self {
             start: header.base + u64::from(from),

@@ -12,49 +12,85 @@ use crate::error::OutOfMemory;
 /// Two neighbours become one node when they have this many items or fewer together.
 pub(super) const MERGE_ITEMS: usize = 10;
 
-/// Inserts below `place`, whose node is not full. `place` names the private copy afterwards, also on failure.
+/// Inserts the first of some intervals below `place`, whose node is not full, and as many of the others as there is
+/// room for; they are in ascending order, and all belong there. Returns how many. `place` names the private copy
+/// afterwards, also on failure.
 ///
 /// # Safety
-/// The node belongs to the working version.
-pub(super) unsafe fn insert(arena: &mut Arena, place: &mut Child, new: Interval) -> Result<(), OutOfMemory> {
+/// The node belongs to the working version; there is at least one interval.
+pub(super) unsafe fn insert(
+    arena: &mut Arena,
+    place: &mut Child,
+    run: &[Interval],
+) -> Result<usize, OutOfMemory> {
+    let mut done = 0;
     // SAFETY: passed on; only private nodes are written.
     unsafe {
         match Node::of(place.node) {
-            Node::Leaf(leaf) => {
-                if let Some(leaf) = insert_packed(arena, leaf, new)? {
-                    place.node = leaf.raw();
-                } else {
-                    let mut items = Intervals::of(leaf);
-                    let at = items.as_slice().partition_point(|item| item.key() < new.key());
-                    items.insert(at, new);
-                    replace_leaf(arena, place, leaf, items.as_slice())?;
+            Node::Leaf(mut leaf) => loop {
+                leaf = insert_into_leaf(arena, place, leaf, run[done])?;
+                done += 1;
+                let more = run.get(done).is_some_and(|next| one_leaf(leaf.header().base, next.start));
+                if !more || leaf.items().len() == FAN_OUT {
+                    break;
                 }
-            }
+            },
             Node::Inner(inner) => {
                 let inner = arena.privately(inner)?;
                 place.node = inner.raw();
-                let mut at = child_for(inner, new.key());
-                if !fits(inner.items()[at], new) {
-                    // Too far from the leaf where it would belong: a leaf of its own.
-                    let child = Node::Leaf(alloc_leaf(arena, &[new])?).as_child();
-                    add_child(inner, child);
-                } else {
+                while done < run.len() && inner.items().len() < FAN_OUT {
+                    let new = run[done];
+                    let mut at = child_for(inner, new.key());
+                    if !fits(inner.items()[at], new) {
+                        // Too far from the leaf where it would belong: a leaf of its own.
+                        let child = Node::Leaf(alloc_leaf(arena, &[new])?).as_child();
+                        add_child(inner, child);
+                        done += 1;
+                        continue;
+                    }
                     if Node::of(inner.items()[at].node).len() == FAN_OUT {
                         split(arena, inner, at, new.key())?;
                         at = child_for(inner, new.key());
                     }
+                    let next = inner.items().get(at + 1).map(Child::key);
+                    let below = |item: &&Interval| next.is_none_or(|next| item.key() < next);
+                    let here = 1 + run[done + 1..].iter().take_while(below).count();
                     let mut child = inner.items()[at];
-                    let result = insert(arena, &mut child, new);
+                    let result = insert(arena, &mut child, &run[done..done + here]);
                     set_child(inner, at, child);
-                    result?;
+                    done += result?;
                 }
             }
         }
-        if new.key() < place.key() {
-            (place.start, place.id) = new.key();
+        let inserted = &run[..done];
+        if inserted[0].key() < place.key() {
+            (place.start, place.id) = inserted[0].key();
         }
-        place.end = place.end.max(new.end());
-        Ok(())
+        place.end = inserted.iter().fold(place.end, |end, new| end.max(new.end()));
+        Ok(done)
+    }
+}
+
+/// Inserts into a leaf that is not full. Returns the leaf that is in its place now, in `place`, too.
+///
+/// # Safety
+/// The leaf belongs to the working version and is what `place` names.
+unsafe fn insert_into_leaf(
+    arena: &mut Arena,
+    place: &mut Child,
+    leaf: Leaf,
+    new: Interval,
+) -> Result<Leaf, OutOfMemory> {
+    // SAFETY: passed on.
+    unsafe {
+        if let Some(leaf) = insert_packed(arena, leaf, new)? {
+            place.node = leaf.raw();
+            return Ok(leaf);
+        }
+        let mut items = Intervals::of(leaf);
+        items.insert(0, new);
+        replace_leaf(arena, place, leaf, items.as_slice())?;
+        Ok(Leaf::from_raw(place.node))
     }
 }
 

@@ -25,7 +25,7 @@ impl Interval {
         Some(Self { start, pages: slot.pages32(), id: slot.id().get() })
     }
 
-    pub(super) fn key(&self) -> (u64, u32) {
+    pub(in crate::table) fn key(&self) -> (u64, u32) {
         (self.start, self.id)
     }
 
