@@ -83,6 +83,10 @@ unsafe fn insert_into_ways(
                 fresh |= 1 << first;
             }
             let here = batch.iter().take_while(|piece| piece.start <= run.last).count();
+            if let Some(next) = batch.get(here).filter(|next| next.start <= block.last) {
+                // It comes from memory while this leaf is being changed.
+                node.items()[way_of(next.start, shift, node.items().len())].prefetch(0..4);
+            }
             insert_into_run(arena, node, shift, (first, n), &batch[..here], merged)?;
             // The last slot may go on behind the run; then it starts the next one, too.
             let across = batch[here - 1].last() > run.last.min(block.last) && run.last < block.last;

@@ -8,6 +8,7 @@ use super::node::{
     drop_child, insert_packed, last_start, one_leaf, remove_packed, set_child,
 };
 use crate::error::OutOfMemory;
+use crate::prefetch::prefetch;
 
 /// Two neighbours become one node when they have this many items or fewer together.
 pub(super) const MERGE_ITEMS: usize = 10;
@@ -38,9 +39,10 @@ pub(super) unsafe fn insert(
             Node::Inner(inner) => {
                 let inner = arena.privately(inner)?;
                 place.node = inner.raw();
+                let mut at = child_for(inner, run[0].key());
                 while done < run.len() && inner.items().len() < FAN_OUT {
                     let new = run[done];
-                    let mut at = child_for(inner, new.key());
+                    at = child_from(inner, at, new.key());
                     if !fits(inner.items()[at], new) {
                         // Too far from the leaf where it would belong: a leaf of its own.
                         let child = Node::Leaf(alloc_leaf(arena, &[new])?).as_child();
@@ -50,11 +52,16 @@ pub(super) unsafe fn insert(
                     }
                     if Node::of(inner.items()[at].node).len() == FAN_OUT {
                         split(arena, inner, at, new.key())?;
-                        at = child_for(inner, new.key());
+                        at = child_from(inner, at, new.key());
                     }
                     let next = inner.items().get(at + 1).map(Child::key);
                     let below = |item: &&Interval| next.is_none_or(|next| item.key() < next);
                     let here = 1 + run[done + 1..].iter().take_while(below).count();
+                    if let Some(next) = run.get(done + here) {
+                        // It comes from memory while this child is being changed.
+                        let ahead = child_from(inner, at, next.key());
+                        prefetch(inner.items()[ahead].node, 0..4);
+                    }
                     let mut child = inner.items()[at];
                     let result = insert(arena, &mut child, &run[done..done + here]);
                     set_child(inner, at, child);
@@ -101,6 +108,16 @@ unsafe fn insert_into_leaf(
 pub(super) unsafe fn child_for(inner: Inner, key: (u64, u32)) -> usize {
     // SAFETY: passed on.
     unsafe { inner.items() }.partition_point(|child| child.key() <= key).saturating_sub(1)
+}
+
+/// As [`child_for`], where that is not before the child `at`; quick where it is not far behind.
+///
+/// # Safety
+/// The node is alive.
+unsafe fn child_from(inner: Inner, at: usize, key: (u64, u32)) -> usize {
+    // SAFETY: passed on.
+    let children = unsafe { inner.items() };
+    at + children[at + 1..].iter().take_while(|child| child.key() <= key).count()
 }
 
 /// Whether `new` can go below `child`: always, unless the child is a leaf and would span too much.
