@@ -13,6 +13,9 @@ use crate::prefetch::prefetch;
 /// Two neighbours become one node when they have this many items or fewer together.
 pub(super) const MERGE_ITEMS: usize = 10;
 
+/// A full node shares its items with a neighbour that has this many or fewer.
+const SHARE_ITEMS: usize = 14;
+
 /// Inserts the first of some intervals below `place`, whose node is not full, and as many of the others as there is
 /// room for; they are in ascending order, and all belong there. Returns how many. `place` names the private copy
 /// afterwards, also on failure.
@@ -51,6 +54,11 @@ pub(super) unsafe fn insert(
                         continue;
                     }
                     if Node::of(inner.items()[at].node).len() == FAN_OUT {
+                        if share(arena, inner, at)? {
+                            // The place of the key may now be one further left, or need a leaf of its own.
+                            at = at.saturating_sub(1);
+                            continue;
+                        }
                         split(arena, inner, at, new.key())?;
                         at = child_from(inner, at, new.key());
                     }
@@ -158,6 +166,60 @@ pub(super) unsafe fn replace_leaf(
         }
         arena.discard(leaf);
         Ok(())
+    }
+}
+
+/// Shares the items of the full child `at` of a private node with a neighbour that has room. Returns whether there
+/// was one.
+///
+/// # Safety
+/// `inner` is private; its children belong to the working version.
+unsafe fn share(arena: &mut Arena, inner: Inner, at: usize) -> Result<bool, OutOfMemory> {
+    // SAFETY: passed on; only private nodes are written.
+    unsafe {
+        let len_of = |at: usize| inner.items().get(at).map_or(FAN_OUT, |child| Node::of(child.node).len());
+        let (before, after) = (at.checked_sub(1).map_or(FAN_OUT, len_of), len_of(at + 1));
+        if before.min(after) > SHARE_ITEMS {
+            return Ok(false);
+        }
+        let low = if before < after { at - 1 } else { at };
+        let (left, right) = (Node::of(inner.items()[low].node), Node::of(inner.items()[low + 1].node));
+        let (first, len) = (left.len(), left.len() + right.len());
+        let from = len / 2;
+        arena.reserve_dead(2)?;
+        let (new_left, new_right) = match (left, right) {
+            (Node::Leaf(a), Node::Leaf(b)) => {
+                let (all, others) = (Intervals::of(a), Intervals::of(b));
+                let mut items = [all.array[0]; 2 * FAN_OUT];
+                items[..first].copy_from_slice(all.as_slice());
+                items[first..len].copy_from_slice(others.as_slice());
+                let (left, right) = items[..len].split_at(from);
+                if [left, right].iter().any(|part| !one_leaf(part[0].start, part[part.len() - 1].start)) {
+                    return Ok(false);
+                }
+                let left = alloc_leaf(arena, left)?;
+                let right = alloc_leaf(arena, right).inspect_err(|_| arena.free_private(left))?;
+                arena.discard(a);
+                arena.discard(b);
+                (Node::Leaf(left), Node::Leaf(right))
+            }
+            (Node::Inner(a), Node::Inner(b)) => {
+                let mut children = [a.items()[0]; 2 * FAN_OUT];
+                children[..first].copy_from_slice(a.items());
+                children[first..len].copy_from_slice(b.items());
+                let level = a.head().level;
+                let left = alloc_inner(arena, &children[..from], level)?;
+                let right = alloc_inner(arena, &children[from..len], level)
+                    .inspect_err(|_| arena.free_private(left))?;
+                arena.discard(a);
+                arena.discard(b);
+                (Node::Inner(left), Node::Inner(right))
+            }
+            _ => unreachable!("neighbours have the same level"),
+        };
+        set_child(inner, low, new_left.as_child());
+        set_child(inner, low + 1, new_right.as_child());
+        Ok(true)
     }
 }
 

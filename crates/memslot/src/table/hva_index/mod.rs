@@ -11,8 +11,9 @@
 //!
 //! All numbers here are host *pages*. Nodes are copied before they are changed, from the root down, and the
 //! copy is linked before the next step (see `gfn_index` for why). A full child is split on the way down, so
-//! that its parent always has room; what becomes small is merged on the way up. A sorted run of intervals goes down
-//! together: a node takes those that belong below it until it is full.
+//! that its parent always has room, unless a neighbour can take some of its items: nodes are fuller that way, which
+//! saves memory and, at tens of thousands of slots, a level. What becomes small is merged on the way up. A sorted
+//! run of intervals goes down together: a node takes those that belong below it until it is full.
 
 mod edit;
 mod node;
