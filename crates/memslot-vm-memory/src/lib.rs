@@ -1,5 +1,7 @@
 //! rust-vmm's `vm-memory` traits on memslot's versions.
 
+#[cfg(all(feature = "backing", target_os = "linux", target_pointer_width = "64"))]
+mod backing;
 #[cfg(feature = "bridge")]
 mod bridge;
 mod device;
@@ -15,6 +17,8 @@ mod stock;
 #[cfg(feature = "vhost")]
 mod vhost;
 
+#[cfg(all(feature = "backing", target_os = "linux", target_pointer_width = "64"))]
+pub use backing::backed;
 #[cfg(feature = "bridge")]
 pub use bridge::{Bridge, BridgeError, Origin};
 pub use device::{DeviceGuard, DeviceMemory, DeviceSpace};
