@@ -81,7 +81,7 @@ fn load_everything<M: GuestMemoryBackend>(memory: &M) {
     let kernel = pattern(3, 0x20_5001);
     let mut image = Cursor::new(bzimage(&kernel));
     let loaded = BzImage::load(memory, None, &mut image, Some(GuestAddress(0x10_0000))).unwrap();
-    assert_eq!((loaded.kernel_load, loaded.kernel_end), (GuestAddress(0x10_0000), 0x30_5001 + 0));
+    assert_eq!((loaded.kernel_load, loaded.kernel_end), (GuestAddress(0x10_0000), 0x30_5001));
     assert_eq!(read(0x10_0000, kernel.len()), kernel);
     // Beyond the end of memory.
     assert!(BzImage::load(memory, Some(GuestAddress(0x3f_0000)), &mut image, None).is_err());
