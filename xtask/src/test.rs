@@ -8,8 +8,8 @@ use crate::tools;
 
 /// Run the tests: units, properties, doctests, the core without std, and shallow loom models.
 ///
-/// Steps, in this order: the tests of all crates (cargo-nextest if it is installed, else cargo test); the examples in
-/// the documentation; the core without the standard library; the loom models with at most 2 preemptions. A failing
+/// Steps, in this order: the tests of all crates (cargo-nextest if it is installed, else cargo test); those of
+/// memslot-vm-memory that need its optional features; the examples in the documentation; the core without the standard library; the loom models with at most 2 preemptions. A failing
 /// step does not stop the others. Tests that need what this machine lacks, /dev/kvm for instance, are listed at the
 /// end with the reason and count as skipped.
 ///
@@ -32,6 +32,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let mut report = Report::new()?;
     report.run(&workspace_tests(args));
     if args.extra.is_empty() {
+        let optional = ["test", "--quiet", "-p", "memslot-vm-memory", "--all-features", "--test", "bridge"];
+        report.run(&Step::cargo("vm-memory with vhost", optional).tests());
         report.run(
             &Step::cargo("doctests", ["test", "--quiet", "--workspace", "--doc", "--no-fail-fast"]).tests(),
         );

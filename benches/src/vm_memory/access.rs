@@ -72,6 +72,9 @@ pub(crate) fn logged(n: usize, effort: Effort, report: &mut Report) -> anyhow::R
     let times = versus(rounds, || write(&*ours, &addresses), || write(&*peer, &addresses));
     anyhow::ensure!(sides.log.bytes() > 0, "it is logged");
     report.times("write_obj, logged", n, "with AtomicBitmap", times, None);
+    let device = sides.ours.for_devices().memory();
+    let times = versus(rounds, || write(&*device, &addresses), || write(&*peer, &addresses));
+    report.times("write_obj, logged, device", n, "with AtomicBitmap", times, None);
     Ok(())
 }
 
