@@ -14,14 +14,16 @@ use crate::kernel::Kernel;
 use crate::slots::KvmSlots;
 use crate::steps::State;
 
+/// So often the kernel is asked to reset what was read, before that counts as an error. Once is enough where no signal
+/// comes.
+const RESETS: u32 = 1000;
+
 /// The rings that the kernel fills, if it does.
 #[derive(Default)]
 pub(crate) struct Rings {
     /// Entries of a ring; 0 where there are none.
     entries: u32,
     readers: Vec<RingReader<RingMemory>>,
-    /// Entries were read that the kernel has not reset yet.
-    reset_due: bool,
 }
 
 impl Rings {
@@ -93,12 +95,15 @@ impl State {
                 }
             }
         }
-        self.rings.reset_due |= pages > 0;
-        if self.rings.reset_due {
+        // A page that is read before its entry is reset may be written again unnoticed. A signal makes the kernel stop
+        // early, and that is no error to it.
+        for _ in 0..RESETS {
+            if self.rings.readers.iter().all(RingReader::is_reset) {
+                return Ok(pages);
+            }
             kernel.reset_dirty_rings()?;
-            self.rings.reset_due = false;
         }
-        Ok(pages)
+        Err(io::ErrorKind::Interrupted.into())
     }
 }
 
