@@ -33,17 +33,24 @@ impl Rings {
 }
 
 impl<K: Kernel + 'static> KvmSlots<K> {
-    /// Has the kernel keep dirty rings of `entries` entries (a power of two from 256 on) instead of bitmaps. Before the first vCPU is
-    /// made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs.
+    /// Has the kernel keep dirty rings of `entries` entries instead of bitmaps: a power of two, a page of them at least,
+    /// and more than the processor needs for itself (1024 is enough everywhere with pages of 4 KiB). Before the first
+    /// vCPU is made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs.
+    ///
+    /// All entries are read here, and those of slots that are not this table's are lost: rings are for a VM whose slots
+    /// are all of one table.
     ///
     /// A vCPU whose ring is full leaves the guest with `KVM_EXIT_DIRTY_RING_FULL`; [`fetch`](Self::fetch) makes room.
     ///
     /// # Errors
-    /// The kernel's, and [`DirtyError::NoLog`].
+    /// The kernel's, [`DirtyError::NoLog`] and [`DirtyError::RingsAndManualProtect`].
     pub fn enable_rings(&self, entries: u32) -> Result<(), DirtyError> {
         let mut state = self.shared.state();
         if state.log.is_none() {
             return Err(DirtyError::NoLog);
+        }
+        if state.manual_protect {
+            return Err(DirtyError::RingsAndManualProtect);
         }
         let kernel = &self.shared.kernel;
         // On x86 both are the same; elsewhere only the second is there.
