@@ -87,6 +87,11 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     /// read-only, from when the slot is created until its delete (or the table's drop, and the VM's) has returned:
     /// it must be memory of the VMM's that may be used so, mapped all the time.
     pub unsafe fn attach(table: &mut SlotTable, kernel: K, options: Options) -> Result<Self, AttachError> {
+        let (ours, kernels) = (table.view().page_size().bytes(), kernel.page_bytes());
+        if ours != kernels {
+            // The kernel would write a bit for each of its pages, wherever there are more of them.
+            return Err(AttachError::PageSize { table: ours, kernel: kernels });
+        }
         let most = kernel.check_extension(KVM_CAP_NR_MEMSLOTS);
         let spaces =
             u8::try_from(kernel.check_extension(KVM_CAP_MULTI_ADDRESS_SPACE)).unwrap_or(u8::MAX).max(1);

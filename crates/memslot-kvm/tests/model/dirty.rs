@@ -7,7 +7,7 @@ use memslot::*;
 use memslot_kvm::Options;
 
 use crate::common::MODEL_HVA as HVA;
-use crate::common::{PAGE, RAM, Random, random_op, spec};
+use crate::common::{RAM, Random, random_op, spec};
 use crate::fake::{Writers, frames};
 use crate::{FRAMES, Rig};
 
@@ -162,5 +162,22 @@ fn manual_protection_clears_what_was_taken_and_nothing_else() {
     assert_eq!(rig.fake.inner().dirty[&0], BTreeSet::new());
     // One call each, however many runs.
     assert_eq!(rig.calls(), [("clear", 2)]);
-    assert_eq!(PAGE, 4096);
+}
+
+/// Pages that count as dirty at first are armed when their bits are cleared, and with rings no bits ever are.
+#[test]
+fn rings_and_manual_protection_exclude_each_other() {
+    let excluded = "dirty rings and manual dirty log protection exclude each other";
+    let mut rig = Rig::new(200, Options::default());
+    let (log, _) = with_log(&mut rig);
+    rig.slots.enable_rings(1024).unwrap();
+    for initially_set in [false, true] {
+        assert_eq!(rig.slots.enable_manual_protect(initially_set).unwrap_err().to_string(), excluded);
+    }
+    assert!(!log.initially_set());
+
+    let mut rig = Rig::new(200, Options::default());
+    with_log(&mut rig);
+    rig.slots.enable_manual_protect(true).unwrap();
+    assert_eq!(rig.slots.enable_rings(1024).unwrap_err().to_string(), excluded);
 }

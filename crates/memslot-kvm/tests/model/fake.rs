@@ -10,7 +10,7 @@ use memslot::rules::{Change, Errno, GuestMemfdFiles, Rules, UserMemoryRegion2};
 use memslot::*;
 use memslot_kvm::{Kernel, Vcpus};
 
-use crate::common::RAM;
+use crate::common::{PAGE, RAM};
 
 /// What a guest sees at a frame: the memory behind it, and whether it may write.
 pub(crate) type Frame = (Backing, bool);
@@ -102,6 +102,10 @@ pub(crate) fn frames(view: &View) -> Frames {
 }
 
 impl Kernel for Fake {
+    fn page_bytes(&self) -> u64 {
+        PAGE
+    }
+
     fn check_extension(&self, cap: u32) -> u32 {
         match cap {
             KVM_CAP_NR_MEMSLOTS => self.slots,

@@ -336,3 +336,14 @@ fn attaching_programs_what_is_there() {
     assert_eq!(slots.slots().len(), 5);
     assert_eq!(frames(fake.inner().table.view()), frames(table.view()));
 }
+
+/// The kernel writes a dirty bit for each of its own pages: with larger ones in the table it would write past the end.
+#[test]
+fn a_table_with_other_pages_than_the_hosts() {
+    let limits = Limits { page_size: PageSize::K64, ..Limits::default() };
+    let mut table = SlotTable::new(limits).unwrap();
+    // SAFETY: the kernel is a model, which touches no memory.
+    let refused = unsafe { KvmSlots::attach(&mut table, Fake::new(200), Options::default()) };
+    let error = refused.map(|_| ()).unwrap_err().to_string();
+    assert_eq!(error, "the table has pages of 65536 bytes, and KVM's are of 4096 bytes here");
+}

@@ -144,6 +144,10 @@ impl Follower {
         }
         for (from, bits) in back {
             bits.copy(shared, state, bits.gfns, from);
+            // Where the version before logs a slot, marks of its late writers are among them: they count for both.
+            for piece in update.before.slots_in(bits.space, bits.gfns).filter(|piece| logs(piece.slot)) {
+                bits.copy(shared, state, piece.gfns, piece.gfns);
+            }
             bits.forget(shared);
         }
     }
