@@ -109,7 +109,7 @@ pub(crate) fn join(places: &mut Vec<Place>) {
 }
 
 /// Makes the plan for the frames of `places`. Ids of new slots are taken; [`Plan::settle_ids`] gives back what was not
-/// used. The plan is empty at first, and its memory is used again.
+/// used, before the next plan is made. The plan is empty at first, and its memory is used again.
 pub(crate) fn plan(
     programmed: &mut Programmed,
     after: &View,

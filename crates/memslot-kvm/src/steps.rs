@@ -1,5 +1,6 @@
 //! Issuing planned ioctls, and taking them back.
 
+use memslot::View;
 use memslot::dirty::DirtyLog;
 
 use crate::error::KvmError;
@@ -22,7 +23,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Issues all steps, or none: when one fails, those before it are taken back. Ids are still to be settled then.
+    /// Issues all steps, or none: when one fails, those before it are taken back.
     pub(crate) fn issue<K: Kernel>(&mut self, kernel: &K, plan: &Plan) -> Result<(), KvmError> {
         for (done, step) in plan.steps.iter().enumerate() {
             if let Err(error) = self.step(kernel, step) {
@@ -39,6 +40,23 @@ impl State {
             let step = step.reversed();
             if self.is_in_the_way(&step) || self.step(kernel, &step).is_err() {
                 self.out_of_step.extend(step.places());
+            }
+        }
+    }
+
+    /// Steps were taken back when the log had already gone back to the version before: bits that were fetched since lie
+    /// where the memory was meanwhile. Where it is again, all of it counts as dirty.
+    pub(crate) fn mark_where_it_was(&self, steps: &[Step], before: &View) {
+        let Some(log) = &self.log else { return };
+        for step in steps {
+            let (Step::Create(slot) | Step::Move { to: slot, .. }) = step else { continue };
+            let Some(hvas) = slot.hvas().filter(|_| slot.logs()) else { continue };
+            for hit in before.slots_at_hva(slot.address_space, hvas) {
+                let first = hit.gfns.start();
+                let was_here = slot.backing_at(first).and_then(|backing| backing.hva());
+                if was_here != hit.slot.hva_of(first) {
+                    log.mark_range(slot.address_space, hit.gfns);
+                }
             }
         }
     }
