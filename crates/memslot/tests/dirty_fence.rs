@@ -164,7 +164,7 @@ fn a_fence_that_is_refused_makes_all_dirty_once() {
 /// takes all the time, and has read the page before, so that the write stays in the store buffer for a while. What was
 /// written is what a harvest copies, at the latest the first one after the mark.
 ///
-/// With `MEMSLOT_NO_FENCE` the fence does nothing, and the test fails within a second, on more than one processor.
+/// With `MEMSLOT_NO_FENCE` the fence does nothing: then the test fails on an idle machine of more than one processor.
 #[cfg(all(feature = "membarrier", target_os = "linux"))]
 #[test]
 fn a_write_before_a_mark_that_only_looks_is_seen() {
