@@ -82,7 +82,7 @@ impl std::fmt::Display for Step {
 #[derive(Default, Debug)]
 pub(crate) struct Plan {
     pub(crate) steps: Vec<Step>,
-    /// Frames that have memory before and after lie bare in between.
+    /// Frames that have memory before and after are without in between.
     pub(crate) leaves_gap: bool,
     /// A slot goes that the kernel logs.
     pub(crate) ends_log: bool,
@@ -154,7 +154,11 @@ fn fill(
     }
     if !going.is_empty() {
         let moved = find_moves(&mut plan.steps, going, coming);
-        plan.leaves_gap = coming.iter().any(|slot| first_overlapping(going, slot).is_some());
+        // The kernel takes a slot that moves out before it puts it in again.
+        let moves_over_itself =
+            |step: &Step| matches!(step, Step::Move { from, to } if from.gfns.overlaps(&to.gfns));
+        plan.leaves_gap = coming.iter().any(|slot| first_overlapping(going, slot).is_some())
+            || plan.steps.iter().any(moves_over_itself);
         let mut moved = moved.into_iter();
         going.retain(|_| moved.next() != Some(true));
     }
