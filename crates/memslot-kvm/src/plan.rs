@@ -48,6 +48,16 @@ impl Step {
         std::iter::once(one).chain(other).map(|slot| (slot.address_space, slot.gfns))
     }
 
+    /// The slot whose dirty bitmap goes with this step. (Where a slot stays and just its flag goes, nobody wants its bits.)
+    pub(crate) fn drops_bitmap(&self) -> Option<&KvmSlot> {
+        let slot = match self {
+            Self::Delete(slot) => slot,
+            Self::Move { from, to } if !to.logs() => from,
+            _ => return None,
+        };
+        slot.logs().then_some(slot)
+    }
+
     /// What comes first.
     const fn order(&self) -> u8 {
         match self {
@@ -84,7 +94,7 @@ pub(crate) struct Plan {
     pub(crate) steps: Vec<Step>,
     /// Frames that have memory before and after are without in between.
     pub(crate) leaves_gap: bool,
-    /// A slot goes that the kernel logs.
+    /// A dirty bitmap of the kernel's goes.
     pub(crate) ends_log: bool,
     /// So the vCPUs have to stand still.
     pub(crate) needs_pause: bool,
@@ -162,7 +172,6 @@ fn fill(
         let mut moved = moved.into_iter();
         going.retain(|_| moved.next() != Some(true));
     }
-    plan.ends_log = going.iter().any(KvmSlot::logs);
     for slot in &*going {
         if let Some(ids) = programmed.ids(slot.address_space) {
             ids.free(slot.id.into());
@@ -184,6 +193,7 @@ fn fill(
         };
         plan.steps.push(Step::Create(KvmSlot { id, ..*slot }));
     }
+    plan.ends_log = plan.steps.iter().any(|step| step.drops_bitmap().is_some());
     if plan.steps.len() > 1 {
         // Stable: each kind stays in the order of the frames.
         plan.steps.sort_by_key(Step::order);
