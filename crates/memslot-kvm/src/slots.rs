@@ -88,6 +88,9 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     /// The guest reads the host memory of every slot of the table, and writes that of every slot that is not
     /// read-only, from when the slot is created until its delete (or the table's drop, and the VM's) has returned:
     /// it must be memory of the VMM's that may be used so, mapped all the time.
+    ///
+    /// Nobody else programs slots with the same ids ([`Options::ids`]) into the VM, another `KvmSlots` included: the
+    /// kernel writes as many dirty bits as its slot has pages, and reads a call about an id that it knows as a change.
     pub unsafe fn attach(table: &mut SlotTable, kernel: K, options: Options) -> Result<Self, AttachError> {
         let (ours, kernels) = (table.view().page_size().bytes(), kernel.page_bytes());
         if ours != kernels {

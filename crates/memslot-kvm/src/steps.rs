@@ -74,11 +74,11 @@ impl State {
     }
 
     fn step<K: Kernel>(&mut self, kernel: &K, step: &Step) -> std::io::Result<()> {
+        if let Some(slot) = step.drops_bitmap() {
+            self.fetch(kernel, slot);
+        }
         let argument = match step {
-            Step::Delete(slot) => {
-                self.fetch(kernel, slot);
-                slot.removal()
-            }
+            Step::Delete(slot) => slot.removal(),
             Step::Move { to, .. } | Step::Flags { to, .. } | Step::Create(to) => to.region(),
         };
         // SAFETY: whoever attached to the table has vouched for the memory of its slots.
@@ -97,7 +97,7 @@ impl State {
 
     /// Fetches the dirty bits of a slot that is about to go. Where the kernel does not tell, all its pages are dirty.
     fn fetch<K: Kernel>(&mut self, kernel: &K, slot: &KvmSlot) {
-        let Some(log) = self.log.clone().filter(|_| slot.logs()) else { return };
+        let Some(log) = self.log.clone() else { return };
         let fetched = if self.rings.is_enabled() {
             self.collect_rings(kernel, &log).is_ok()
         } else {

@@ -126,6 +126,28 @@ fn who_asks_gets_the_pages_of_a_slot_that_went() {
     assert_eq!(pages, [(9, 1), (15, 1)]);
 }
 
+/// The kernel drops the bitmap of a slot that moves and is not logged any more; it does both in one call.
+#[test]
+fn who_asks_gets_the_pages_of_a_slot_that_is_not_logged_where_it_went() {
+    let mut rig = Rig::new(200, Options::default());
+    let log = rig.slots.dirty_log(&mut rig.table).unwrap();
+    let consumer = log.consumer_keeping_removed().unwrap();
+    rig.table.create(spec(0, 8, 8, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    assert!(rig.fake.write(9));
+    rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: vec![15], obey: true });
+    rig.table
+        .transaction(|tx| {
+            tx.move_to(RAM, SlotId::new(0), Gfn::new(30))?;
+            tx.set_flags(RAM, SlotId::new(0), SlotFlags::empty())
+        })
+        .unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("create", 1), ("move", 1)], 1));
+    let removed = consumer.take_removed().unwrap();
+    let pages: Vec<_> =
+        removed.iter().flat_map(|removed| removed.runs()).map(|run| (run.start().get(), run.len())).collect();
+    assert_eq!(pages, [(9, 1), (15, 1)]);
+}
+
 #[test]
 fn where_the_kernel_does_not_tell_all_is_dirty() {
     let mut rig = Rig::new(200, Options::default());

@@ -129,6 +129,7 @@ impl Kernel for Fake {
             Some(0) | None => {}
             Some(left) => inner.fail_in = Some(left - 1),
         }
+        let before = inner.table.snapshot();
         let change = Rules::default()
             .set_user_memory_region2(&mut inner.table, region, &mut Files)
             .map_err(|refusal| {
@@ -149,6 +150,13 @@ impl Kernel for Fake {
             inner.dirty.remove(&id);
         }
         if !inner.paused {
+            if change == Change::Move {
+                // The kernel takes the slot out before it puts it in again.
+                let mut without = frames(&before);
+                let gone = before.slot(RAM, SlotId::new(id)).unwrap().gfns();
+                without.retain(|&gfn, _| !gone.contains(Gfn::new(gfn)));
+                inner.seen.push(without);
+            }
             let frames = frames(inner.table.view());
             inner.seen.push(frames);
         }
