@@ -2,12 +2,12 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, mpsc};
 
 use common::{PAGE, RAM, fresh, map, space, spec, table};
 use memslot::dirty::{DirtyLog, SoftwareOnly};
 use memslot::{Backing, Gfn, SlotFlags, SlotId, SlotSpec};
-use memslot_vm_memory::{HostMemory, MemoryGuard, Native, Space};
+use memslot_vm_memory::{HostMemory, MemoryGuard, Native, SlotLog, Space};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryError,
@@ -376,27 +376,37 @@ fn a_guard_from_before_marks_memory_where_it_is_now() {
 
 #[test]
 fn a_change_that_is_taken_back_is_followed_both_ways() {
-    struct Fails;
+    /// Takes a guard of the version that will be taken back.
+    struct Fails {
+        space: Arc<OnceLock<Space<SlotLog>>>,
+        guards: mpsc::Sender<MemoryGuard<SlotLog>>,
+    }
     impl memslot::Listener for Fails {
         fn name(&self) -> &str {
             "fails"
         }
         fn commit(&mut self, update: &memslot::Update<'_>) -> Result<(), memslot::ListenerError> {
-            if update.after.slot_at(RAM, Gfn::new(0x200)).is_some() { Err("no".into()) } else { Ok(()) }
+            if update.after.slot_at(RAM, Gfn::new(0x200)).is_none() {
+                return Ok(());
+            }
+            self.guards.send(self.space.get().unwrap().memory())?;
+            Err("no".into())
         }
         fn undo(&mut self, _: &memslot::Update<'_>) {}
     }
     for fails_first in [true, false] {
         let mut table = table(&[]);
         let log = DirtyLog::attach(&mut table).unwrap();
+        let known = Arc::new(OnceLock::new());
+        let (guards, between) = mpsc::channel();
+        let mut fails = Some(Box::new(Fails { space: known.clone(), guards }));
         if fails_first {
-            table.add_listener(Box::new(Fails)).unwrap();
+            table.add_listener(fails.take().unwrap()).unwrap();
         }
         // SAFETY: the tests' slots are made by `map`, which never unmaps.
         let space = unsafe { Native::new(RAM).with_log(&log).attach(&mut table) }.unwrap();
-        if !fails_first {
-            table.add_listener(Box::new(Fails)).unwrap();
-        }
+        known.set(space.clone()).unwrap();
+        fails.into_iter().for_each(|fails| table.add_listener(fails).unwrap());
         let slot = SlotSpec { flags: SlotFlags::LOG_DIRTY_PAGES, ..fresh(0, 0x100, 16) };
         table.create(slot).unwrap();
         let before = space.memory();
@@ -406,10 +416,13 @@ fn a_change_that_is_taken_back_is_followed_both_ways() {
         let memory = space.memory();
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x100 * PAGE)).unwrap(), 3);
         assert!(memory.find_region(GuestAddress(0x200 * PAGE)).is_none());
-        for guard in [&before, &memory] {
-            guard.write_obj(4u8, GuestAddress(0x105 * PAGE)).unwrap();
+        let between = between.recv().unwrap();
+        consumer.harvest(&mut SoftwareOnly).unwrap().commit();
+        for (guard, gfn) in [(&before, 0x105), (&memory, 0x105), (&between, 0x205)] {
+            guard.write_obj(4u8, GuestAddress(gfn * PAGE)).unwrap();
             let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
-            assert!(harvest.runs().any(|run| run.gfns.contains(Gfn::new(0x105))));
+            let runs: Vec<_> = harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect();
+            assert_eq!(runs, [(0x105, 1)]);
             harvest.commit();
         }
         table.set_flags(RAM, slot.id, SlotFlags::empty()).unwrap();
