@@ -3,6 +3,8 @@
 mod dirty;
 mod layout;
 mod measure;
+#[cfg(target_arch = "x86_64")]
+mod mmu;
 mod report;
 mod slots;
 
@@ -36,6 +38,9 @@ enum Family {
     Slots,
     /// The dirty engine: marking, harvesting, memory.
     Dirty,
+    /// Second-stage page tables: faults, mapping and unmapping.
+    #[cfg(target_arch = "x86_64")]
+    Mmu,
 }
 
 /// How much to measure.
@@ -60,6 +65,8 @@ fn main() -> anyhow::Result<()> {
     match options.family {
         Family::Slots => slots::run(effort, &mut report)?,
         Family::Dirty => dirty::run(effort, &mut report)?,
+        #[cfg(target_arch = "x86_64")]
+        Family::Mmu => mmu::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

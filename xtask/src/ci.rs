@@ -42,6 +42,7 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
     report.run(&Step::cargo("dirty report", dirty).quiet());
     report.run(&Step::cargo("bench slots", ["xtask", "bench", "slots", "--smoke"]).xtask());
     report.run(&Step::cargo("bench dirty", ["xtask", "bench", "dirty", "--smoke"]).xtask());
+    report.run(&Step::cargo("bench mmu", ["xtask", "bench", "mmu", "--smoke"]).xtask());
     Ok(report.finish())
 }
 

@@ -89,11 +89,14 @@ fn miri(report: &mut Report) {
     }
     // Without isolation, tests may say in a file what they skipped. Miri is some hundred times slower: few cases.
     report.run(
-        &Step::cargo("miri", ["+nightly", "miri", "test", "-p", "memslot", "--no-fail-fast"])
-            .env("MIRIFLAGS", "-Zmiri-disable-isolation")
-            .env("PROPTEST_CASES", "4")
-            .own_target("miri")
-            .tests(),
+        &Step::cargo(
+            "miri",
+            ["+nightly", "miri", "test", "-p", "memslot", "-p", "memslot-mmu", "--no-fail-fast"],
+        )
+        .env("MIRIFLAGS", "-Zmiri-disable-isolation")
+        .env("PROPTEST_CASES", "4")
+        .own_target("miri")
+        .tests(),
     );
 }
 
@@ -111,6 +114,8 @@ fn sanitizer(report: &mut Report, name: &str, flags: &str) {
         "--quiet",
         "-p",
         "memslot",
+        "-p",
+        "memslot-mmu",
         "--lib",
         "--tests",
         "--no-fail-fast",
@@ -121,7 +126,18 @@ fn sanitizer(report: &mut Report, name: &str, flags: &str) {
 }
 
 fn proptest(cases: u32) -> Step {
-    let arguments = ["test", "--quiet", "--release", "-p", "memslot", "--lib", "--tests", "--no-fail-fast"];
+    let arguments = [
+        "test",
+        "--quiet",
+        "--release",
+        "-p",
+        "memslot",
+        "-p",
+        "memslot-mmu",
+        "--lib",
+        "--tests",
+        "--no-fail-fast",
+    ];
     Step::cargo("proptest", arguments).env("PROPTEST_CASES", cases.to_string()).tests()
 }
 
