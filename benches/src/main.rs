@@ -4,6 +4,8 @@ mod dirty;
 mod kvm;
 mod layout;
 mod measure;
+#[cfg(target_arch = "x86_64")]
+mod mmu;
 mod report;
 mod slots;
 mod vm_memory;
@@ -42,6 +44,9 @@ enum Family {
     Kvm,
     /// vm-memory's traits: accesses, guards, descriptor chains.
     VmMemory,
+    /// Second-stage page tables: faults, mapping and unmapping.
+    #[cfg(target_arch = "x86_64")]
+    Mmu,
 }
 
 /// How much to measure.
@@ -68,6 +73,8 @@ fn main() -> anyhow::Result<()> {
         Family::Dirty => dirty::run(effort, &mut report)?,
         Family::Kvm => kvm::run(effort, &mut report)?,
         Family::VmMemory => vm_memory::run(effort, &mut report)?,
+        #[cfg(target_arch = "x86_64")]
+        Family::Mmu => mmu::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

@@ -1,5 +1,5 @@
-//! Bugs that KVM's page tables have had, and races that they must win, each as a test that fails where the same mistake is
-//! made here.
+//! Bugs that KVM's page tables have had, and races that they must win, each as a test that fails where the same
+//! mistake is made here.
 //!
 //! Numbers are the rows of the project's list of past bugs. Races are played in one thread: the host runs the
 //! other side in the middle of a fault, after the slot was looked up and before anything is installed. Of the rows on

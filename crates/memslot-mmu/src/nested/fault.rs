@@ -269,11 +269,13 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         let writable = may_write && (is_write || !is_logged || shared.uses_dirty_bits());
 
         let mut level = limit.level.min(place.level);
-        let backed = slot.gfns().intersect(&frame.run).unwrap_or_default();
-        while level > Level::K4
-            && !(is_aligned(level, wish.gfn, frame.pfn.get()) && is_within(level, wish.gfn, backed))
-        {
-            level = level.down();
+        if level > Level::K4 {
+            let backed = backed(slot, frame);
+            while level > Level::K4
+                && !(is_aligned(level, wish.gfn, frame.pfn.get()) && is_within(level, wish.gfn, backed))
+            {
+                level = level.down();
+            }
         }
         let tables = Path::tables(place.level, level);
         if tables > cache.len() {
@@ -300,7 +302,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
             level.pages() - within
         } else {
             let count = if limit.neighbours && wish.end - wish.gfn > 1 {
-                Self::count(wish, level, backed)
+                Self::count(wish, level, backed(slot, frame))
             } else {
                 1
             };
@@ -403,6 +405,11 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
             }
         }
     }
+}
+
+/// The frames of the slot that are contiguous in the host.
+fn backed(slot: &Slot, frame: &Frame) -> GfnRange {
+    slot.gfns().intersect(&frame.run).unwrap_or_default()
 }
 
 /// The frames of the page of this size that has `gfn`.

@@ -1,7 +1,4 @@
 //! Range operations: in steps, or at once.
-//!
-//! An [`Operation`] goes over its frames in steps of so many entries; between two steps nothing is locked, and whatever
-//! happens meanwhile, the result is that of one step. It owes one flush for all its steps.
 
 use memslot::{Gfn, GfnRange};
 
@@ -57,7 +54,9 @@ impl From<Work> for Task {
     }
 }
 
-/// An operation under way. See the [module documentation](self).
+/// An operation under way: it goes over its frames in steps of so many entries, and owes one flush for all of them.
+///
+/// Between two steps nothing is locked, and whatever happens meanwhile, the result is that of one step.
 ///
 /// ```
 /// # use memslot::*;

@@ -1,8 +1,8 @@
 //! Zapping: a range maps nothing afterwards, and what was on its way into it does not arrive.
 //!
-//! Tables that lie in the range as a whole are taken out with one exchange, whatever is in them; so the time
-//! it takes depends on what is mapped along the edges, and not on the size of the range. Tables along the edges that are
-//! empty afterwards are taken out, too.
+//! Tables that lie in the range as a whole are taken out with one exchange, whatever is in them; so the time it takes
+//! depends on what is mapped along the edges, and not on the size of the range. Tables along the edges that are empty
+//! afterwards are taken out, too.
 
 use memslot::GfnRange;
 
@@ -23,7 +23,8 @@ pub(crate) struct Zap<'a, F: Format, H: Host> {
     pub(crate) graves: &'a mut Graves,
     pub(crate) tables: &'a mut Chain,
     pub(crate) nonce: u64,
-    /// For memory that is at other frames now: those it was at, and how much further it is. What has been written is marked there.
+    /// For memory that is at other frames now: those it was at, and how much further it is. What has been written is
+    /// marked there.
     pub(crate) moved: Option<(GfnRange, u64)>,
     /// What has changed.
     pub(crate) changed: Option<GfnRange>,
@@ -101,8 +102,8 @@ impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
     }
 }
 
-/// Zaps a large page that reaches across its own first frame in the range: the range is the first frame behind a border
-/// that no page may cross. Faults that are about to make such a page are turned away.
+/// Zaps a large page that reaches across its own first frame in the range: the range is the first frame behind a
+/// border that no page may cross. Faults that are about to make such a page are turned away.
 pub(crate) struct Cut<'a, F: Format, H: Host> {
     pub(crate) zap: Zap<'a, F, H>,
     pub(crate) border: u64,
