@@ -1,6 +1,7 @@
 //! `memslot-bench`: memslot beside its peers, in one process, as ratios. `cargo xtask bench` runs it.
 
 mod dirty;
+mod kvm;
 mod layout;
 mod measure;
 mod report;
@@ -36,6 +37,8 @@ enum Family {
     Slots,
     /// The dirty engine: marking, harvesting, memory.
     Dirty,
+    /// Slots of the real kernel, changed through a table and by the bare ioctl.
+    Kvm,
 }
 
 /// How much to measure.
@@ -60,6 +63,7 @@ fn main() -> anyhow::Result<()> {
     match options.family {
         Family::Slots => slots::run(effort, &mut report)?,
         Family::Dirty => dirty::run(effort, &mut report)?,
+        Family::Kvm => kvm::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

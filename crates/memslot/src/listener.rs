@@ -8,7 +8,9 @@
 //!   ├─ publish: readers see the new version
 //!   │
 //! commit    act. Should not fail; if it does, what was committed is undone in reverse order and
-//!           the table publishes what it had before, as a new generation
+//!   │       the table publishes what it had before, as a new generation
+//!   │
+//! settled   all have committed: nothing will be undone
 //! ```
 //!
 //! What it hears is an [`Update`]: the version before and the one after, the slots that changed, and the same
@@ -17,12 +19,15 @@
 //! split slot is one `Changed` piece for each half, and nothing needs to be unmapped.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::any::Any;
+use core::cell::RefCell;
 
 use crate::addr::{Gfn, GfnRange};
 use crate::error::OutOfMemory;
 use crate::slot::{AddressSpaceId, Slot};
-use crate::table::{Snapshot, View};
+use crate::table::{AttachmentKey, Attachments, Snapshot, View};
 
 /// An error of a listener; any error type will do.
 pub type ListenerError = Box<dyn core::error::Error + Send + Sync>;
@@ -50,6 +55,11 @@ pub trait Listener {
 
     /// A later listener failed to commit: take back what `commit` did.
     fn undo(&mut self, update: &Update<'_>);
+
+    /// All listeners have committed, so the change stays: let go of what `undo` would have needed.
+    fn settled(&mut self, update: &Update<'_>) {
+        let _ = update;
+    }
 
     /// The change was prepared and did not come to be: let go of what `prepare` reserved.
     fn abort(&mut self, update: &Update<'_>) {
@@ -111,20 +121,50 @@ pub struct Update<'a> {
     /// The same as pieces: first all removed, then all changed, then all added ones, each in order of gfn.
     /// In this order they can be applied one by one without ever overlapping.
     pub pieces: &'a [Piece],
-    /// The version after, once it is published.
-    pub(crate) published: Option<&'a Snapshot>,
+    pub(crate) stage: Stage<'a>,
+}
+
+/// How far the update is.
+#[derive(Clone, Copy)]
+pub(crate) enum Stage<'a> {
+    /// What is attached here becomes part of the version after.
+    Preparing(&'a RefCell<Attachments>),
+    Published(&'a Snapshot),
 }
 
 impl Update<'_> {
     /// The version after, to be kept; `None` in [`prepare`](Listener::prepare), where it is not published yet.
     #[must_use]
     pub fn snapshot(&self) -> Option<Snapshot> {
-        self.published.cloned()
+        match self.stage {
+            Stage::Preparing(_) => None,
+            Stage::Published(snapshot) => Some(snapshot.clone()),
+        }
+    }
+
+    /// Gives the version after something to carry: readers find it with [`View::attachment`], in this version and
+    /// in those after it until it is replaced. It is dropped when the last version that carries it goes, so it
+    /// is also a way to keep something alive for exactly as long as a reader can get to a slot.
+    ///
+    /// Only in [`prepare`](Listener::prepare); later the version is published, and this does nothing. A change that
+    /// is taken back publishes what the version before carried.
+    pub fn attach<T: Any + Send + Sync>(&self, key: AttachmentKey<T>, value: Arc<T>) {
+        if let Stage::Preparing(attachments) = self.stage {
+            attachments.borrow_mut().set(key, value);
+        }
     }
 }
 
 /// Cuts changed slots into pieces.
 pub(crate) fn cut(changes: &[SlotChange], pieces: &mut Vec<Piece>) -> Result<(), OutOfMemory> {
+    if let &[change] = changes {
+        if let Some(piece) = whole(change) {
+            pieces.clear();
+            pieces.try_reserve(1).map_err(|_| OutOfMemory)?;
+            pieces.push(piece);
+            return Ok(());
+        }
+    }
     let mut old = sorted(changes, |change| change.old)?;
     let mut new = sorted(changes, |change| change.new)?;
     pieces.clear();
@@ -181,6 +221,19 @@ pub(crate) fn cut(changes: &[SlotChange], pieces: &mut Vec<Piece>) -> Result<(),
         (order, piece.address_space, piece.gfns.start())
     });
     Ok(())
+}
+
+/// The one piece of a change that concerns all frames of one slot alike: the most frequent changes are.
+fn whole(change: SlotChange) -> Option<Piece> {
+    let (slot, kind) = match (change.old, change.new) {
+        (Some(old), None) => (old, PieceKind::Removed { old }),
+        (None, Some(new)) => (new, PieceKind::Added { new }),
+        (Some(old), Some(new)) if old.gfns() == new.gfns() && old.same_backing_at_same_gfn(&new) => {
+            (old, PieceKind::Changed { old, new })
+        }
+        _ => return None,
+    };
+    Some(Piece { address_space: slot.address_space(), gfns: slot.gfns(), kind })
 }
 
 /// What is left of a slot from `from` on.

@@ -8,8 +8,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, LimitsError, Listener, ListenerError, Reason, Slot,
-    SlotFlags, SlotId, SlotSpec, SlotTable, Transaction, TransactionError, Update,
+    AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, LimitsError, Listener, ListenerError, OutOfMemory,
+    Reason, Slot, SlotFlags, SlotId, SlotSpec, SlotTable, Transaction, TransactionError, Update,
 };
 
 thread_local! {
@@ -249,8 +249,9 @@ fn taking_back_needs_no_memory() {
 /// The dirty log without memory: an error, or more pages than were written; never fewer, and nothing is leaked.
 mod dirty {
     use std::collections::BTreeSet;
+    use std::sync::{Arc, Mutex};
 
-    use memslot::dirty::{Consumer, DirtyLog, SoftwareOnly};
+    use memslot::dirty::{Consumer, DirtyLog, Harvest, Rearm, SoftwareOnly};
 
     use super::*;
 
@@ -418,6 +419,212 @@ mod dirty {
         });
         at_every_allocation("new log, consumer", |guest, allowed| {
             failing(allowed, || guest.log.consumer().is_ok())
+        });
+    }
+
+    #[test]
+    fn many_marks_without_memory_mark_more() {
+        at_every_allocation("mark_range, merge", |guest, allowed| {
+            let left = failing(allowed, || {
+                guest.log.mark_range(RAM, range(HIGH + 5, 70_000));
+                guest.log.merge(RAM, range(LOW + 1, 130), &[1 << 63, u64::MAX, 1]).unwrap();
+                ALLOWED.with(Cell::get)
+            });
+            let marked = (HIGH + 5..HIGH + 70_005).chain(LOW + 64..LOW + 130);
+            guest.dirty.iter_mut().for_each(|dirty| dirty.extend(marked.clone()));
+            left > 0
+        });
+        at_every_allocation("mark_through", |guest, allowed| {
+            let mut reader = guest.table.reader().unwrap();
+            let pinned = reader.pin();
+            guest.table.move_to(RAM, SlotId::new(0), Gfn::new((1 << 40) - 3)).unwrap();
+            guest.dirty = guest.dirty.each_ref().map(|dirty| {
+                dirty.iter().map(|&gfn| if gfn < HIGH { gfn - LOW + (1 << 40) - 3 } else { gfn }).collect()
+            });
+            let left = failing(allowed, || {
+                guest.log.mark_through(&pinned, RAM, range(LOW + 70, 3));
+                ALLOWED.with(Cell::get)
+            });
+            let marked = (1 << 40) + 67..(1 << 40) + 70;
+            guest.dirty.iter_mut().for_each(|dirty| dirty.extend(marked.clone()));
+            left > 0
+        });
+    }
+
+    /// Needs pages, and no memory.
+    struct Arms;
+
+    impl Rearm for Arms {
+        type Error = ();
+
+        fn rearm(&mut self, _: AddressSpaceId, _: GfnRange) -> Result<(), ()> {
+            Ok(())
+        }
+
+        fn flush(&mut self) -> Result<(), ()> {
+            Ok(())
+        }
+    }
+
+    /// All three consumers' ways at once: kept bits meet full chunks, parts, and words of a clear.
+    #[test]
+    fn consumers_without_memory_lose_nothing_of_each_other() {
+        let mask = [u64::MAX; 20];
+        at_every_allocation("a clear of a full chunk, parts of it", |guest, allowed| {
+            guest.log.mark_range(RAM, range(HIGH, 100_000));
+            // Some of them tell enough.
+            guest.dirty.iter_mut().for_each(|dirty| dirty.extend((HIGH..HIGH + 100_000).step_by(13)));
+            let (first, second) = (range(HIGH + 40_000, 1280), range(HIGH + 65_000, 1000));
+            let Guest { consumers, dirty, .. } = guest;
+            failing(allowed, || {
+                let cleared = consumers[0].clear(RAM, first, &mask, &mut Arms).is_ok();
+                if cleared {
+                    dirty[0].retain(|&gfn| !first.contains(Gfn::new(gfn)));
+                }
+                let harvest = consumers[1].harvest_range(RAM, second, &mut Arms);
+                let harvested = harvest.map(Harvest::commit).is_ok();
+                if harvested {
+                    dirty[1].retain(|&gfn| !second.contains(Gfn::new(gfn)));
+                }
+                cleared && harvested && ALLOWED.with(Cell::get) > 0
+            })
+        });
+    }
+
+    #[test]
+    fn removed_bits_can_be_asked_for_again() {
+        at_every_allocation("take_removed", |guest, allowed| {
+            guest.table.delete(RAM, SlotId::new(0)).unwrap();
+            guest.dirty.iter_mut().for_each(|dirty| dirty.retain(|&gfn| gfn >= HIGH));
+            let result = failing(allowed, || guest.consumers[1].take_removed());
+            let done = result.is_ok();
+            let removed = result.unwrap_or_else(|_| guest.consumers[1].take_removed().unwrap());
+            let pages: u64 = removed.iter().flat_map(|it| it.runs()).map(|run| run.len()).sum();
+            assert_eq!(pages, 21, "20 kept for it, 1 not yet harvested");
+            done
+        });
+    }
+
+    const FAR: u64 = (1 << 44) + 3;
+
+    /// Writes to a slot when its deletion is published and the log has not followed; then it leaves that much memory.
+    struct WritesLate(Arc<Mutex<Option<(DirtyLog, i64)>>>);
+
+    impl WritesLate {
+        fn pages() -> impl Iterator<Item = u64> {
+            (0..5).map(|chunk| FAR + 40_000 * chunk + 7)
+        }
+    }
+
+    impl Listener for WritesLate {
+        fn name(&self) -> &str {
+            "writes late"
+        }
+
+        fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+            if let Some((log, allowed)) = self.0.lock().unwrap().take() {
+                Self::pages().for_each(|gfn| log.mark(RAM, Gfn::new(gfn)));
+                ALLOWED.with(|cell| cell.set(allowed));
+            }
+            Ok(())
+        }
+
+        fn undo(&mut self, _: &Update<'_>) {}
+    }
+
+    /// A slot is deleted, and there is no memory to find out what was written to it last: whoever keeps removed bits is
+    /// told of more pages, never of fewer.
+    #[test]
+    fn late_writes_to_a_deleted_slot_are_handed_over_without_memory() {
+        let mut inexact = 0;
+        for allowed in 0.. {
+            let before = bytes();
+            let mut table = SlotTable::new(Limits::default()).unwrap();
+            let late = Arc::default();
+            table.add_listener(Box::new(WritesLate(Arc::clone(&late)))).unwrap();
+            let log = DirtyLog::attach(&mut table).unwrap();
+            let keepers = [0, 1].map(|_| log.consumer_keeping_removed().unwrap());
+            let slot = logged(3, FAR, 200_000);
+            table.create(slot).unwrap();
+            log.mark(RAM, slot.gfns.start());
+            *late.lock().unwrap() = Some((log.clone(), allowed));
+            table.delete(RAM, slot.id).unwrap();
+            let left = ALLOWED.with(|cell| cell.replace(i64::MAX));
+            for keeper in &keepers {
+                let removed = keeper.take_removed().unwrap();
+                let runs: Vec<GfnRange> = removed.iter().flat_map(|it| it.runs()).collect();
+                let lost = WritesLate::pages()
+                    .chain([FAR])
+                    .find(|&gfn| !runs.iter().any(|run| run.contains(Gfn::new(gfn))));
+                assert_eq!(lost, None, "{allowed} allocations");
+                assert!(runs.iter().all(|run| run.intersect(&slot.gfns) == Some(*run)));
+                inexact += usize::from(runs.iter().map(GfnRange::len).sum::<u64>() > 6);
+            }
+            drop((keepers, log, table, late));
+            assert_eq!(bytes(), before, "{allowed} allocations: leaked");
+            if left > 0 {
+                break;
+            }
+            assert!(allowed < 500, "it never succeeds");
+        }
+        assert!(inexact > 0, "memory was short");
+    }
+
+    /// Takes all memory away when the log has followed, and refuses; or refuses only.
+    struct Refuses(bool);
+
+    impl Listener for Refuses {
+        fn name(&self) -> &str {
+            "refuses"
+        }
+
+        fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+            if self.0 {
+                ALLOWED.with(|cell| cell.set(0));
+            }
+            // A `Box` of nothing is no allocation.
+            Err(Box::new(OutOfMemory))
+        }
+
+        fn undo(&mut self, _: &Update<'_>) {}
+    }
+
+    /// A change is taken back, and there is no memory for its bits: more pages are dirty than were, and none is lost.
+    #[test]
+    fn a_change_that_is_taken_back_without_memory_leaves_the_bits() {
+        for at_undo in [true, false] {
+            at_every_allocation("a refused change", |guest, allowed| {
+                guest.table.add_listener(Box::new(Refuses(at_undo))).unwrap();
+                let allowed = if at_undo { i64::MAX } else { allowed };
+                let left = failing(allowed, || {
+                    let changed = guest.table.transaction(|tx| {
+                        tx.delete(RAM, SlotId::new(0))?;
+                        tx.split(RAM, SlotId::new(1), Gfn::new(HIGH + 33_000), SlotId::new(2))?;
+                        tx.move_to(RAM, SlotId::new(2), Gfn::new((1 << 42) + 11))
+                    });
+                    let left = ALLOWED.with(Cell::get);
+                    drop(changed.unwrap_err());
+                    left
+                });
+                assert!(guest.consumers[1].take_removed().unwrap().is_empty());
+                at_undo || left > 0
+            });
+        }
+    }
+
+    #[test]
+    fn logging_starts_or_does_not() {
+        at_every_allocation("logging", |guest, allowed| {
+            guest.log.set_initially_set(true);
+            let far = SlotSpec { flags: SlotFlags::empty(), ..logged(5, 1 << 44, 40_000) };
+            guest.table.create(far).unwrap();
+            let flags = SlotFlags::LOG_DIRTY_PAGES;
+            let on = failing(allowed, || guest.table.set_flags(RAM, SlotId::new(5), flags).is_ok());
+            if on {
+                let pages = far.gfns.start().get()..far.gfns.end().get();
+                guest.dirty.iter_mut().for_each(|dirty| dirty.extend(pages.clone()));
+            }
+            on
         });
     }
 }

@@ -473,17 +473,26 @@ fn a_harvest_in_the_middle_of_a_change_takes_nothing_of_it() {
     }
 }
 
-/// A harvest that is put back after the slot has moved, been split, or lost its logging.
+/// A harvest that is put back after the slot has moved, been split, or lost its logging. An alias is left alone.
 #[test]
 fn a_harvest_is_put_back_where_the_memory_is_now() {
-    let (mut table, log, consumer) = guest(&[slot(0, 0x100, 64), slot(1, 0x1000, 64)]);
-    log.mark(RAM, Gfn::new(0x105));
-    log.mark(RAM, Gfn::new(0x1005));
-    let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
-    table.move_to(RAM, SlotId::new(0), Gfn::new(0x9000)).unwrap();
-    table.set_flags(RAM, SlotId::new(1), SlotFlags::empty()).unwrap();
-    harvest.merge_back();
-    assert_eq!(take(&consumer), [(0x9005, 1)]);
+    for backing in [Backing::Host { hva: Hva::new(1 << 40) }, Backing::Device { token: 0x7123 }] {
+        let of = |id, first| SlotSpec { backing, ..slot(id, first, 64) };
+        let (mut table, log, consumer) = guest(&[of(0, 0x100), slot(1, 0x1000, 64), of(2, 0x2000)]);
+        log.mark_range(RAM, gfns(0x105, 40));
+        log.mark(RAM, Gfn::new(0x1005));
+        let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
+        let (low, high) = (SlotId::new(0), SlotId::new(9));
+        table
+            .transaction(|tx| {
+                tx.split(RAM, low, Gfn::new(0x120), high)?;
+                tx.move_to(RAM, high, Gfn::new(0x9020))
+            })
+            .unwrap();
+        table.set_flags(RAM, SlotId::new(1), SlotFlags::empty()).unwrap();
+        harvest.merge_back();
+        assert_eq!(take(&consumer), [(0x105, 0x1b), (0x9020, 13)], "{backing:?}");
+    }
 }
 
 /// A clean log costs next to nothing, and a harvest of it, too.

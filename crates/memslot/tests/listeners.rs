@@ -178,6 +178,10 @@ impl Listener for Recorder {
     fn abort(&mut self, _: &Update<'_>) {
         let _ = self.call("abort");
     }
+
+    fn settled(&mut self, _: &Update<'_>) {
+        let _ = self.call("settled");
+    }
 }
 
 /// A table with three listeners a, b, c of which one fails.
@@ -201,7 +205,10 @@ fn said(calls: &Calls) -> String {
 fn listeners_are_called_in_order() {
     let (mut table, calls) = recorded("", "");
     table.create(spec(1, 100, 1, 2000)).unwrap();
-    assert_eq!(said(&calls), "prepare a, prepare b, prepare c, commit a, commit b, commit c");
+    assert_eq!(
+        said(&calls),
+        "prepare a, prepare b, prepare c, commit a, commit b, commit c, settled a, settled b, settled c"
+    );
     table.transaction(|_| Ok(())).unwrap();
     table.set_flags(RAM, SlotId::new(1), SlotFlags::empty()).unwrap();
     table
@@ -213,6 +220,18 @@ fn listeners_are_called_in_order() {
     assert_eq!(said(&calls), "", "nothing has changed");
     table.create(spec(3, 100, 1, 2000)).unwrap_err();
     assert_eq!(said(&calls), "", "an invalid transaction is nobody's business");
+}
+
+/// A version keeps what it carries alive, so a log that is attached must not hold one longer than it has to.
+#[test]
+fn a_dirty_log_holds_no_version_but_the_current_one() {
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    let log = memslot::dirty::DirtyLog::attach(&mut table).unwrap();
+    table.create(SlotSpec { flags: SlotFlags::LOG_DIRTY_PAGES, ..spec(0, 0, 16, 1000) }).unwrap();
+    log.mark(RAM, Gfn::new(3));
+    table.delete(RAM, SlotId::new(0)).unwrap();
+    table.reclaim();
+    assert_eq!(table.stats().versions, 1);
 }
 
 #[test]

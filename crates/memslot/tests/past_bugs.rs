@@ -10,7 +10,7 @@
 //! | 14 | a cycle of locks | the core takes no lock: there is one writer, by `&mut` |
 //! | 15 | leaks and early frees when an allocation fails | `allocation_failure.rs`, and `table/tests.rs` node by node |
 //! | 18 | a page reference leaked | no pages are referenced: a slot names memory, it does not hold it |
-//! | 19-28 | the dirty log and the dirty ring | `dirty_rules.rs`, `dirty_ring.rs` |
+//! | 19-28 | the dirty log and the dirty ring | `dirty_rules.rs`, `dirty_late.rs`, `dirty_ring/` |
 
 mod common;
 

@@ -5,13 +5,14 @@ use alloc::vec::Vec;
 use super::bitmap::Bitmap;
 use super::harvest::Harvest;
 use super::log::{
-    ALL, BitmapError, DirtyLog, RemovedSet, Shared, State, check_length, logged, runs_of, spread_everything,
+    ALL, BitmapError, DirtyLog, RemovedSet, Shared, State, check_length, each_home, logged, runs_of,
+    spread_everything,
 };
 use super::place::Held;
 use super::rearm::Rearm;
 use super::runs::Runs;
 use super::set::Set;
-use crate::addr::{Gfn, GfnRange, HvaRange};
+use crate::addr::{Gfn, GfnRange};
 use crate::error::OutOfMemory;
 use crate::slot::{AddressSpaceId, Slot, SlotFlags};
 use crate::table::{MAX_ADDRESS_SPACES, Snapshot, View};
@@ -190,6 +191,9 @@ impl Consumer {
     /// The bits of slots that were deleted since the last call, for a consumer that
     /// [keeps them](DirtyLog::consumer_keeping_removed). One entry for every range of frames that went; in order.
     ///
+    /// Whoever asks while a change is under way may get entries of that change, and a listener may refuse it yet: then
+    /// the slot is back, and the same pages are dirty there. Ask after the change to see deleted slots only.
+    ///
     /// # Errors
     /// [`OutOfMemory`]; they can be asked for again.
     pub fn take_removed(&self) -> Result<Vec<Removed>, OutOfMemory> {
@@ -215,7 +219,7 @@ impl Consumer {
             if !is_same {
                 for slot in logged(then, space) {
                     for (from, to) in set.runs(slot.base_gfn().get(), slot.gfns().end().get()) {
-                        keep_moved(bitmap, kept, &state.current, slot, from, to);
+                        keep_moved(bitmap, kept, then, &state.current, slot, from, to);
                     }
                 }
             }
@@ -270,7 +274,8 @@ impl Removed {
         &self.bits.slot
     }
 
-    /// Its frames that went.
+    /// Its frames that went. The memory of a part of them may have gone on elsewhere, under another id: there its
+    /// dirty bits are, and not in [`runs`](Self::runs).
     #[must_use]
     pub fn gfns(&self) -> GfnRange {
         self.bits.gfns
@@ -465,22 +470,14 @@ unsafe fn take_word(
 
 /// Adds the pages `[from, to)` of a slot that was logged, wherever their memory is logged now. The caller has the
 /// lock.
-fn keep_moved(bitmap: &Bitmap, kept: &mut Set, now: &View, slot: &Slot, from: u64, to: u64) {
-    let space = slot.address_space();
-    let mut add = |gfns: GfnRange| {
-        // SAFETY: the caller has the lock.
-        unsafe { kept.add_range(bitmap, gfns.start().get(), gfns.end().get()) };
-    };
-    let page = slot.page_size();
-    let hvas = slot.hva_of(Gfn::new(from)).zip(page.bytes_of(to - from));
-    match hvas.and_then(|(start, bytes)| HvaRange::with_len(start, bytes)) {
-        Some(hvas) => now
-            .slots_at_hva(space, hvas)
-            .filter(|hit| hit.slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES))
-            .for_each(|hit| add(hit.gfns)),
-        // No host memory tells where it went.
-        None => GfnRange::new(Gfn::new(from), Gfn::new(to)).into_iter().for_each(add),
-    }
+fn keep_moved(bitmap: &Bitmap, kept: &mut Set, then: &View, now: &View, slot: &Slot, from: u64, to: u64) {
+    let Some(gfns) = GfnRange::new(Gfn::new(from), Gfn::new(to)) else { return };
+    each_home(then, slot, gfns, now, |new, home| {
+        if new.flags().contains(SlotFlags::LOG_DIRTY_PAGES) {
+            // SAFETY: the caller has the lock.
+            unsafe { kept.add_range(bitmap, home.start().get(), home.end().get()) };
+        }
+    });
 }
 
 fn rearm_word<R: Rearm>(rearm: &mut R, space: AddressSpaceId, first: u64, bits: u64) -> Result<(), R::Error> {

@@ -51,6 +51,8 @@ struct Taken {
     bits: Bits,
     /// With room for what each consumer that keeps removed bits may get.
     handed_over: Vec<Set>,
+    /// There was no memory to find out what was marked late.
+    is_incomplete: bool,
 }
 
 /// The bits of some frames, taken from everybody who had them.
@@ -71,10 +73,6 @@ impl Follower {
     fn try_prepare(&mut self, update: &Update<'_>) -> Result<(), OutOfMemory> {
         let shared = &*self.shared;
         let mut state = shared.state.lock();
-        self.previous = None;
-        for taken in self.taken.drain(..) {
-            taken.bits.forget(shared);
-        }
         spread_everything(shared, &state.current);
         state.unsettled.clear();
         state.unsettled.try_reserve(update.pieces.len()).map_err(|_| OutOfMemory)?;
@@ -89,7 +87,7 @@ impl Follower {
             let bitmap = &shared.spaces[usize::from(piece.address_space.get())];
             if let Some((old, removed)) = lost(&piece.kind) {
                 let bits = Bits::none(piece.address_space, piece.gfns, state.consumers.len())?;
-                self.taken.push(Taken { old, removed, bits, handed_over: Vec::new() });
+                self.taken.push(Taken { old, removed, bits, handed_over: Vec::new(), is_incomplete: false });
                 if let Some(taken) = self.taken.last_mut() {
                     taken.prepare_handing_over(&state)?;
                     taken.bits.take(bitmap, &mut state)?;
@@ -114,6 +112,9 @@ impl Follower {
 impl Follower {
     /// A change that was published is taken back: what was marked where memory had moved goes to where it is again.
     fn bring_back(&self, shared: &Shared, state: &mut State, update: &Update<'_>) {
+        // Whoever marks through that version later finds out by itself: see `mark_through`.
+        shared.withdrawn.store(update.after.generation(), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         // What moved goes back, with what was marked at the new place since: all is taken before any is put back.
         // Where the new version did not log, nobody had to mark: all of it may have been written.
         for taken in &self.taken {
@@ -130,8 +131,8 @@ impl Follower {
             for (from, to) in taken.moves(update) {
                 let bitmap = taken.bits.bitmap(shared);
                 let bits = Bits::none(taken.bits.space, to, state.consumers.len()).and_then(|mut bits| {
-                    let result = bits.take(bitmap, state);
                     back.try_reserve(1).map_err(|_| OutOfMemory)?;
+                    let result = bits.take(bitmap, state);
                     back.push((from, bits));
                     result
                 });
@@ -169,7 +170,7 @@ impl Listener for Follower {
             self.previous = Some(core::mem::replace(&mut state.current, snapshot));
         }
         for taken in &mut self.taken {
-            taken.bits.take_late(shared, &mut state);
+            taken.is_incomplete = taken.bits.take_late(shared, &mut state).is_err();
         }
         for taken in self.taken.iter_mut().filter(|taken| taken.removed) {
             taken.settle(shared, &mut state, update);
@@ -208,6 +209,15 @@ impl Listener for Follower {
             taken.bits.restore(shared, &mut state);
         }
         state.unsettled.clear();
+    }
+
+    fn settled(&mut self, _: &Update<'_>) {
+        // Or the version before would live, with all that it keeps alive, until the next change.
+        self.previous = None;
+        let _state = self.shared.state.lock();
+        for taken in self.taken.drain(..) {
+            taken.bits.forget(&self.shared);
+        }
     }
 
     fn abort(&mut self, update: &Update<'_>) {
@@ -258,10 +268,18 @@ impl Taken {
             // A consumer that is new since the preparation gets what there is memory for.
             let mut set = self.handed_over.pop().unwrap_or_default();
             for gone in gaps(gfns, || self.moves(update).map(|(from, _)| from)) {
+                if self.is_incomplete {
+                    // SAFETY: the caller has the lock.
+                    unsafe { set.add_range(self.bits.bitmap(shared), gone.start().get(), gone.end().get()) };
+                }
                 self.bits.add_to(&mut set, shared, number, gone);
             }
             let generation = update.after.generation();
-            if !set.chunks.is_empty() && kept.removed.try_reserve(1).is_ok() {
+            if kept.removed.try_reserve(1).is_err() {
+                // SAFETY: the caller has the lock.
+                unsafe { set.clear(self.bits.bitmap(shared)) };
+            }
+            if !set.chunks.is_empty() {
                 kept.removed.push(RemovedSet { generation, slot: self.old, gfns, set });
             }
         }
@@ -297,18 +315,20 @@ impl Bits {
     }
 
     /// Takes what was marked since; where another logged slot is there now, it keeps the marks, too.
-    fn take_late(&mut self, shared: &Shared, state: &mut State) {
+    ///
+    /// # Errors
+    /// [`OutOfMemory`]. Whose the marks are is open then: they stay, and all memory counts as dirty, wherever it is now.
+    /// What is gone counts as dirty by the caller.
+    fn take_late(&mut self, shared: &Shared, state: &mut State) -> Result<(), OutOfMemory> {
         let bitmap = self.bitmap(shared);
         let before = self.fresh.len();
-        if self.take(bitmap, state).is_err() {
-            // Whose the marks are is open: they stay, and all memory counts as dirty, wherever it is now.
-            bitmap.mark_everything();
-        }
+        let result = self.take(bitmap, state).inspect_err(|_| bitmap.mark_everything());
         for piece in state.current.slots_in(self.space, self.gfns).filter(|piece| logs(piece.slot)) {
             for (from, to) in bits_of(&self.fresh[before..], piece.gfns) {
                 mark(bitmap, from, to);
             }
         }
+        result
     }
 
     /// Adds all that a consumer would have seen of some of the frames.

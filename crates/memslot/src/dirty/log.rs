@@ -11,8 +11,8 @@ use super::set::Set;
 use crate::addr::{Gfn, GfnRange, Gpa, Hva, HvaRange, PageSize};
 use crate::error::OutOfMemory;
 use crate::slot::{AddressSpaceId, Slot, SlotFlags};
-use crate::sync::{AtomicBool, Mutex, Ordering, fence};
-use crate::table::{MAX_ADDRESS_SPACES, Pinned, SlotTable, Snapshot, View};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, fence};
+use crate::table::{MAX_ADDRESS_SPACES, Pinned, SlotPiece, SlotTable, Snapshot, View};
 
 /// No guest physical address of 64 bits lies in this frame or behind it, whatever the page size.
 const GFN_END: u64 = 1 << 52;
@@ -21,6 +21,8 @@ pub(super) struct Shared {
     /// Those of the table's address spaces; the others are never used.
     pub(super) spaces: [Bitmap; MAX_ADDRESS_SPACES],
     pub(super) initially_set: AtomicBool,
+    /// The generation that was published and taken back last; no generation at first.
+    pub(super) withdrawn: AtomicU64,
     pub(super) state: Mutex<State>,
 }
 
@@ -101,7 +103,8 @@ impl DirtyLog {
             }
         }
         let state = Mutex::new(State { current, unsettled: Vec::new(), consumers: Vec::new() });
-        let shared = Arc::new(Shared { spaces, initially_set: AtomicBool::new(false), state });
+        let withdrawn = AtomicU64::new(u64::MAX);
+        let shared = Arc::new(Shared { spaces, initially_set: AtomicBool::new(false), withdrawn, state });
         table.add_listener(Box::new(Follower::new(shared.clone())))?;
         Ok(Self { shared })
     }
@@ -145,31 +148,40 @@ impl DirtyLog {
     /// Marks pages that were written through a pinned version, also when their slots have moved meanwhile.
     ///
     /// A change of the table does not wait for readers: a thread may still write through the version before,
-    /// and its marks would come to where the slot no longer is. This call looks at the table again after the mark;
-    /// where it has changed, the pages are marked where their slots (by id) are now, too.
+    /// and its marks would come to where the memory no longer is. This call looks at the table again after the mark;
+    /// where it has changed, the pages are marked where their memory is now, too, under whichever id. Where a version
+    /// was taken back just now, because a listener refused it, every page of the address space counts as dirty.
     pub fn mark_through(&self, pinned: &Pinned<'_>, space: AddressSpaceId, gfns: GfnRange) {
+        let Some(bitmap) = self.bitmap(space) else { return };
+        let is_withdrawn = |view: &View| view.generation() == self.shared.withdrawn.load(Ordering::SeqCst);
         self.mark_range(space, gfns);
-        // The follower looks for late marks after the new version is published.
+        // The follower looks for late marks after the new version is published, or taken back.
         fence(Ordering::SeqCst);
+        if is_withdrawn(pinned) {
+            return bitmap.mark_everything();
+        }
         if pinned.is_current() {
             return;
         }
         let mut generation = None;
         loop {
-            let Ok(now) = pinned.latest() else {
-                return self.bitmap(space).map_or((), Bitmap::mark_everything);
-            };
+            let Ok(now) = pinned.latest() else { return bitmap.mark_everything() };
             // Marked by this version already, and it is the newest still.
             if generation.replace(now.generation()) == Some(now.generation()) {
                 return;
             }
-            for piece in pinned.slots_in(space, gfns) {
-                let Some(slot) = now.slot(space, piece.slot.id()) else { continue };
-                if let Some((_, there)) = moved_to(piece.slot, piece.gfns, slot) {
-                    self.mark_range(space, there);
-                }
-            }
+            self.mark_in(&now, pinned, space, gfns);
             fence(Ordering::SeqCst);
+            if is_withdrawn(&now) {
+                return bitmap.mark_everything();
+            }
+        }
+    }
+
+    /// Marks pages of the version `then` where their memory is in the version `now`.
+    fn mark_in(&self, now: &View, then: &View, space: AddressSpaceId, gfns: GfnRange) {
+        for SlotPiece { slot, gfns } in then.slots_in(space, gfns) {
+            each_home(then, slot, gfns, now, |_, home| self.mark_range(space, home));
         }
     }
 
@@ -317,9 +329,14 @@ pub(super) fn logged(view: &View, space: AddressSpaceId) -> impl Iterator<Item =
 }
 
 /// The part of `gfns`, frames of `old`, whose memory is in `new` at other frames; with the frames there.
+pub(super) fn moved_to(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, GfnRange)> {
+    same_memory(old, gfns, new).filter(|(from, to)| from != to)
+}
+
+/// The part of `gfns`, frames of `old`, whose memory is in `new`; with the frames there.
 ///
 /// Memory is told by its host address, a device by its token.
-pub(super) fn moved_to(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, GfnRange)> {
+fn same_memory(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, GfnRange)> {
     let page = old.page_size();
     // Tokens need not be aligned: pages that overlap in part are not the same.
     let is_apart = !page.divides(old.address().wrapping_sub(new.address()));
@@ -335,7 +352,33 @@ pub(super) fn moved_to(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRan
     let after = (same.start().get() - new.address()) >> page.shift();
     let from = GfnRange::with_len(gfns.start().checked_add(before)?, pages)?;
     let to = GfnRange::with_len(new.base_gfn().checked_add(after)?, pages)?;
-    (from != to).then_some((from, to))
+    Some((from, to))
+}
+
+/// Finds where the memory of `gfns`, frames of the slot `old` in the version `then`, is in the version `now`; also at
+/// the same frames, since it may have been elsewhere in between.
+///
+/// Elsewhere, a slot that is what it was is an alias, and none of its pages was written.
+pub(super) fn each_home(
+    then: &View,
+    old: &Slot,
+    gfns: GfnRange,
+    now: &View,
+    mut found: impl FnMut(&Slot, GfnRange),
+) {
+    let space = old.address_space();
+    let mut look = |new: &Slot| {
+        let home = same_memory(old, gfns, new);
+        if let Some((_, to)) = home.filter(|(from, to)| from == to || then.slot(space, new.id()) != Some(new))
+        {
+            found(new, to);
+        }
+    };
+    let hvas = old.hva_of(gfns.start()).zip(old.page_size().bytes_of(gfns.len()));
+    match hvas.and_then(|(hva, bytes)| HvaRange::with_len(hva, bytes)) {
+        Some(hvas) => now.slots_at_hva(space, hvas).for_each(|hit| look(hit.slot)),
+        None => now.slots(space).for_each(look),
+    }
 }
 
 /// Where marks found no memory, every page of every logged slot is dirty.

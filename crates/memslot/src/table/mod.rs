@@ -4,24 +4,28 @@
 //! checker is the lock (put it into a mutex where several threads write). Every change publishes a new, complete
 //! [`View`]; an old one lives for as long as somebody looks at it.
 //!
-//! Readers hold a version in one of two ways:
+//! Readers hold a version in one of three ways:
 //!
 //! | | taken by | costs | may be held | may move to another thread |
 //! |---|---|---|---|---|
 //! | [`Pinned`] | [`Reader::pin`] | an exchange in a private cache line | any time; meant for short | with its reader |
+//! | [`Guard`] | [`Reader::into_guard`] | the same, and the reader until it comes back | for ever | yes, and be shared |
 //! | [`Snapshot`] | [`Reader::snapshot`], [`Pinned::snapshot`], [`SlotTable::snapshot`] | an atomic increment of a shared word | for ever | yes, and be shared |
 //!
-//! Both keep exactly the memory of their version alive and never delay the writer.
+//! All keep exactly the memory of their version alive and never delay the writer.
 //!
-//! What is where: `view.rs` answers questions, `transaction.rs` makes the next version, three indexes
+//! What is where: `view.rs` answers questions, `reader.rs` holds versions, `attachment.rs` is what a version carries
+//! besides slots, `transaction.rs` makes the next version, three indexes
 //! (`gfn_index`, `hva_index`, `id_index.rs`) are made of nodes (`node.rs`), and `versions.rs` publishes
 //! versions and decides when an old one can go.
 
+mod attachment;
 mod gfn_index;
 mod hva_index;
 mod id_index;
 mod node;
 mod radix;
+mod reader;
 mod search;
 mod transaction;
 mod versions;
@@ -32,22 +36,24 @@ mod tests;
 
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::cell::Cell;
-use core::ops::Deref;
+use core::any::Any;
+use core::cell::RefCell;
 use core::ptr::NonNull;
 
+pub(crate) use self::attachment::Attachments;
+pub use self::attachment::{AttachmentKey, MAX_ATTACHMENTS};
+pub use self::reader::{Guard, Handle, Pinned, Reader, Snapshot};
 pub use self::transaction::Transaction;
 pub use self::view::{HvaHit, SlotPiece, Translation, View};
 
-use self::gfn_index::Found;
 use self::node::{AnyNode, Arena};
 use self::transaction::{Lists, abandon};
-use self::versions::{Held, Owner, Seat, Version, VersionList, share};
-use self::view::translation;
-use crate::addr::{Gfn, Gpa, PageSize};
+use self::versions::{Held, Owner, VersionList, share};
+use crate::addr::{Gfn, PageSize};
 use crate::error::{LimitsError, OutOfMemory, Reason, TransactionError};
-use crate::listener::{Listener, ListenerError, Piece, Update, cut};
+use crate::listener::{Listener, ListenerError, Piece, Stage, Update, cut};
 use crate::slot::{AddressSpaceId, MAX_PAGES_PER_SLOT, MAX_SLOTS, SlotFlags, SlotId, SlotSpec};
 
 /// The most address spaces a table can have.
@@ -138,6 +144,7 @@ type Shared = Owner<View, Writer>;
 pub struct SlotTable {
     shared: Shared,
     listeners: Vec<Box<dyn Listener + Send>>,
+    attachment_keys: usize,
 }
 
 impl SlotTable {
@@ -172,7 +179,7 @@ impl SlotTable {
         })?;
         let (owner, writer) = split(&mut shared);
         writer.versions.publish(owner, View::empty(limits, generation), generation, &mut Vec::new());
-        Ok(Self { shared, listeners: Vec::new() })
+        Ok(Self { shared, listeners: Vec::new(), attachment_keys: 0 })
     }
 
     /// The current version.
@@ -187,13 +194,13 @@ impl SlotTable {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         // SAFETY: publishing needs `&mut self`, so the current version stays during the call.
-        unsafe { Snapshot { held: Held::new(&self.shared, NonNull::from(self.shared.current())) } }
+        unsafe { Snapshot::new(Held::new(&self.shared, NonNull::from(self.shared.current()))) }
     }
 
     /// A handle for other threads to make readers from.
     #[must_use]
     pub fn handle(&self) -> Handle {
-        Handle { shared: self.shared.clone() }
+        Handle::new(self.shared.clone())
     }
 
     /// A reader.
@@ -212,6 +219,36 @@ impl SlotTable {
         self.listeners.try_reserve(1).map_err(|_| OutOfMemory)?;
         self.listeners.push(listener);
         Ok(())
+    }
+
+    /// A key for something that versions of this table shall carry; `None` when all [`MAX_ATTACHMENTS`] are
+    /// given away.
+    pub fn attachment_key<T: Any + Send + Sync>(&mut self) -> Option<AttachmentKey<T>> {
+        let key = AttachmentKey::numbered(self.attachment_keys)?;
+        self.attachment_keys += 1;
+        Some(key)
+    }
+
+    /// Publishes the current version once more, as a new generation, with `value` attached. Returns the new
+    /// generation; listeners hear nothing, because no slot has changed.
+    ///
+    /// A listener that comes to a table that has slots already attaches what it knows of them this way.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn attach<T: Any + Send + Sync>(
+        &mut self,
+        key: AttachmentKey<T>,
+        value: Arc<T>,
+    ) -> Result<u64, OutOfMemory> {
+        let (owner, writer) = split(&mut self.shared);
+        writer.versions.reserve(1)?;
+        // SAFETY: this is the one writer; the version is not used after the next one is published.
+        let mut next = unsafe { &owner.current().payload }.fork(writer.arena.stamp);
+        next.attachments.set(key, value);
+        let generation = writer.publish(owner, next);
+        writer.count_down(owner);
+        Ok(generation)
     }
 
     /// What the table costs at the moment.
@@ -310,7 +347,7 @@ impl SlotTable {
             // SAFETY: as above; versions are reclaimed further down only.
             let current = unsafe { owner.current() };
             // SAFETY: the version is the owner's current one.
-            let snapshot = Snapshot { held: unsafe { Held::new(owner, NonNull::from(current)) } };
+            let snapshot = Snapshot::new(unsafe { Held::new(owner, NonNull::from(current)) });
             let after = &current.payload;
             let committed = commit(&mut self.listeners, base, &snapshot, writer);
             if committed.is_err() {
@@ -318,10 +355,7 @@ impl SlotTable {
             }
             committed
         };
-        writer.until_reclaim -= 1;
-        if writer.until_reclaim == 0 {
-            writer.reclaim(owner);
-        }
+        writer.count_down(owner);
         committed.map(|()| generation)
     }
 }
@@ -368,6 +402,14 @@ impl Writer {
         self.publish(owner, base.fork(after.generation.wrapping_add(1)))
     }
 
+    /// Reclaims every few generations.
+    fn count_down(&mut self, owner: &Shared) {
+        self.until_reclaim -= 1;
+        if self.until_reclaim == 0 {
+            self.reclaim(owner);
+        }
+    }
+
     fn reclaim(&mut self, owner: &Shared) {
         self.until_reclaim = RECLAIM_EVERY;
         let pool = &mut self.arena.pool;
@@ -399,7 +441,7 @@ impl Unpublished<'_> {
         listeners: &mut [Box<dyn Listener + Send>],
         before: &View,
     ) -> Result<(), TransactionError> {
-        let (writer, Some(after)) = (&mut *self.writer, &self.next) else { return Ok(()) };
+        let (writer, Some(after)) = (&mut *self.writer, &mut self.next) else { return Ok(()) };
         writer.reserve(!listeners.is_empty())?;
         if listeners.is_empty() {
             return Ok(());
@@ -407,7 +449,9 @@ impl Unpublished<'_> {
         // Should the change be taken back, its nodes go to the list of the dead, which must not fail then.
         writer.arena.reserve_burial()?;
         let lists = &writer.lists;
-        let update = Update { before, after, slots: &lists.changes, pieces: &writer.pieces, published: None };
+        let attachments = RefCell::new(after.attachments.clone());
+        let stage = Stage::Preparing(&attachments);
+        let update = Update { before, after, slots: &lists.changes, pieces: &writer.pieces, stage };
         for i in 0..listeners.len() {
             if let Err(error) = listeners[i].prepare(&update) {
                 let refused = refused(&*listeners[i], error);
@@ -417,6 +461,7 @@ impl Unpublished<'_> {
                 return Err(refused);
             }
         }
+        after.attachments = attachments.into_inner();
         Ok(())
     }
 }
@@ -437,7 +482,7 @@ fn commit(
     writer: &Writer,
 ) -> Result<(), TransactionError> {
     let (slots, pieces) = (&writer.lists.changes, &writer.pieces);
-    let update = Update { before, after, slots, pieces, published: Some(after) };
+    let update = Update { before, after, slots, pieces, stage: Stage::Published(after) };
     for i in 0..listeners.len() {
         if let Err(error) = listeners[i].commit(&update) {
             let refused = refused(&*listeners[i], error);
@@ -450,195 +495,12 @@ fn commit(
             return Err(refused);
         }
     }
+    listeners.iter_mut().for_each(|listener| listener.settled(&update));
     Ok(())
 }
 
 impl core::fmt::Debug for SlotTable {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         self.view().fmt(f)
-    }
-}
-
-/// Makes readers and snapshots of a table, on any thread, whether or not the table still exists.
-#[derive(Clone)]
-pub struct Handle {
-    shared: Shared,
-}
-
-impl Handle {
-    /// A reader.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`].
-    pub fn reader(&self) -> Result<Reader, OutOfMemory> {
-        Ok(Reader { seat: self.shared.reader()?, last_used: LastUsed::new() })
-    }
-
-    /// The current version, to be kept. A [`Reader`] does this without looking for a cell first.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`].
-    pub fn snapshot(&self) -> Result<Snapshot, OutOfMemory> {
-        Ok(self.reader()?.snapshot())
-    }
-}
-
-/// A thread's (a vCPU's) own access to the table. Make one per thread and keep it.
-pub struct Reader {
-    seat: Seat<View, Writer>,
-    last_used: LastUsed,
-}
-
-/// What the last lookup found. Valid in its generation only; it holds values and no pointer.
-///
-/// Each field is a cell of its own: most are not looked at when the lookup misses.
-struct LastUsed {
-    generation: Cell<u64>,
-    /// The slot's first frame.
-    base: Cell<u64>,
-    /// 0 before the first lookup: nothing lies in it, whatever the generation.
-    pages: Cell<u32>,
-    space: Cell<AddressSpaceId>,
-    found: Cell<Found>,
-}
-
-impl LastUsed {
-    const fn new() -> Self {
-        Self {
-            generation: Cell::new(0),
-            base: Cell::new(0),
-            pages: Cell::new(0),
-            space: Cell::new(AddressSpaceId::NORMAL),
-            found: Cell::new(Found::NONE),
-        }
-    }
-
-    #[inline]
-    fn find(&self, generation: u64, space: AddressSpaceId, gfn: Gfn) -> Option<Found> {
-        let further = gfn.get().wrapping_sub(self.base.get());
-        let hit = generation == self.generation.get()
-            && further < u64::from(self.pages.get())
-            && space == self.space.get();
-        #[expect(clippy::cast_possible_truncation, reason = "below the slot's 32-bit number of pages")]
-        hit.then(|| self.found.get().further(further as u32))
-    }
-
-    #[inline]
-    fn remember(&self, generation: u64, space: AddressSpaceId, gfn: Gfn, found: &Found) {
-        let whole = found.at_start();
-        self.generation.set(generation);
-        self.base.set(gfn.get() - u64::from(found.pages_before));
-        self.pages.set(whole.pages_left);
-        self.space.set(space);
-        self.found.set(whole);
-    }
-}
-
-impl Reader {
-    /// Holds the current version until the result is dropped.
-    #[inline]
-    pub fn pin(&mut self) -> Pinned<'_> {
-        let version = self.seat.enter();
-        Pinned { reader: self, version }
-    }
-
-    /// The current version, to be kept.
-    pub fn snapshot(&mut self) -> Snapshot {
-        self.pin().snapshot()
-    }
-
-    /// Pins, translates and leaves: for a single lookup.
-    ///
-    /// It does not remember the slot: where lookups jump about, that costs more than the pin. To look up the same
-    /// slot again and again, [`pin`](Self::pin) once and ask [`Pinned::translate`].
-    #[inline]
-    pub fn translate(&mut self, space: AddressSpaceId, gpa: Gpa) -> Option<Translation> {
-        View::translate(&self.pin(), space, gpa)
-    }
-}
-
-/// A version that a [`Reader`] holds; dereferences to [`View`].
-///
-/// Its own [`translate`](Self::translate) remembers the slot that was used last.
-pub struct Pinned<'a> {
-    reader: &'a mut Reader,
-    version: NonNull<Version<View>>,
-}
-
-impl Pinned<'_> {
-    /// As [`View::translate`], quick when the same slot is asked for again.
-    #[inline]
-    #[must_use]
-    pub fn translate(&self, space: AddressSpaceId, gpa: Gpa) -> Option<Translation> {
-        let view: &View = self;
-        let page = view.page_size();
-        let gfn = gpa.gfn(page);
-        let last_used = &self.reader.last_used;
-        if let Some(found) = last_used.find(view.generation, space, gfn) {
-            return translation(&found, gpa, page);
-        }
-        let found = view.find(space, gfn)?;
-        last_used.remember(view.generation, space, gfn, &found);
-        translation(&found, gpa, page)
-    }
-
-    /// Whether no newer version has been published.
-    #[inline]
-    #[must_use]
-    pub fn is_current(&self) -> bool {
-        self.reader.seat.owner().is_current(self.version)
-    }
-
-    /// The newest version, to be kept.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`].
-    pub fn latest(&self) -> Result<Snapshot, OutOfMemory> {
-        Handle { shared: self.reader.seat.owner().clone() }.snapshot()
-    }
-
-    /// The same version, to be kept.
-    #[must_use]
-    pub fn snapshot(&self) -> Snapshot {
-        // SAFETY: the version is pinned, and belongs to the seat's owner.
-        Snapshot { held: unsafe { Held::new(self.reader.seat.owner(), self.version) } }
-    }
-}
-
-impl Deref for Pinned<'_> {
-    type Target = View;
-
-    #[inline]
-    fn deref(&self) -> &View {
-        // SAFETY: the version stays while it is announced, which is until the drop.
-        unsafe { &self.version.as_ref().payload }
-    }
-}
-
-impl Drop for Pinned<'_> {
-    #[inline]
-    fn drop(&mut self) {
-        self.reader.seat.leave();
-    }
-}
-
-/// A version kept for as long as one likes; dereferences to [`View`].
-#[derive(Clone)]
-pub struct Snapshot {
-    held: Held<View, Writer>,
-}
-
-impl Deref for Snapshot {
-    type Target = View;
-
-    #[inline]
-    fn deref(&self) -> &View {
-        self.held.payload()
-    }
-}
-
-impl core::fmt::Debug for Snapshot {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        self.held.payload().fmt(f)
     }
 }

@@ -3,6 +3,7 @@
 use std::vec::Vec;
 
 use super::*;
+use crate::addr::Gpa;
 use crate::addr::{GfnRange, Hva};
 use crate::slot::Backing;
 

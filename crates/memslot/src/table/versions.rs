@@ -461,6 +461,12 @@ impl<P, W> Owner<P, W> {
         unsafe { &*self.shared().writer.0.get() }
     }
 
+    /// Whether both share the same.
+    #[inline]
+    pub(super) fn same(&self, other: &Self) -> bool {
+        self.shared == other.shared
+    }
+
     /// Whether a version is the current one.
     #[inline]
     pub(super) fn is_current(&self, version: NonNull<Version<P>>) -> bool {

@@ -1,5 +1,8 @@
 //! What one version says: every lookup.
 
+use core::any::Any;
+
+use super::attachment::{AttachmentKey, Attachments};
 use super::gfn_index::{Found, GfnIndex, Walk};
 use super::hva_index::{HvaIndex, Search};
 use super::id_index::IdIndex;
@@ -27,6 +30,7 @@ pub struct View {
     pub(super) limits: Limits,
     pub(super) pages: u64,
     pub(super) spaces: [Space; MAX_ADDRESS_SPACES],
+    pub(super) attachments: Attachments,
 }
 
 // SAFETY: a published version is never written; the nodes its roots lead to are shared by reference only and
@@ -72,12 +76,19 @@ impl View {
     pub(super) const fn empty(limits: Limits, generation: u64) -> Self {
         const NONE: Space =
             Space { gfns: GfnIndex::EMPTY, hvas: HvaIndex::EMPTY, ids: IdIndex::EMPTY, slots: 0 };
-        Self { generation, limits, pages: 0, spaces: [NONE; MAX_ADDRESS_SPACES] }
+        Self {
+            generation,
+            limits,
+            pages: 0,
+            spaces: [NONE; MAX_ADDRESS_SPACES],
+            attachments: Attachments::NONE,
+        }
     }
 
     /// A copy of the roots, for the writer.
-    pub(super) const fn fork(&self, generation: u64) -> Self {
-        Self { generation, limits: self.limits, pages: self.pages, spaces: self.spaces }
+    pub(super) fn fork(&self, generation: u64) -> Self {
+        let attachments = self.attachments.clone();
+        Self { generation, limits: self.limits, pages: self.pages, spaces: self.spaces, attachments }
     }
 
     /// Which generation of the table this is. Every transaction that changes something makes the next one.
@@ -99,6 +110,13 @@ impl View {
     #[must_use]
     pub const fn page_size(&self) -> PageSize {
         self.limits.page_size
+    }
+
+    /// What a listener has attached to this version, or to one before it.
+    #[inline]
+    #[must_use]
+    pub fn attachment<T: Any + Send + Sync>(&self, key: AttachmentKey<T>) -> Option<&T> {
+        self.attachments.get(key)
     }
 
     /// How many slots an address space has.

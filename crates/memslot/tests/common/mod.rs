@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use proptest::prelude::ProptestConfig;
+
 /// xorshift: the same numbers for the same seed.
 pub struct Random(u64);
 
@@ -31,6 +33,13 @@ impl Random {
     pub fn once_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
+}
+
+/// So many random cases for each property, or as many as `PROPTEST_CASES` says; few for Miri.
+pub fn cases(default: u32) -> ProptestConfig {
+    let default = if cfg!(miri) { 4 } else { default };
+    let cases = std::env::var("PROPTEST_CASES").map_or(default, |cases| cases.parse().unwrap());
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
 /// A file of the project's `data/`.

@@ -98,6 +98,18 @@ impl Model {
         }
     }
 
+    /// A clear that failed has put back what it had taken, for everybody: so others may see pages again.
+    pub(crate) fn put_back(&mut self, at: usize, pages: &[Page], sees: impl Fn(usize, Page) -> bool) {
+        for (other, seen) in self.consumers.iter_mut().enumerate().filter(|&(other, _)| other != at) {
+            seen.dirty.extend(pages.iter().copied().filter(|&page| sees(other, page)));
+        }
+    }
+
+    /// A page is marked, and not armed.
+    pub(crate) fn add_fresh(&mut self, page: Page) {
+        self.fresh.insert(page);
+    }
+
     pub(crate) fn take_removed(&mut self) -> Vec<Page> {
         std::mem::take(&mut self.removed)
     }

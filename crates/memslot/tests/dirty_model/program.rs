@@ -23,6 +23,15 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
+    /// Whether memory that was logged may be there without logging afterwards.
+    pub(crate) fn may_stop_logging(&self) -> bool {
+        match self {
+            Self::Create(spec) => !spec.flags.contains(SlotFlags::LOG_DIRTY_PAGES),
+            Self::Flags(..) => true,
+            _ => false,
+        }
+    }
+
     pub(crate) fn apply(&self, tx: &mut Transaction<'_>) -> Result<(), TransactionError> {
         match *self {
             Self::Create(spec) => tx.create(spec),
@@ -37,15 +46,60 @@ impl Operation {
     }
 }
 
+/// The listener that refuses a change.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Refuser {
+    /// One in front of the log, when the change is published and the log has not followed.
+    First,
+    /// One behind the log, before the change is published.
+    Prepare,
+    /// One behind the log, when the log has followed.
+    Last,
+}
+
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
-    Change { operations: Vec<Operation>, refuse: bool },
-    Mark { space: u8, first: u64, pages: u64 },
-    Merge { space: u8, first: u64, words: Vec<u64> },
-    Harvest { consumer: usize, range: Option<(u8, u64, u64)>, commit: bool, fail_at: Option<usize> },
-    Clear { consumer: usize, space: u8, first: u64, mask: Vec<u64>, cut: u64 },
+    /// `late` is marked when the change is published, before the log has heard of it.
+    Change {
+        operations: Vec<Operation>,
+        refuse: Option<Refuser>,
+        late: Option<(u8, u64)>,
+    },
+    Mark {
+        space: u8,
+        first: u64,
+        pages: u64,
+    },
+    MarkBytes {
+        space: u8,
+        gpa: u64,
+        bytes: u64,
+    },
+    Merge {
+        space: u8,
+        first: u64,
+        words: Vec<u64>,
+    },
+    /// With `touch`, the first page that is re-armed is written again before the flush.
+    Harvest {
+        consumer: usize,
+        range: Option<(u8, u64, u64)>,
+        commit: bool,
+        fail_at: Option<usize>,
+        touch: bool,
+    },
+    Clear {
+        consumer: usize,
+        space: u8,
+        first: u64,
+        mask: Vec<u64>,
+        cut: u64,
+        fail_at: Option<usize>,
+    },
     NewConsumer,
-    DropConsumer { consumer: usize },
+    DropConsumer {
+        consumer: usize,
+    },
     InitiallySet(bool),
 }
 
@@ -108,11 +162,17 @@ pub(crate) fn step() -> impl Strategy<Value = Step> {
         4 => proptest::collection::vec(operation(), 1),
         1 => proptest::collection::vec(operation(), 2..5),
     ];
+    let refuse = prop_oneof![
+        12 => Just(None),
+        1 => Just(Some(Refuser::First)),
+        1 => Just(Some(Refuser::Prepare)),
+        2 => Just(Some(Refuser::Last)),
+    ];
     let range = proptest::option::of((plain_space(), gfn(), 0u64..500));
-    let fail_at = prop_oneof![6 => Just(None), 1 => (0usize..4).prop_map(Some)];
+    let fail_at = || prop_oneof![6 => Just(None), 1 => (0usize..4).prop_map(Some)];
     prop_oneof![
-        8 => (operations, prop_oneof![5 => Just(false), 1 => Just(true)])
-            .prop_map(|(operations, refuse)| Step::Change { operations, refuse }),
+        8 => (operations, refuse, proptest::option::weighted(0.3, (plain_space(), gfn())))
+            .prop_map(|(operations, refuse, late)| Step::Change { operations, refuse, late }),
         1 => (0u64..200, 0u64..1000).prop_map(|(from, less)| Step::Mark {
             space: 0,
             first: LARGE.0 + from,
@@ -122,10 +182,15 @@ pub(crate) fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(space, first, pages)| Step::Mark { space, first, pages }),
         1 => (plain_space(), gfn(), proptest::collection::vec(word(), 1..4))
             .prop_map(|(space, first, words)| Step::Merge { space, first, words }),
-        4 => (any::<usize>(), range, any::<bool>(), fail_at)
-            .prop_map(|(consumer, range, commit, fail_at)| Step::Harvest { consumer, range, commit, fail_at }),
-        3 => (any::<usize>(), plain_space(), gfn(), proptest::collection::vec(word(), 1..4), 0u64..64)
-            .prop_map(|(consumer, space, first, mask, cut)| Step::Clear { consumer, space, first, mask, cut }),
+        1 => (plain_space(), gfn(), 0u64..4096, prop_oneof![0u64..20, 4000u64..4200, 0u64..300_000])
+            .prop_map(|(space, gfn, at, bytes)| Step::MarkBytes { space, gpa: gfn << 12 | at, bytes }),
+        4 => (any::<usize>(), range, any::<bool>(), fail_at(), any::<bool>()).prop_map(
+            |(consumer, range, commit, fail_at, touch)| Step::Harvest { consumer, range, commit, fail_at, touch }
+        ),
+        3 => (any::<usize>(), plain_space(), gfn(), proptest::collection::vec(word(), 1..4), 0u64..64, fail_at())
+            .prop_map(|(consumer, space, first, mask, cut, fail_at)| {
+                Step::Clear { consumer, space, first, mask, cut, fail_at }
+            }),
         1 => Just(Step::NewConsumer),
         1 => any::<usize>().prop_map(|consumer| Step::DropConsumer { consumer }),
         1 => any::<bool>().prop_map(Step::InitiallySet),

@@ -11,7 +11,7 @@ mod compare;
 mod naive;
 mod program;
 
-use common::Random;
+use common::{Random, cases};
 use compare::{check_reader, compare, known};
 use memslot::{
     AddressSpaceId, Backing, Hva, Limits, PageSize, Reader, Reason, SlotFlags, SlotId, SlotSpec, SlotTable,
@@ -162,12 +162,6 @@ fn run(page_size: PageSize, steps: &[u64], ids: u64, check_every: usize) {
     }
     pair.check(&mut last);
     pair.finish(&mut last);
-}
-
-fn cases(default: u32) -> ProptestConfig {
-    let default = if cfg!(miri) { 4 } else { default };
-    let cases = std::env::var("PROPTEST_CASES").map_or(default, |cases| cases.parse().unwrap());
-    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
 fn steps(most: usize) -> impl Strategy<Value = Vec<u64>> {

@@ -1,0 +1,62 @@
+//! What can go wrong.
+
+use std::io;
+
+use memslot::OutOfMemory;
+
+/// Why the kernel's slots could not follow a change of the table. The table is as it was before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KvmError {
+    /// The kernel has no id left for another slot.
+    #[error(
+        "the change needs {needed} more KVM slots in address space {address_space}, and {available} ids are free"
+    )]
+    NoSlots {
+        /// The address space.
+        address_space: u8,
+        /// How many slots would be created.
+        needed: usize,
+        /// How many ids are free, those of slots that would go included.
+        available: u32,
+    },
+    /// The table has an address space that the VM does not have (`KVM_CAP_MULTI_ADDRESS_SPACE`).
+    #[error("the VM has {spaces} address spaces, so no slot can be in address space {address_space}")]
+    NoSuchAddressSpace {
+        /// The slot's.
+        address_space: u8,
+        /// How many the VM has.
+        spaces: u8,
+    },
+    /// KVM neither logs a slot with a guest_memfd nor makes it read-only.
+    #[error(
+        "slot {slot} has a guest_memfd, and KVM allows such a slot neither a dirty log nor to be read-only"
+    )]
+    GuestMemfdFlags {
+        /// The slot of the table.
+        slot: u32,
+    },
+    /// An ioctl failed, and those before it were undone.
+    #[error("{what}: {error}")]
+    Ioctl {
+        /// What was to be done, to which slot of the kernel's.
+        what: String,
+        /// The kernel's error.
+        error: io::Error,
+    },
+    /// [`Vcpus::while_paused`](crate::Vcpus::while_paused) returned without having done the work.
+    #[error("the vCPUs could not be paused, so nothing was done")]
+    NotPaused,
+}
+
+/// Why [`KvmSlots`](crate::KvmSlots) could not be attached to a table.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The table's slots could not be programmed; those that were are deleted again.
+    #[error(transparent)]
+    Program(#[from] KvmError),
+    /// The table's own.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
+}

@@ -1,0 +1,335 @@
+//! Which ioctls bring the kernel's slots in step with a version of the table.
+//!
+//! The plan is made from what the kernel *has* and what the new version *wants*, frame by frame, and only for the
+//! frames that a change touches. It does not compare slots with slots: see the
+//! [crate documentation](crate#the-kernels-slots-are-an-implementation-detail).
+//!
+//! 1. A slot of the kernel's that touches the frames is **kept** if the new version still wants the same memory
+//!    behind all of its frames, with the same flags. If all of them want `LOG_DIRTY_PAGES` toggled, its flags change.
+//! 2. Otherwise it **goes**.
+//! 3. Frames that are wanted and that no kept slot covers get **new** ones.
+//! 4. A slot that goes and a new one with the same memory are **one move**, unless the new place overlaps another slot
+//!    that goes: then the order of moves would matter, and there is not always one (two slots that swap).
+//!
+//! Deletes come first, then moves, flags, creates: so nothing ever overlaps.
+
+use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, MAX_PAGES_PER_SLOT, SlotFlags, View};
+
+use crate::error::KvmError;
+use crate::programmed::{KvmSlot, Programmed};
+use crate::slots::Options;
+
+/// One ioctl.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Step {
+    Delete(KvmSlot),
+    Move { from: KvmSlot, to: KvmSlot },
+    Flags { from: KvmSlot, to: KvmSlot },
+    Create(KvmSlot),
+}
+
+impl Step {
+    /// The step that takes this one back.
+    pub(crate) const fn reversed(self) -> Self {
+        match self {
+            Self::Delete(slot) => Self::Create(slot),
+            Self::Create(slot) => Self::Delete(slot),
+            Self::Move { from, to } => Self::Move { from: to, to: from },
+            Self::Flags { from, to } => Self::Flags { from: to, to: from },
+        }
+    }
+
+    /// The frames that it is about.
+    pub(crate) fn places(&self) -> impl Iterator<Item = Place> {
+        let (one, other) = match self {
+            Self::Delete(slot) | Self::Create(slot) => (slot, None),
+            Self::Move { from, to } | Self::Flags { from, to } => (from, Some(to)),
+        };
+        std::iter::once(one).chain(other).map(|slot| (slot.address_space, slot.gfns))
+    }
+
+    /// What comes first.
+    const fn order(&self) -> u8 {
+        match self {
+            Self::Delete(_) => 0,
+            Self::Move { .. } => 1,
+            Self::Flags { .. } => 2,
+            Self::Create(_) => 3,
+        }
+    }
+
+    /// The slot that it is about, as it is before or, for one that is created, after it.
+    pub(crate) const fn slot(&self) -> &KvmSlot {
+        match self {
+            Self::Delete(slot) | Self::Create(slot) => slot,
+            Self::Move { from, .. } | Self::Flags { from, .. } => from,
+        }
+    }
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Delete(slot) => write!(f, "delete {slot}"),
+            Self::Create(slot) => write!(f, "create {slot}"),
+            Self::Move { from, to } => write!(f, "move {from} to gfn {}", to.gfns.start()),
+            Self::Flags { from, to } => write!(f, "set flags {:?} on {from}", to.flags),
+        }
+    }
+}
+
+/// The ioctls for one change.
+#[derive(Default, Debug)]
+pub(crate) struct Plan {
+    pub(crate) steps: Vec<Step>,
+    /// Frames that have memory before and after lie bare in between.
+    pub(crate) leaves_gap: bool,
+    /// A slot goes that the kernel logs.
+    pub(crate) ends_log: bool,
+    /// So the vCPUs have to stand still.
+    pub(crate) needs_pause: bool,
+    going: Vec<KvmSlot>,
+    coming: Vec<KvmSlot>,
+}
+
+/// A range of frames of an address space.
+pub(crate) type Place = (AddressSpaceId, GfnRange);
+
+/// Sorts ranges and joins those that touch, so that a slot is not cut where two of them meet.
+pub(crate) fn join(places: &mut Vec<Place>) {
+    places.sort_unstable_by_key(|&(space, gfns)| (space, gfns.start()));
+    places.dedup_by(|next, last| {
+        let touches = next.0 == last.0 && next.1.start() <= last.1.end();
+        if touches {
+            let end = last.1.end().max(next.1.end());
+            last.1 = GfnRange::new(last.1.start(), end).unwrap_or(last.1);
+        }
+        touches
+    });
+}
+
+/// Makes the plan for the frames of `places`. Ids of new slots are taken; [`Plan::settle_ids`] gives back what was not
+/// used. The plan is empty at first, and its memory is used again.
+pub(crate) fn plan(
+    programmed: &mut Programmed,
+    after: &View,
+    places: &mut Vec<Place>,
+    options: &Options,
+    plan: &mut Plan,
+) -> Result<(), KvmError> {
+    join(places);
+    let (mut going, mut coming) = (std::mem::take(&mut plan.going), std::mem::take(&mut plan.coming));
+    let result = fill(programmed, after, places, options, plan, &mut going, &mut coming);
+    (plan.going, plan.coming) = (going, coming);
+    result
+}
+
+fn fill(
+    programmed: &mut Programmed,
+    after: &View,
+    places: &mut Vec<Place>,
+    options: &Options,
+    plan: &mut Plan,
+    going: &mut Vec<KvmSlot>,
+    coming: &mut Vec<KvmSlot>,
+) -> Result<(), KvmError> {
+    for &(space, gfns) in &*places {
+        for slot in programmed.in_range(space, gfns) {
+            match wanted_flags(after, slot) {
+                Some(flags) if flags == slot.flags => {}
+                Some(flags) => plan.steps.push(Step::Flags { from: *slot, to: KvmSlot { flags, ..*slot } }),
+                // It may reach into the next range.
+                None if going.last() != Some(slot) => going.push(*slot),
+                None => {}
+            }
+        }
+    }
+    plan.steps.dedup();
+    if !going.is_empty() {
+        places.extend(going.iter().map(|slot| (slot.address_space, slot.gfns)));
+        join(places);
+    }
+    for &(space, gfns) in &*places {
+        bare(programmed, going, after, space, gfns, options, coming)?;
+    }
+    if !going.is_empty() {
+        let moved = find_moves(&mut plan.steps, going, coming);
+        plan.leaves_gap = coming.iter().any(|slot| first_overlapping(going, slot).is_some());
+        let mut moved = moved.into_iter();
+        going.retain(|_| moved.next() != Some(true));
+    }
+    plan.ends_log = going.iter().any(KvmSlot::logs);
+    for slot in &*going {
+        if let Some(ids) = programmed.ids(slot.address_space) {
+            ids.free(slot.id.into());
+        }
+        plan.steps.push(Step::Delete(*slot));
+    }
+    for (done, slot) in coming.iter().enumerate() {
+        let ids = programmed.ids(slot.address_space);
+        let id = ids.and_then(|ids| ids.allocate()).and_then(|id| u16::try_from(id).ok());
+        let Some(id) = id else {
+            let available = programmed.ids(slot.address_space).map_or(0, |ids| ids.available());
+            plan.settle_ids(programmed);
+            let available = available + u32::try_from(done).unwrap_or(u32::MAX);
+            return Err(KvmError::NoSlots {
+                address_space: slot.address_space.get(),
+                needed: coming.len(),
+                available,
+            });
+        };
+        plan.steps.push(Step::Create(KvmSlot { id, ..*slot }));
+    }
+    if plan.steps.len() > 1 {
+        // Stable: each kind stays in the order of the frames.
+        plan.steps.sort_by_key(Step::order);
+    }
+    Ok(())
+}
+
+impl Plan {
+    /// Forgets all but its memory.
+    pub(crate) fn clear(&mut self) {
+        let Self { steps, leaves_gap, ends_log, needs_pause, going, coming } = self;
+        (*leaves_gap, *ends_log, *needs_pause) = (false, false, false);
+        steps.clear();
+        going.clear();
+        coming.clear();
+    }
+
+    /// Makes the ids that the plan is about free or taken, as the kernel has them now.
+    pub(crate) fn settle_ids(&self, programmed: &mut Programmed) {
+        for step in &self.steps {
+            programmed.settle_id(step.slot().address_space, step.slot().id);
+        }
+    }
+}
+
+/// The flags that the version wants for all frames of a slot of the kernel's, if it can stay: the same memory
+/// behind all of them, and at most the log is another.
+fn wanted_flags(after: &View, slot: &KvmSlot) -> Option<SlotFlags> {
+    let mut at = slot.gfns.start();
+    let mut flags = None;
+    for piece in after.slots_in(slot.address_space, slot.gfns) {
+        let skipped = piece.gfns.start().offset_from(piece.slot.base_gfn())?;
+        let backing = piece.slot.backing().advanced(slot.page_size.bytes_of(skipped)?)?;
+        let alike = flags.replace(piece.slot.flags()).is_none_or(|flags| flags == piece.slot.flags());
+        if piece.gfns.start() != at || Some(backing) != slot.backing_at(at) || !alike {
+            return None;
+        }
+        at = piece.gfns.end();
+    }
+    let only_log =
+        |flags: &SlotFlags| (*flags ^ slot.flags).difference(SlotFlags::LOG_DIRTY_PAGES).is_empty();
+    flags.filter(only_log).filter(|_| at == slot.gfns.end())
+}
+
+/// The slots (still without ids) for those frames that are wanted and that no slot covers which stays.
+fn bare(
+    programmed: &Programmed,
+    going: &[KvmSlot],
+    after: &View,
+    space: AddressSpaceId,
+    gfns: GfnRange,
+    options: &Options,
+    coming: &mut Vec<KvmSlot>,
+) -> Result<(), KvmError> {
+    for piece in after.slots_in(space, gfns) {
+        let slot = piece.slot;
+        if matches!(slot.backing(), Backing::Device { .. }) {
+            continue;
+        }
+        if matches!(slot.backing(), Backing::GuestMemfd { .. }) && !slot.flags().is_empty() {
+            return Err(KvmError::GuestMemfdFlags { slot: slot.id().get() });
+        }
+        let stays = |slot: &&KvmSlot| going.binary_search_by_key(&key(slot), key).is_err();
+        let mut from = piece.gfns.start();
+        let mut kept = programmed.in_range(space, piece.gfns).filter(stays);
+        loop {
+            let kept = kept.next();
+            let end = kept.map_or(piece.gfns.end(), |kept| kept.gfns.start());
+            while from < end {
+                let part = cut(from, end, options);
+                let skipped = part.start().offset_from(slot.base_gfn());
+                let bytes = skipped.and_then(|pages| slot.page_size().bytes_of(pages));
+                let Some(backing) = bytes.and_then(|bytes| slot.backing().advanced(bytes)) else { break };
+                coming.push(KvmSlot {
+                    address_space: space,
+                    id: 0,
+                    gfns: part,
+                    backing,
+                    flags: slot.flags(),
+                    page_size: slot.page_size(),
+                });
+                from = part.end();
+            }
+            match kept {
+                Some(kept) => from = kept.gfns.end(),
+                None => break,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The first slot's worth of a range: up to the next multiple of the largest size.
+fn cut(from: Gfn, end: Gfn, options: &Options) -> GfnRange {
+    let most = options.max_pages.map_or(MAX_PAGES_PER_SLOT, |most| most.get().min(MAX_PAGES_PER_SLOT));
+    let border = match options.max_pages {
+        Some(_) => (from.get() / most + 1).saturating_mul(most),
+        None => from.get().saturating_add(most),
+    };
+    GfnRange::new(from, end.min(Gfn::new(border))).unwrap_or_default()
+}
+
+const fn key(slot: &KvmSlot) -> (AddressSpaceId, Gfn) {
+    (slot.address_space, slot.gfns.start())
+}
+
+/// The first of the slots (sorted, disjoint) that overlaps another one.
+fn first_overlapping(slots: &[KvmSlot], other: &KvmSlot) -> Option<usize> {
+    let at = slots.partition_point(|slot| {
+        (slot.address_space, slot.gfns.end()) <= (other.address_space, other.gfns.start())
+    });
+    let found = slots.get(at)?;
+    (found.address_space == other.address_space && found.gfns.overlaps(&other.gfns)).then_some(at)
+}
+
+/// Makes moves of slots that go and slots that come with the same memory; the latter are then no longer among those
+/// that come. Returns which ones are moved of those that go.
+fn find_moves(steps: &mut Vec<Step>, going: &[KvmSlot], coming: &mut Vec<KvmSlot>) -> Vec<bool> {
+    let memory = |slot: &KvmSlot| match slot.backing {
+        Backing::Host { hva } => Some((
+            slot.address_space,
+            hva,
+            slot.gfns.len(),
+            slot.flags & SlotFlags::READONLY == SlotFlags::empty(),
+        )),
+        _ => None,
+    };
+    let mut by_memory: Vec<_> = (0..going.len()).filter_map(|at| Some((memory(&going[at])?, at))).collect();
+    by_memory.sort_unstable();
+    let mut moved = vec![false; going.len()];
+    coming.retain(|to| {
+        let Some(wanted) = memory(to) else { return true };
+        let first = by_memory.partition_point(|(memory, _)| *memory < wanted);
+        let same = by_memory[first..].iter().take_while(|(memory, _)| *memory == wanted);
+        // Aliases: several may have this memory.
+        let Some(&(_, at)) = same.clone().find(|&&(_, at)| !moved[at]) else { return true };
+        let overlapping = first_overlapping(going, to);
+        let only_itself = overlapping.is_none_or(|found| {
+            found == at
+                && going.get(at + 1).is_none_or(|next| {
+                    next.address_space != to.address_space || !next.gfns.overlaps(&to.gfns)
+                })
+        });
+        if !only_itself {
+            return true;
+        }
+        moved[at] = true;
+        let from = going[at];
+        steps.push(Step::Move { from, to: KvmSlot { id: from.id, ..*to } });
+        false
+    });
+    moved
+}

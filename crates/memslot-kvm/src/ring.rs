@@ -1,0 +1,147 @@
+//! The kernel's dirty rings: one for each vCPU, in memory that it shares with us.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+
+use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET};
+use memslot::AddressSpaceId;
+use memslot::dirty::DirtyLog;
+use memslot::dirty::ring::{ENTRY_BYTES, Entry, RingReader};
+
+use crate::dirty::DirtyError;
+use crate::kernel::Kernel;
+use crate::slots::KvmSlots;
+use crate::steps::State;
+
+/// The rings that the kernel fills, if it does.
+#[derive(Default)]
+pub(crate) struct Rings {
+    /// Entries of a ring; 0 where there are none.
+    entries: u32,
+    readers: Vec<RingReader<RingMemory>>,
+    /// Entries were read that the kernel has not reset yet.
+    reset_due: bool,
+}
+
+impl Rings {
+    pub(crate) const fn is_enabled(&self) -> bool {
+        self.entries > 0
+    }
+}
+
+impl<K: Kernel + 'static> KvmSlots<K> {
+    /// Has the kernel keep dirty rings of `entries` entries (a power of two from 256 on) instead of bitmaps. Before the first vCPU is
+    /// made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs.
+    ///
+    /// A vCPU whose ring is full leaves the guest with `KVM_EXIT_DIRTY_RING_FULL`; [`fetch`](Self::fetch) makes room.
+    ///
+    /// # Errors
+    /// The kernel's, and [`DirtyError::NoLog`].
+    pub fn enable_rings(&self, entries: u32) -> Result<(), DirtyError> {
+        let mut state = self.shared.state();
+        if state.log.is_none() {
+            return Err(DirtyError::NoLog);
+        }
+        let kernel = &self.shared.kernel;
+        // On x86 both are the same; elsewhere only the second is there.
+        let caps = [KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL];
+        let cap = caps.into_iter().find(|&cap| kernel.check_extension(cap) > 0);
+        let enabled = match cap {
+            Some(cap) => kernel.enable_cap(cap, u64::from(entries) * ENTRY_BYTES),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        };
+        enabled.map_err(|error| DirtyError::Ioctl {
+            what: format!("dirty rings of {entries} entries"),
+            error,
+        })?;
+        state.rings.entries = entries;
+        Ok(())
+    }
+
+    /// Reads the ring of this vCPU from now on. Once for each vCPU.
+    ///
+    /// # Errors
+    /// Of mapping the ring, also where [`enable_rings`](Self::enable_rings) was not called.
+    pub fn add_vcpu(&self, vcpu: &impl AsRawFd) -> Result<(), DirtyError> {
+        let mut state = self.shared.state();
+        let ring = RingMemory::of(vcpu, state.rings.entries)
+            .and_then(|memory| RingReader::new(memory).map_err(io::Error::other))
+            .map_err(|error| DirtyError::Ioctl { what: "map a vCPU's dirty ring".to_owned(), error })?;
+        state.rings.readers.push(ring);
+        Ok(())
+    }
+}
+
+impl State {
+    /// Reads all rings into the log and has the kernel reset them. Returns how many pages were named.
+    pub(crate) fn collect_rings<K: Kernel>(&mut self, kernel: &K, log: &DirtyLog) -> io::Result<u64> {
+        let mut pages = 0;
+        for reader in &mut self.rings.readers {
+            for page in reader.collect() {
+                pages += 1;
+                // What is in a ring is not to be trusted: it is memory that the VMM can write.
+                let slot = match (u8::try_from(page.address_space), u16::try_from(page.slot.get())) {
+                    (Ok(space), Ok(id)) => self.programmed.with_id(AddressSpaceId::new(space), id),
+                    _ => None,
+                };
+                let slot = slot.filter(|slot| page.offset < slot.gfns.len());
+                if let Some((slot, gfn)) =
+                    slot.and_then(|slot| Some((slot, slot.gfns.start().checked_add(page.offset)?)))
+                {
+                    log.mark(slot.address_space, gfn);
+                }
+            }
+        }
+        self.rings.reset_due |= pages > 0;
+        if self.rings.reset_due {
+            kernel.reset_dirty_rings()?;
+            self.rings.reset_due = false;
+        }
+        Ok(pages)
+    }
+}
+
+/// A vCPU's ring, mapped.
+struct RingMemory {
+    entries: NonNull<Entry>,
+    len: usize,
+}
+
+// SAFETY: the entries are atomics in memory that stays mapped as long as this lives.
+unsafe impl Send for RingMemory {}
+
+impl RingMemory {
+    fn of(vcpu: &impl AsRawFd, entries: u32) -> io::Result<Self> {
+        let len = entries as usize;
+        if len == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "dirty rings are not enabled"));
+        }
+        // SAFETY: the call asks for a number.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        let offset = page * libc::c_long::from(u8::try_from(KVM_DIRTY_LOG_PAGE_OFFSET).unwrap_or(u8::MAX));
+        let bytes = len * size_of::<Entry>();
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, vcpu.as_raw_fd(), offset) };
+        match NonNull::new(start.cast()) {
+            Some(entries) if start != libc::MAP_FAILED => Ok(Self { entries, len }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl AsRef<[Entry]> for RingMemory {
+    fn as_ref(&self) -> &[Entry] {
+        // SAFETY: the mapping has this many entries, which are atomics of any value; it lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.entries.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for RingMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nobody looks at it any more.
+        unsafe { libc::munmap(self.entries.as_ptr().cast(), self.len * size_of::<Entry>()) };
+    }
+}

@@ -1,0 +1,256 @@
+//! The listener, and the handle to it.
+
+use std::fmt;
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{KVM_CAP_MULTI_ADDRESS_SPACE, KVM_CAP_NR_MEMSLOTS};
+use memslot::{AddressSpaceId, Gfn, GfnRange, Listener, ListenerError, PieceKind, SlotTable, Update, View};
+
+use crate::error::{AttachError, KvmError};
+use crate::ids::SlotIds;
+use crate::kernel::Kernel;
+use crate::plan::{Place, Plan, plan};
+use crate::programmed::{KvmSlot, Programmed};
+use crate::ring::Rings;
+use crate::steps::State;
+use crate::vm::Vm;
+
+/// How the kernel's slots are laid out.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The most pages that one slot of the kernel's has. Slots of the table that are larger are cut at multiples of
+    /// this many frames, so that parts of them can come and go alone. `None`: they are not cut.
+    pub max_pages: Option<NonZeroU64>,
+    /// The ids that may be used; by default all that the VM has (`KVM_CAP_NR_MEMSLOTS`). Give another range where
+    /// somebody else programs slots into the same VM.
+    pub ids: Option<Range<u16>>,
+}
+
+/// Makes all vCPUs stand still.
+pub trait Vcpus: Send {
+    /// Makes all vCPUs leave the guest, does `work` while none is in it, and lets them go on.
+    ///
+    /// It is called from the thread that changes the table, during the change: a vCPU's thread that waits to change
+    /// the table itself must count as paused.
+    fn while_paused(&mut self, work: &mut dyn FnMut());
+}
+
+/// For a VM whose vCPUs do not run, or whose guest may see the gaps.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NotRunning;
+
+impl Vcpus for NotRunning {
+    fn while_paused(&mut self, work: &mut dyn FnMut()) {
+        work();
+    }
+}
+
+pub(crate) struct Shared<K> {
+    pub(crate) kernel: K,
+    options: Options,
+    spaces: u8,
+    /// Taken before `state`, and not while it is held: who pauses a vCPU waits for it.
+    vcpus: Mutex<Box<dyn Vcpus>>,
+    state: Mutex<State>,
+}
+
+impl<K> Shared<K> {
+    /// Poison says nothing here: the state follows each ioctl at once.
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Keeps a VM's memory slots in step with a table. See the [crate documentation](crate).
+///
+/// This is a handle; clones are the same. The listener itself belongs to the table.
+pub struct KvmSlots<K = Vm> {
+    pub(crate) shared: Arc<Shared<K>>,
+}
+
+impl<K> Clone for KvmSlots<K> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<K: Kernel + 'static> KvmSlots<K> {
+    /// Programs the slots that `table` has into the VM and follows every change of the table from now on.
+    ///
+    /// # Errors
+    /// [`AttachError`]; the VM has none of the slots then.
+    ///
+    /// # Safety
+    /// The guest reads the host memory of every slot of the table, and writes that of every slot that is not
+    /// read-only, from when the slot is created until its delete (or the table's drop, and the VM's) has returned:
+    /// it must be memory of the VMM's that may be used so, mapped all the time.
+    pub unsafe fn attach(table: &mut SlotTable, kernel: K, options: Options) -> Result<Self, AttachError> {
+        let most = kernel.check_extension(KVM_CAP_NR_MEMSLOTS);
+        let spaces =
+            u8::try_from(kernel.check_extension(KVM_CAP_MULTI_ADDRESS_SPACE)).unwrap_or(u8::MAX).max(1);
+        let most = most.min(1 << 16);
+        let ids = options.ids.clone().map_or(0..most, |ids| u32::from(ids.start)..most.min(ids.end.into()));
+        let state = State {
+            programmed: Programmed::new(spaces, &SlotIds::new(ids)),
+            log: None,
+            rings: Rings::default(),
+            manual_protect: false,
+            words: Vec::new(),
+            out_of_step: Vec::new(),
+        };
+        let shared = Arc::new(Shared {
+            kernel,
+            options,
+            spaces,
+            vcpus: Mutex::new(Box::new(NotRunning)),
+            state: Mutex::new(state),
+        });
+        let mut follower =
+            Follower { shared: Arc::clone(&shared), plan: Plan::default(), places: Vec::new() };
+        let all = GfnRange::new(Gfn::new(0), Gfn::new(u64::MAX)).unwrap_or_default();
+        follower.places.extend(table.view().address_spaces().map(|space| (space, all)));
+        follower.plan(table.view())?;
+        follower.issue()?;
+        let issued = std::mem::take(&mut follower.plan);
+        if let Err(error) = table.add_listener(Box::new(follower)) {
+            shared.state().take_back(&shared.kernel, &issued.steps);
+            return Err(error.into());
+        }
+        Ok(Self { shared })
+    }
+
+    /// Who makes the vCPUs stand still, where that is needed; [`NotRunning`] at first.
+    pub fn set_vcpus(&self, vcpus: impl Vcpus + 'static) {
+        *self.shared.vcpus.lock().unwrap_or_else(PoisonError::into_inner) = Box::new(vcpus);
+    }
+
+    /// The slots that the kernel has, in order of address space and gfn.
+    #[must_use]
+    pub fn slots(&self) -> Vec<KvmSlot> {
+        self.shared.state().programmed.all().copied().collect()
+    }
+
+    /// The slot of the kernel's that covers a frame.
+    #[must_use]
+    pub fn slot_at(&self, space: AddressSpaceId, gfn: Gfn) -> Option<KvmSlot> {
+        let gfns = GfnRange::with_len(gfn, 1)?;
+        self.shared.state().programmed.in_range(space, gfns).next().copied()
+    }
+
+    /// The slot of the kernel's with this id.
+    #[must_use]
+    pub fn slot(&self, space: AddressSpaceId, id: u16) -> Option<KvmSlot> {
+        self.shared.state().programmed.with_id(space, id).copied()
+    }
+
+    /// Whether the kernel has what the table says. It has not where ioctls failed and could not be taken back
+    /// either; every later change of the table tries again.
+    #[must_use]
+    pub fn is_in_step(&self) -> bool {
+        self.shared.state().out_of_step.is_empty()
+    }
+
+    /// The kernel's calls.
+    #[must_use]
+    pub fn kernel(&self) -> &K {
+        &self.shared.kernel
+    }
+}
+
+impl<K> fmt::Debug for KvmSlots<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.shared.state().programmed.all()).finish()
+    }
+}
+
+struct Follower<K> {
+    shared: Arc<Shared<K>>,
+    plan: Plan,
+    places: Vec<Place>,
+}
+
+impl<K: Kernel> Follower<K> {
+    fn plan(&mut self, after: &View) -> Result<(), KvmError> {
+        let Shared { options, spaces, .. } = &*self.shared;
+        let beyond = (*spaces..after.limits().address_spaces).map(AddressSpaceId::new);
+        if let Some(space) = beyond.into_iter().find(|&space| after.len(space) > 0) {
+            return Err(KvmError::NoSuchAddressSpace { address_space: space.get(), spaces: *spaces });
+        }
+        let mut state = self.shared.state();
+        self.places.extend_from_slice(&state.out_of_step);
+        self.plan.clear();
+        plan(&mut state.programmed, after, &mut self.places, options, &mut self.plan)?;
+        self.plan.needs_pause = self.plan.leaves_gap || (self.plan.ends_log && state.log.is_some());
+        Ok(())
+    }
+
+    fn issue(&mut self) -> Result<(), KvmError> {
+        let Self { shared, plan, .. } = self;
+        with_vcpus(shared, plan, |state| {
+            state.issue(&shared.kernel, plan)?;
+            state.out_of_step.clear();
+            Ok(())
+        })
+        .unwrap_or(Err(KvmError::NotPaused))
+    }
+}
+
+/// Does the plan's work, while the vCPUs stand still if they have to; `None` if they could not be made to.
+fn with_vcpus<K: Kernel, T>(
+    shared: &Shared<K>,
+    plan: &Plan,
+    mut work: impl FnMut(&mut State) -> T,
+) -> Option<T> {
+    if !plan.needs_pause {
+        return Some(work(&mut shared.state()));
+    }
+    let mut done = None;
+    let mut vcpus = shared.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
+    vcpus.while_paused(&mut || {
+        if done.is_none() {
+            done = Some(work(&mut shared.state()));
+        }
+    });
+    done
+}
+
+impl<K: Kernel> Listener for Follower<K> {
+    fn name(&self) -> &str {
+        "/dev/kvm"
+    }
+
+    fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        self.places.clear();
+        self.places.extend(update.pieces.iter().filter_map(|piece| match piece.kind {
+            PieceKind::Changed { old, new } if old.flags() == new.flags() => None,
+            _ => Some((piece.address_space, piece.gfns)),
+        }));
+        Ok(self.plan(update.after)?)
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        let result = self.issue();
+        if result.is_err() {
+            self.plan.settle_ids(&mut self.shared.state().programmed);
+        }
+        Ok(result?)
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {
+        let Self { shared, plan, .. } = self;
+        let mut take_back = |state: &mut State| {
+            state.take_back(&shared.kernel, &plan.steps);
+            plan.settle_ids(&mut state.programmed);
+        };
+        // The vCPUs do not matter more than being in step.
+        if with_vcpus(shared, plan, &mut take_back).is_none() {
+            take_back(&mut shared.state());
+        }
+    }
+
+    fn abort(&mut self, _: &Update<'_>) {
+        self.plan.settle_ids(&mut self.shared.state().programmed);
+    }
+}

@@ -1,0 +1,166 @@
+//! The kernel's dirty bits on their way through changes of the table.
+
+use std::collections::BTreeSet;
+
+use memslot::dirty::{Consumer, DirtyLog};
+use memslot::*;
+use memslot_kvm::Options;
+
+use crate::common::MODEL_HVA as HVA;
+use crate::common::{PAGE, RAM, Random, random_op, spec};
+use crate::fake::{Writers, frames};
+use crate::{FRAMES, Rig};
+
+fn with_log(rig: &mut Rig) -> (DirtyLog, Consumer) {
+    let log = rig.slots.dirty_log(&mut rig.table).unwrap();
+    let consumer = log.consumer().unwrap();
+    (log, consumer)
+}
+
+fn harvested(rig: &Rig, consumer: &Consumer) -> BTreeSet<u64> {
+    let harvest = rig.slots.harvest(consumer).unwrap();
+    let pages = harvest.runs().flat_map(|run| run.gfns.start().get()..run.gfns.end().get()).collect();
+    harvest.commit();
+    pages
+}
+
+/// The bits follow the memory through random changes: a page that was written, is still there and has been logged all
+/// the time is reported; nothing is reported twice without a write.
+#[test]
+fn no_write_is_lost_in_a_change() {
+    for manual in [false, true] {
+        for seed in 0..60 {
+            let random = &mut Random::new(seed);
+            let mut rig = Rig::new(200, Options::default());
+            let (_, consumer) = with_log(&mut rig);
+            if manual {
+                rig.slots.enable_manual_protect(false).unwrap();
+            }
+            let mut expected = BTreeSet::new();
+            for _ in 0..40 {
+                for _ in 0..random.below(6) {
+                    let gfn = random.below(FRAMES);
+                    if rig.fake.write(gfn) && logs(&rig, gfn) {
+                        expected.insert(gfn);
+                    }
+                }
+                // These come between the plan and the pause.
+                let late: Vec<u64> = (0..random.below(4)).map(|_| random.below(FRAMES)).collect();
+                rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: late.clone(), obey: true });
+                let before = rig.table.snapshot();
+                let fails = random.once_in(5);
+                rig.fake.inner().fail_in = fails.then(|| u32::try_from(random.below(3)).unwrap());
+                rig.fake.inner().failures = 1;
+                let result = rig
+                    .table
+                    .transaction(|tx| (0..2).try_for_each(|_| random_op(tx, random, 16, FRAMES, HVA)));
+                rig.fake.inner().fail_in = None;
+                if rig.pauses() > 0 {
+                    let writable = |gfn: &u64| {
+                        before.slot_at(RAM, Gfn::new(*gfn)).is_some_and(|slot| {
+                            slot.hva().is_some() && slot.flags() == SlotFlags::LOG_DIRTY_PAGES
+                        })
+                    };
+                    expected.extend(late.into_iter().filter(writable));
+                }
+                if result.is_ok() {
+                    // Where the memory is now, and logged before and after, the page is dirty still.
+                    let (was, is) = (frames(&before), frames(rig.table.view()));
+                    let stays = |gfn: &u64| {
+                        was.get(gfn).map(|frame| frame.0) == is.get(gfn).map(|frame| frame.0)
+                            && logs(&rig, *gfn)
+                    };
+                    expected.retain(stays);
+                }
+                rig.check();
+                if random.once_in(3) {
+                    let found = harvested(&rig, &consumer);
+                    assert!(expected.is_subset(&found), "seed {seed}: {expected:?} of {found:?}");
+                    expected.clear();
+                    assert_eq!(harvested(&rig, &consumer), BTreeSet::new());
+                }
+            }
+        }
+    }
+}
+
+fn logs(rig: &Rig, gfn: u64) -> bool {
+    let slot = rig.table.view().slot_at(RAM, Gfn::new(gfn));
+    slot.is_some_and(|slot| slot.hva().is_some() && slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES))
+}
+
+#[test]
+fn a_moved_slot_takes_its_pages_along() {
+    let mut rig = Rig::new(200, Options::default());
+    let (_, consumer) = with_log(&mut rig);
+    rig.table.create(spec(0, 0, 8, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    rig.table.create(spec(1, 10, 8, HVA + (1 << 30), SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    assert!(rig.fake.write(3) && rig.fake.write(12));
+    // One is moved by the kernel with its bitmap; then both change places, which the kernel cannot.
+    rig.table.move_to(RAM, SlotId::new(0), Gfn::new(20)).unwrap();
+    rig.table
+        .transaction(|tx| {
+            tx.move_to(RAM, SlotId::new(0), Gfn::new(10))?;
+            tx.move_to(RAM, SlotId::new(1), Gfn::new(20))
+        })
+        .unwrap();
+    // The bits of the second change were fetched while it was under way: they count for both sides of it.
+    assert!(harvested(&rig, &consumer).is_superset(&BTreeSet::from([13, 22])));
+    assert_eq!(harvested(&rig, &consumer), BTreeSet::new());
+}
+
+#[test]
+fn who_asks_gets_the_pages_of_a_slot_that_went() {
+    let mut rig = Rig::new(200, Options::default());
+    let log = rig.slots.dirty_log(&mut rig.table).unwrap();
+    let consumer = log.consumer_keeping_removed().unwrap();
+    rig.table.create(spec(0, 8, 8, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    assert!(rig.fake.write(9));
+    rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: vec![15], obey: true });
+    rig.table.delete(RAM, SlotId::new(0)).unwrap();
+    assert_eq!(rig.pauses(), 1, "a write between the last look and the end would be lost");
+    let removed = consumer.take_removed().unwrap();
+    let pages: Vec<_> =
+        removed.iter().flat_map(|removed| removed.runs()).map(|run| (run.start().get(), run.len())).collect();
+    assert_eq!(pages, [(9, 1), (15, 1)]);
+}
+
+#[test]
+fn where_the_kernel_does_not_tell_all_is_dirty() {
+    let mut rig = Rig::new(200, Options::default());
+    let (_, consumer) = with_log(&mut rig);
+    rig.table.create(spec(0, 0, 8, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    rig.fake.inner().no_dirty_log = true;
+    let error = rig.slots.fetch().unwrap_err().to_string();
+    assert!(error.starts_with("get the dirty log of KVM slot 0 at 0x0, 0x8000 bytes: "), "{error}");
+    // Half of the slot goes, and the kernel's bits of all of it with it.
+    rig.table.transaction(|tx| tx.resize(RAM, SlotId::new(0), 4)).unwrap();
+    rig.fake.inner().no_dirty_log = false;
+    assert_eq!(harvested(&rig, &consumer), BTreeSet::from([0, 1, 2, 3]));
+}
+
+#[test]
+fn manual_protection_clears_what_was_taken_and_nothing_else() {
+    let mut rig = Rig::new(200, Options::default());
+    let (log, consumer) = with_log(&mut rig);
+    rig.slots.enable_manual_protect(true).unwrap();
+    assert!(log.initially_set());
+    rig.table.create(spec(0, 5, 90, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    assert_eq!(harvested(&rig, &consumer).len(), 90, "all pages are dirty at first");
+    rig.fake.inner().calls.clear();
+
+    for gfn in [5, 6, 68, 69, 94] {
+        assert!(rig.fake.write(gfn));
+    }
+    // A range takes its own pages; the others stay dirty, in the kernel too.
+    rig.slots.fetch().unwrap();
+    let harvest = consumer.harvest_range(RAM, crate::common::gfns(6, 63), &mut rig.slots.rearm()).unwrap();
+    assert_eq!(harvest.pages(), 2);
+    harvest.commit();
+    assert_eq!(rig.fake.inner().dirty[&0], BTreeSet::from([0, 64, 89]));
+    assert_eq!(harvested(&rig, &consumer), BTreeSet::from([5, 69, 94]));
+    assert_eq!(rig.fake.inner().dirty[&0], BTreeSet::new());
+    // One call each, however many runs.
+    assert_eq!(rig.calls(), [("clear", 2)]);
+    assert_eq!(PAGE, 4096);
+}

@@ -1,0 +1,338 @@
+//! The plans against a model of the kernel: no call is ever refused, no gap is ever seen, nothing stays half-done.
+#![cfg(target_os = "linux")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod dirty;
+mod fake;
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use memslot::*;
+use memslot_kvm::{KvmSlots, Options};
+
+use crate::common::{MODEL_HVA as HVA, PAGE, RAM, Random, random_op, spec};
+use crate::fake::{Fake, Frames, Writers, frames};
+
+const FRAMES: u64 = 320;
+
+/// Refuses commits on demand, after the kernel was programmed, and slot 99 always, before.
+struct Refuser(Arc<AtomicBool>);
+
+impl Listener for Refuser {
+    fn name(&self) -> &str {
+        "refuser"
+    }
+
+    fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        let refused = update.after.slot(RAM, SlotId::new(99)).is_some();
+        if refused { Err("refused".into()) } else { Ok(()) }
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        if self.0.load(Ordering::Relaxed) { Err("refused".into()) } else { Ok(()) }
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
+}
+
+struct Rig {
+    fake: Fake,
+    table: SlotTable,
+    slots: KvmSlots<Fake>,
+    refuse: Arc<AtomicBool>,
+}
+
+impl Rig {
+    fn new(limit: u32, options: Options) -> Self {
+        let fake = Fake::new(limit);
+        let mut table = SlotTable::new(Limits { address_spaces: 2, ..Limits::default() }).unwrap();
+        // SAFETY: the kernel is a model, which touches no memory.
+        let slots = unsafe { KvmSlots::attach(&mut table, fake.clone(), options) }.unwrap();
+        let refuse = Arc::new(AtomicBool::new(false));
+        table.add_listener(Box::new(Refuser(Arc::clone(&refuse)))).unwrap();
+        slots.set_vcpus(Writers { fake: fake.clone(), frames: Vec::new(), obey: true });
+        Self { fake, table, slots, refuse }
+    }
+
+    /// The kernel shows what the table says, and is as we think it is.
+    fn check(&self) {
+        let inner = self.fake.inner();
+        assert_eq!(frames(inner.table.view()), frames(self.table.view()));
+        let theirs: Vec<_> = inner
+            .table
+            .view()
+            .slots(RAM)
+            .map(|slot| (slot.id().get(), slot.gfns(), slot.backing(), slot.flags()))
+            .collect();
+        let ours: Vec<_> = self
+            .slots
+            .slots()
+            .iter()
+            .map(|slot| (u32::from(slot.id), slot.gfns, slot.backing, slot.flags))
+            .collect();
+        assert_eq!(ours, theirs);
+        for slot in self.table.view().slots(RAM).filter(|slot| slot.hva().is_some()) {
+            for page in 0..slot.pages() {
+                let there = self.slots.slot_at(RAM, slot.base_gfn().checked_add(page).unwrap()).unwrap();
+                assert_eq!(there.flags, slot.flags());
+                assert_eq!(self.slots.slot(RAM, there.id), Some(there));
+            }
+        }
+    }
+
+    fn calls(&self) -> Vec<(&'static str, u32)> {
+        std::mem::take(&mut self.fake.inner().calls).into_iter().collect()
+    }
+
+    fn pauses(&self) -> u32 {
+        std::mem::take(&mut self.fake.inner().pauses)
+    }
+}
+
+/// What a guest saw in between was, frame by frame, what was before or what is after; and no frame that has memory
+/// before and after was ever without.
+fn no_gap(seen: &[Frames], before: &Frames, after: &Frames) {
+    for state in seen {
+        for gfn in 0..2 * FRAMES {
+            let (now, was, is) = (state.get(&gfn), before.get(&gfn), after.get(&gfn));
+            assert!(now == was || now == is, "gfn {gfn}: {now:?} between {was:?} and {is:?}");
+        }
+    }
+}
+
+#[test]
+fn random_transactions_with_failures() {
+    let programs = std::env::var("MEMSLOT_MODEL_PROGRAMS").map_or(100, |n| n.parse().unwrap());
+    let (mut committed, mut failed, mut pauses) = (0, 0, 0);
+    for seed in 0..programs {
+        let random = &mut Random::new(seed);
+        let max_pages = random.pick(&[None, None, NonZeroU64::new(4), NonZeroU64::new(7)]);
+        let limit = random.pick(&[12, 200, 200]);
+        let mut rig = Rig::new(limit, Options { max_pages, ids: None });
+        for _ in 0..60 {
+            let before = frames(rig.table.view());
+            let kernel_before = rig.slots.slots();
+            // One of them: a failure while taking back is another test's.
+            let (fails, refuses) = (random.once_in(4), random.once_in(8));
+            let fails = fails && !refuses;
+            rig.fake.inner().fail_in = fails.then(|| u32::try_from(random.below(4)).unwrap());
+            rig.fake.inner().failures = 1;
+            rig.refuse.store(refuses, Ordering::Relaxed);
+            rig.fake.inner().seen.clear();
+            let operations = 1 + random.below(5);
+            let result = rig
+                .table
+                .transaction(|tx| (0..operations).try_for_each(|_| random_op(tx, random, 16, FRAMES, HVA)));
+            let after = frames(rig.table.view());
+            let is_back = result.is_err();
+            rig.check();
+            assert!(rig.slots.is_in_step());
+            if is_back {
+                failed += 1;
+                assert_eq!(before, after);
+                assert_eq!(rig.slots.slots(), kernel_before);
+            } else {
+                committed += 1;
+                no_gap(&rig.fake.inner().seen, &before, &after);
+            }
+            pauses += rig.pauses();
+        }
+    }
+    println!("{committed} changes committed, {failed} taken back, {pauses} pauses");
+    assert!(committed > 10 * programs && failed > 2 * programs && pauses > u32::try_from(programs).unwrap());
+}
+
+#[test]
+fn a_failure_that_cannot_be_undone_is_put_right_later() {
+    let mut was_out = 0;
+    for seed in 0..100 {
+        let random = &mut Random::new(seed);
+        let mut rig = Rig::new(200, Options::default());
+        for _ in 0..40 {
+            // Undoing fails, too, now and then.
+            rig.fake.inner().fail_in = random.once_in(3).then(|| u32::try_from(random.below(4)).unwrap());
+            rig.fake.inner().failures = 3;
+            let result =
+                rig.table.transaction(|tx| (0..3).try_for_each(|_| random_op(tx, random, 16, FRAMES, HVA)));
+            let _ = result;
+            rig.fake.inner().fail_in = None;
+            if !rig.slots.is_in_step() {
+                was_out += 1;
+                // Any change will do.
+                let free = SlotId::new(1000);
+                rig.table.create(spec(1000, FRAMES + 20, 1, HVA, SlotFlags::empty())).unwrap();
+                rig.table.delete(RAM, free).unwrap();
+                assert!(rig.slots.is_in_step());
+            }
+            rig.check();
+        }
+    }
+    assert!(was_out > 20, "{was_out}");
+}
+
+#[test]
+fn split_and_merge_need_no_call_at_all() {
+    let mut rig = Rig::new(200, Options::default());
+    rig.table.create(spec(0, 0, 40, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    assert_eq!(rig.calls(), [("create", 1)]);
+    rig.table.transaction(|tx| tx.split(RAM, SlotId::new(0), Gfn::new(10), SlotId::new(1))).unwrap();
+    rig.table.transaction(|tx| tx.split(RAM, SlotId::new(1), Gfn::new(30), SlotId::new(2))).unwrap();
+    rig.table.transaction(|tx| tx.merge(RAM, SlotId::new(1), SlotId::new(2))).unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![], 0));
+    assert_eq!(rig.table.view().len(RAM), 2);
+    rig.check();
+    // Growing adds; what is there stays.
+    rig.table.transaction(|tx| tx.resize(RAM, SlotId::new(1), 50)).unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("create", 1)], 0));
+    rig.check();
+}
+
+#[test]
+fn only_changes_that_leave_a_gap_pause() {
+    let mut rig = Rig::new(200, Options::default());
+    rig.table.create(spec(0, 0, 40, HVA, SlotFlags::empty())).unwrap();
+    rig.table.create(spec(1, 50, 10, HVA + 50 * PAGE, SlotFlags::empty())).unwrap();
+    rig.table.set_flags(RAM, SlotId::new(0), SlotFlags::LOG_DIRTY_PAGES).unwrap();
+    rig.table.move_to(RAM, SlotId::new(1), Gfn::new(70)).unwrap();
+    rig.table.move_to(RAM, SlotId::new(1), Gfn::new(75)).unwrap();
+    assert_eq!(rig.calls(), [("create", 2), ("flags", 1), ("move", 2)]);
+    rig.table.delete(RAM, SlotId::new(1)).unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("delete", 1)], 0));
+
+    rig.table
+        .transaction(|tx| {
+            tx.split(RAM, SlotId::new(0), Gfn::new(16), SlotId::new(1))?;
+            tx.set_read_only(RAM, SlotId::new(1), true)
+        })
+        .unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("create", 2), ("delete", 1)], 1));
+    rig.check();
+    // Two slots change places: no order of moves does that.
+    rig.table.create(spec(5, 50, 4, HVA + (1 << 30), SlotFlags::empty())).unwrap();
+    rig.table.create(spec(6, 60, 4, HVA + (2 << 30), SlotFlags::empty())).unwrap();
+    rig.calls();
+    rig.table
+        .transaction(|tx| {
+            tx.move_to(RAM, SlotId::new(5), Gfn::new(60))?;
+            tx.move_to(RAM, SlotId::new(6), Gfn::new(50))
+        })
+        .unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("create", 2), ("delete", 2)], 1));
+    rig.check();
+}
+
+#[test]
+fn vcpus_that_cannot_be_paused_stop_the_change() {
+    let mut rig = Rig::new(200, Options::default());
+    rig.table.create(spec(0, 0, 40, HVA, SlotFlags::empty())).unwrap();
+    rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: Vec::new(), obey: false });
+    let error = rig.table.transaction(|tx| tx.set_read_only(RAM, SlotId::new(0), true)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "listener /dev/kvm refused: the vCPUs could not be paused, so nothing was done"
+    );
+    rig.check();
+    assert!(rig.slots.is_in_step());
+}
+
+#[test]
+fn large_memory_in_many_slots_comes_and_goes_in_blocks() {
+    let options = Options { max_pages: NonZeroU64::new(32), ids: Some(5..100) };
+    let mut rig = Rig::new(200, options);
+    rig.table.create(spec(0, 16, 100, HVA + 16 * PAGE, SlotFlags::empty())).unwrap();
+    let cut: Vec<_> = rig.slots.slots().iter().map(|slot| (slot.id, slot.gfns.start().get())).collect();
+    assert_eq!(cut, [(5, 16), (6, 32), (7, 64), (8, 96)]);
+    // Blocks at the end go and come back; the others are not touched.
+    rig.calls();
+    rig.table.transaction(|tx| tx.resize(RAM, SlotId::new(0), 48)).unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("delete", 2)], 0));
+    rig.table.transaction(|tx| tx.resize(RAM, SlotId::new(0), 80)).unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("create", 1)], 0));
+    // A hole in the middle, at block borders.
+    rig.table
+        .transaction(|tx| {
+            tx.split(RAM, SlotId::new(0), Gfn::new(32), SlotId::new(1))?;
+            tx.split(RAM, SlotId::new(1), Gfn::new(64), SlotId::new(2))?;
+            tx.delete(RAM, SlotId::new(1))
+        })
+        .unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("delete", 1)], 0));
+    rig.check();
+}
+
+#[test]
+fn ids_run_out_before_anything_happens() {
+    let mut rig = Rig::new(200, Options { max_pages: None, ids: Some(10..12) });
+    for id in 0..2 {
+        rig.table.create(spec(id, 10 * u64::from(id), 4, HVA, SlotFlags::empty())).unwrap();
+    }
+    rig.calls();
+    let error = rig.table.create(spec(7, 80, 4, HVA, SlotFlags::empty())).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "listener /dev/kvm refused: the change needs 1 more KVM slots in address space 0, and 0 ids are free"
+    );
+    assert_eq!(rig.calls(), []);
+    rig.check();
+    // Nor are any lost by changes that do not come to be.
+    rig.table.delete(RAM, SlotId::new(1)).unwrap();
+    for _ in 0..3 {
+        rig.table.create(spec(99, 80, 4, HVA, SlotFlags::empty())).unwrap_err();
+        rig.fake.inner().fail_in = Some(0);
+        rig.fake.inner().failures = 1;
+        rig.table.create(spec(1, 80, 4, HVA, SlotFlags::empty())).unwrap_err();
+        rig.fake.inner().fail_in = None;
+    }
+    rig.table.create(spec(1, 10, 4, HVA, SlotFlags::empty())).unwrap();
+    // Ids of slots that go in the same change count.
+    rig.table
+        .transaction(|tx| {
+            tx.delete(RAM, SlotId::new(0))?;
+            tx.create(spec(7, 80, 4, HVA, SlotFlags::empty()))
+        })
+        .unwrap();
+    rig.check();
+}
+
+#[test]
+fn an_address_space_that_the_vm_does_not_have() {
+    let mut rig = Rig::new(200, Options::default());
+    let smm = SlotSpec { address_space: AddressSpaceId::SMM, ..spec(0, 0, 4, HVA, SlotFlags::empty()) };
+    let error = rig.table.create(smm).unwrap_err().to_string();
+    assert!(error.ends_with("the VM has 1 address spaces, so no slot can be in address space 1"), "{error}");
+}
+
+#[test]
+fn a_guest_memfd_slot_cannot_log() {
+    let mut rig = Rig::new(200, Options::default());
+    let backing = Backing::GuestMemfd { hva: Hva::new(HVA), file: 3, offset: 0 };
+    let private = SlotSpec { backing, ..spec(0, 0, 4, HVA, SlotFlags::empty()) };
+    rig.table.create(private).unwrap();
+    let error = rig.table.set_flags(RAM, SlotId::new(0), SlotFlags::LOG_DIRTY_PAGES).unwrap_err().to_string();
+    assert!(error.contains("slot 0 has a guest_memfd"), "{error}");
+    rig.check();
+}
+
+#[test]
+fn attaching_programs_what_is_there() {
+    let fake = Fake::new(200);
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    for id in 0..5 {
+        table.create(spec(id, 10 * u64::from(id), 4, HVA, SlotFlags::empty())).unwrap();
+    }
+    fake.inner().fail_in = Some(3);
+    fake.inner().failures = 1;
+    // SAFETY: the kernel is a model, which touches no memory.
+    let refused = unsafe { KvmSlots::attach(&mut table, fake.clone(), Options::default()) };
+    let error = refused.map(|_| ()).unwrap_err().to_string();
+    assert!(error.starts_with("create KVM slot 3 at 0x1e000, 0x4000 bytes: "), "{error}");
+    assert!(fake.inner().table.view().is_empty());
+    fake.inner().fail_in = None;
+    // SAFETY: as above.
+    let slots = unsafe { KvmSlots::attach(&mut table, fake.clone(), Options::default()) }.unwrap();
+    assert_eq!(slots.slots().len(), 5);
+    assert_eq!(frames(fake.inner().table.view()), frames(table.view()));
+}
