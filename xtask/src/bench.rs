@@ -7,16 +7,17 @@ use anyhow::{Context, Result};
 use crate::run::Report;
 use crate::step::Step;
 
+pub(crate) const FAMILIES: [&str; 3] = ["slots", "dirty", "kvm"];
+
 /// Measure a family of benchmarks against its peers and print the ratios.
 ///
 /// Runs the program of `benches/` in release mode. It prints a row `bench · at · ours · peer · ratio · target` for each
 /// measure; a ratio above 1 means that the peer takes longer. Both sides run in one process, in turns, because numbers
 /// from different runs cannot be compared. A peer this machine lacks (/dev/kvm) is named, not invented.
-///
-/// Families: `slots`, `dirty`, `kvm`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The family to measure
+    #[arg(value_parser = FAMILIES)]
     family: String,
     /// More rounds, for numbers to quote
     #[arg(long, conflicts_with = "smoke")]

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::run::Report;
 use crate::step::{Step, workspace_root};
+use crate::{bench, tools};
 
 /// Run everything that CI runs: format, clippy, documentation, tests, the replay of every trace, a bench smoke run.
 ///
@@ -40,8 +41,14 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
     }
     let dirty = ["run", "--quiet", "--release", "--", "dirty", "data/traces/qemu-migrate.jsonl"];
     report.run(&Step::cargo("dirty report", dirty).quiet());
-    report.run(&Step::cargo("bench slots", ["xtask", "bench", "slots", "--smoke"]).xtask());
-    report.run(&Step::cargo("bench dirty", ["xtask", "bench", "dirty", "--smoke"]).xtask());
+    for family in bench::FAMILIES {
+        report.run(&Step::cargo(&format!("bench {family}"), ["xtask", "bench", family, "--smoke"]).xtask());
+    }
+    if tools::has_program("mdbook") {
+        report.run(&Step::program("guide", "mdbook", ["build", "docs"]));
+    } else {
+        report.skip("guide", "mdbook is not installed; the guide's examples are among the tests");
+    }
     Ok(report.finish())
 }
 

@@ -33,17 +33,21 @@ pub(crate) struct Args {
     fuzz_seconds: u32,
 }
 
+/// The crates with unsafe code or properties.
+const CRATES: [&str; 8] =
+    ["-p", "memslot", "-p", "memslot-backing", "-p", "memslot-kvm", "-p", "memslot-mmu"];
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Proof {
-    /// Random programs against the real kernel, errno for errno (needs /dev/kvm)
+    /// Random programs against the real kernel, errno for errno, and tables programmed into it (needs /dev/kvm)
     Oracle,
     /// The models of publish, pin, snapshot and reclaim, with more preemptions
     Loom,
     /// The core's tests in an interpreter that sees undefined behaviour (needs nightly with miri)
     Miri,
-    /// The core's tests under AddressSanitizer, leaks included (needs nightly)
+    /// The tests of the core and of what maps and programs memory under AddressSanitizer, leaks included (needs nightly)
     Asan,
-    /// The core's tests under ThreadSanitizer (needs nightly)
+    /// The same under ThreadSanitizer (needs nightly)
     Tsan,
     /// The properties, with many cases each
     Proptest,
@@ -58,7 +62,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let chosen = if args.only.is_empty() { Proof::value_variants() } else { &args.only };
     for proof in chosen {
         match proof {
-            Proof::Oracle => report.run(&oracle(args.operations)),
+            Proof::Oracle => {
+                report.run(&oracle(args.operations));
+                report.run(&programmed(args.operations / 50));
+            }
             Proof::Loom => report.run(&test::loom(args.preemptions)),
             Proof::Miri => miri(&mut report),
             Proof::Asan => sanitizer(&mut report, "asan", "-Zsanitizer=address"),
@@ -80,6 +87,17 @@ fn oracle(operations: u64) -> Step {
         ["test", "--quiet", "--release", "-p", "memslot", "--test", "oracle", "--test", "dirty_oracle"],
     )
     .env("MEMSLOT_ORACLE_OPS", operations.to_string())
+    .tests()
+}
+
+/// A change of the table is some calls and a dozen writes of the guest.
+fn programmed(changes: u64) -> Step {
+    Step::cargo(
+        "programmed",
+        ["test", "--quiet", "--release", "-p", "memslot-kvm", "--test", "kernel", "--test", "model"],
+    )
+    .env("MEMSLOT_KVM_CHANGES", changes.to_string())
+    .env("MEMSLOT_MODEL_PROGRAMS", (changes / 20).max(1).to_string())
     .tests()
 }
 
@@ -105,24 +123,17 @@ fn sanitizer(report: &mut Report, name: &str, flags: &str) {
     if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
         return report.skip(name, "sanitizers are set up for x86-64 Linux only");
     }
-    let arguments = [
-        "+nightly",
-        "test",
-        "--quiet",
-        "-p",
-        "memslot",
-        "--lib",
-        "--tests",
-        "--no-fail-fast",
-        "--target",
-        TARGET,
-    ];
-    report.run(&Step::cargo(name, arguments).rustflags(flags).own_target(name).tests());
+    let arguments = ["+nightly", "test", "--quiet", "--lib", "--tests", "--no-fail-fast", "--target", TARGET];
+    report.run(
+        &Step::cargo(name, arguments.into_iter().chain(CRATES)).rustflags(flags).own_target(name).tests(),
+    );
 }
 
 fn proptest(cases: u32) -> Step {
-    let arguments = ["test", "--quiet", "--release", "-p", "memslot", "--lib", "--tests", "--no-fail-fast"];
-    Step::cargo("proptest", arguments).env("PROPTEST_CASES", cases.to_string()).tests()
+    let arguments = ["test", "--quiet", "--release", "--lib", "--tests", "--no-fail-fast"];
+    Step::cargo("proptest", arguments.into_iter().chain(CRATES))
+        .env("PROPTEST_CASES", cases.to_string())
+        .tests()
 }
 
 /// Every target of `fuzz/`, from its seeds on. What is found is kept below `fuzz/`.

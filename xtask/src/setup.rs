@@ -1,18 +1,33 @@
-//! `cargo xtask setup`: what the tests need from the system.
+//! `cargo xtask setup`: what the tests use from the system.
+
+use std::process::{Command, Stdio};
 
 use anyhow::Result;
 
 use crate::run::say;
 use crate::tools;
 
-/// Install what the tests need from the system, which is nothing so far, and list the optional tools.
-///
-/// The ordinary tests need cargo and nothing else. The list shows what widens them; installing that is left to you.
-#[derive(clap::Args)]
-pub(crate) struct Args {}
+/// Debian's packages that tests use, with the program by which each is recognised and what it is for.
+const PACKAGES: &[(&str, &str, &str)] = &[
+    ("qemu-system-x86", "qemu-system-x86_64", "a real VMM to record, in the tests of `memslot record`"),
+    ("strace", "strace", "the other way to record, in the same tests"),
+];
 
-pub(crate) fn run(_: &Args) -> Result<bool> {
-    say("Nothing to install: the tests need cargo and the crates it fetches.\n\nOptional:");
+/// Install the Debian packages that some tests use, and list the optional tools.
+///
+/// The ordinary tests need cargo and nothing else: those that use a package or a tool say `skipped` without it. Packages are
+/// installed where apt-get is there and may be used (as root); elsewhere their names are shown. The tools in the list
+/// widen the tests as well; installing them is left to you.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only show what is missing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let installed = packages(args);
+    say("\nOptional:");
     let optional = [
         (tools::has_kvm(), "/dev/kvm", "tests and benchmarks against the real kernel"),
         (
@@ -31,6 +46,7 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
             "cargo-fuzz",
             "inputs nobody would write, in `deep` (cargo install cargo-fuzz; a nightly toolchain)",
         ),
+        (tools::has_program("mdbook"), "mdbook", "the guide as a book (cargo install --locked mdbook)"),
         (
             tools::has_mutants(),
             "cargo-mutants",
@@ -41,5 +57,39 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
         let state = if present { "present" } else { "missing" };
         say(&format!("  {state}  {name:<14} {purpose}"));
     }
-    Ok(true)
+    Ok(installed)
+}
+
+/// Installs the packages that are missing, or says which they are. False if it was tried and failed.
+fn packages(args: &Args) -> bool {
+    say("Debian packages:");
+    let mut missing = Vec::new();
+    for (package, program, purpose) in PACKAGES {
+        let present = tools::has_program(program);
+        let state = if present { "present" } else { "missing" };
+        say(&format!("  {state}  {package:<16} {purpose}"));
+        if !present {
+            missing.push(*package);
+        }
+    }
+    if missing.is_empty() {
+        return true;
+    }
+    let install = format!("apt-get install --yes --no-install-recommends {}", missing.join(" "));
+    if args.dry_run || !tools::is_root() || !tools::has_program("apt-get") {
+        say(&format!("\nNot installed; on Debian: sudo {install}"));
+        return true;
+    }
+    // The package lists may be old, or not there at all; whether the installation succeeds is what counts.
+    _ = apt_get(&["update", "--quiet"]);
+    let arguments: Vec<&str> = install.split(' ').skip(1).collect();
+    let done = apt_get(&arguments);
+    say(if done { "\nInstalled." } else { "\nNot installed: apt-get failed, see above." });
+    done
+}
+
+fn apt_get(arguments: &[&str]) -> bool {
+    let mut command = Command::new("apt-get");
+    command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
 }

@@ -30,9 +30,18 @@ pub(crate) struct Step {
 impl Step {
     /// A step that runs `cargo` with these arguments, at the workspace root.
     pub(crate) fn cargo<S: Into<String>>(name: &str, arguments: impl IntoIterator<Item = S>) -> Self {
+        Self::program(name, "cargo", arguments)
+    }
+
+    /// A step that runs another program there.
+    pub(crate) fn program<S: Into<String>>(
+        name: &str,
+        program: &str,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Self {
         Self {
             name: name.to_owned(),
-            program: "cargo".to_owned(),
+            program: program.to_owned(),
             arguments: arguments.into_iter().map(Into::into).collect(),
             environment: Vec::new(),
             reads: Reads::Nothing,

@@ -34,6 +34,18 @@ pub(crate) fn has_mutants() -> bool {
     cargo_accepts(&["mutants", "--version"])
 }
 
+/// Whether a program is in one of the folders of `PATH`.
+pub(crate) fn has_program(name: &str) -> bool {
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&folders).any(|folder| folder.join(name).is_file())
+}
+
+/// Whether this is root, who may install packages.
+pub(crate) fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output();
+    id.is_ok_and(|id| id.stdout.trim_ascii() == b"0")
+}
+
 /// Whether `/dev/kvm` opens for reading and writing, which is what the oracle tests need.
 pub(crate) fn has_kvm() -> bool {
     OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()

@@ -1,5 +1,6 @@
 //! The command line: what can be asked, and the help that teaches it.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -13,7 +14,8 @@ Exit status:
   2  something could not be read, or the command line is wrong
 
 How to record a trace of your VMM:
-  strace -f -ttt -T -e trace=ioctl -o vmm.strace YOUR-VMM ...
+  memslot record --output vmm.jsonl -- YOUR-VMM ...
+  strace -f -v -ttt -T -e trace=ioctl -o vmm.strace YOUR-VMM ...   (if it is a static program)
 
 Examples:
   memslot replay vmm.strace                 check it, show map and warnings
@@ -47,10 +49,36 @@ one before, until the rest fits into the downtime. Writes come at the measured r
 set. A guest that writes faster than the link sends never gets there; then the bandwidth or the downtime that would do \
 is named.";
 
+const RECORD: &str = "\
+Runs COMMAND with a library in it (LD_PRELOAD) that writes down each KVM ioctl about guest memory, with its result, time, thread \
+and dirty bitmap, in a file that `memslot replay`, `map` and `dirty` read. Processes that COMMAND starts are followed.
+
+COMMAND has the terminal, standard input and output and the signals as if it ran by itself. What was recorded is said at \
+the end, on standard error. If the disk runs full the recording ends, and COMMAND goes on.
+
+A static program cannot be recorded from inside: it is refused, with the strace command line that does it from outside. So is a \
+program that runs with more privileges than its caller.
+
+The library is libmemslot_preload.so; it is looked for next to this program, and in ../lib/memslot and ../lib.";
+
+const AFTER_RECORD: &str = "\
+Exit status:
+  that of COMMAND; 128 + N if signal N ended it
+  2    the command line is wrong
+  125  the recording could not begin: the output exists, the library is missing, ...
+  126  COMMAND cannot be run, or cannot be recorded from inside
+  127  COMMAND was not found
+
+Examples:
+  memslot record --output boot.jsonl -- qemu-system-x86_64 -accel kvm -m 256M -display none
+  memslot replay boot.jsonl
+  memslot record --force -o boot.jsonl ./start-my-vm.sh
+";
+
 /// Replays, checks and draws what a VMM does to its guest's memory.
 ///
-/// A VMM tells KVM which host memory backs which guest memory, one slot at a time. memslot reads a recording of
-/// these calls and shows what they built: it needs neither KVM nor the VMM.
+/// A VMM tells KVM which host memory backs which guest memory, one slot at a time. memslot records these calls, and from
+/// a recording shows what they built: for that it needs neither KVM nor the VMM.
 #[derive(Debug, Parser)]
 #[command(name = "memslot", version, after_help = AFTER, max_term_width = 100)]
 pub(crate) struct Cli {
@@ -70,6 +98,9 @@ pub(crate) enum Command {
     /// or 80; colours only on a terminal and not with NO_COLOR.
     #[command(after_help = AFTER)]
     Map(MapArgs),
+    /// Run a VMM and write down its memory ioctls, for the other commands to read
+    #[command(long_about = RECORD, after_help = AFTER_RECORD)]
+    Record(RecordArgs),
     /// Show which memory the guest writes, how fast, and how a live migration of it would go
     #[command(long_about = DIRTY, after_help = AFTER)]
     Dirty(DirtyArgs),
@@ -131,6 +162,25 @@ fn bandwidth(text: &str) -> Result<f64, String> {
         Ok(bytes) => Ok(bytes as f64 / bits),
         Err(_) => Err("not a rate; write it as 1GiB/s, 125MB/s or 10Gbit/s".to_owned()),
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecordArgs {
+    /// The trace to write
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Overwrite the trace if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Say nothing at the end, unless something went wrong
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The recording library, if it is not where it is looked for
+    #[arg(long, value_name = "PATH", env = "MEMSLOT_PRELOAD")]
+    pub(crate) library: Option<PathBuf>,
+    /// The VMM, or what starts it, and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
 }
 
 #[derive(Debug, Args)]

@@ -101,7 +101,7 @@ impl Engine {
     pub(crate) fn anew(&self, capabilities: Capabilities) -> Result<Self, String> {
         let mut new = Self::new(capabilities)?;
         for &(cap, arg) in &self.enabled {
-            _ = new.enable_cap(cap, arg);
+            _ = new.enable_cap(cap, 0, arg);
         }
         if self.vcpus {
             new.vcpu_created();
@@ -145,11 +145,11 @@ impl Engine {
     }
 
     /// Enables a capability if it is the dirty log's; `None` if it is not.
-    pub(crate) fn enable_cap(&mut self, cap: u32, arg: u64) -> Option<Result<(), &'static str>> {
+    pub(crate) fn enable_cap(&mut self, cap: u32, flags: u32, arg: u64) -> Option<Result<(), &'static str>> {
         const OURS: [u32; 3] =
             [KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL];
         OURS.contains(&cap).then(|| {
-            self.dirty.enable_cap(cap, 0, arg).map_err(|errno| errno.name())?;
+            self.dirty.enable_cap(cap, flags, arg).map_err(|errno| errno.name())?;
             self.enabled.push((cap, arg));
             Ok(())
         })
@@ -160,6 +160,11 @@ impl Engine {
     fn starts_whole(&self) -> bool {
         let manual = self.enabled.iter().rev().find(|(cap, _)| *cap == KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
         manual.is_some_and(|(_, arg)| arg & KVM_DIRTY_LOG_INITIALLY_SET != 0) && !self.has_rings()
+    }
+
+    /// A descriptor is a new guest_memfd file from here on, of which nothing is bound.
+    pub(crate) fn guest_memfd_created(&mut self, file: u32) {
+        self.files.0.retain(|bound| bound.0 != file);
     }
 
     pub(crate) fn vcpu_created(&mut self) {
@@ -225,6 +230,22 @@ impl Engine {
         self.dirty.clear_dirty_log(&clear, Some(&words), &mut SoftwareOnly).map_err(|errno| errno.name())?;
         self.whole.remove(&(slot >> 16, slot & 0xffff));
         Ok(())
+    }
+
+    /// A call on the dirty log that succeeded and whose bitmap is not in the trace: nothing that it may have cleared is
+    /// expected to be dirty afterwards.
+    pub(crate) fn follow_unprinted(&mut self, slot: u32, cleared: Option<(u64, u64)>) {
+        if let Some((first, pages)) = cleared {
+            // Where the kernel's rules are broken, later calls will show it.
+            _ = self.clear_dirty_log(slot, first, &Bits { pages, runs: vec![(0, pages)] });
+            return;
+        }
+        let Some(known) = self.slot(slot >> 16, slot & 0xffff) else { return };
+        let pages = known.size >> PageSize::K4.shift();
+        let Ok(words) = usize::try_from(pages.div_ceil(64)) else { return };
+        let mut words = vec![0; words];
+        _ = self.dirty.get_dirty_log(slot, Some(&mut words), &mut SoftwareOnly);
+        self.whole.remove(&(slot >> 16, slot & 0xffff));
     }
 
     /// Brings one slot back to what it was: the inverse of the change that was just accepted.
@@ -333,7 +354,7 @@ mod tests {
         let mut engine = Engine::new(Capabilities::default()).expect("an engine");
         let all = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         assert_eq!(
-            engine.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, all).map(|it| it.is_ok()),
+            engine.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0, all).map(|it| it.is_ok()),
             Some(true)
         );
         engine.log.set_initially_set(log_starts_whole);

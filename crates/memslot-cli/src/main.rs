@@ -1,5 +1,6 @@
 //! `memslot`: replays, checks and draws what a VMM does to its guest's memory.
 //!
+//! `record` runs a VMM and makes such a file, with a library of the crate `memslot-preload` inside it.
 //! The way through the program: [`trace`] turns a file into KVM calls, [`replay`] applies them through
 //! [`engine`] (the one module that touches the slot table) and keeps a [`history`]; [`warnings`], [`report`],
 //! [`text`], [`map`], [`dirty`] and [`svg`] say what came of it.
@@ -12,6 +13,8 @@ mod engine;
 mod history;
 mod layout;
 mod map;
+#[cfg(target_os = "linux")]
+mod record;
 mod replay;
 mod report;
 mod style;
@@ -50,6 +53,7 @@ enum Status {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let status = match &cli.command {
+        Command::Record(args) => return ExitCode::from(record(args)),
         Command::Replay(args) => run(&args.input, args.svg.as_deref(), Output::Report),
         Command::Map(args) => run(&args.input, None, Output::Map),
         Command::Dirty(args) => run(&args.input, args.svg.as_deref(), Output::Dirty(args.link())),
@@ -59,6 +63,17 @@ fn main() -> ExitCode {
         Status::Disagrees => 1,
         Status::Unreadable => 2,
     })
+}
+
+#[cfg(target_os = "linux")]
+fn record(args: &cli::RecordArgs) -> u8 {
+    record::run(args)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn record(_: &cli::RecordArgs) -> u8 {
+    _ = writeln!(anstream::stderr(), "error: KVM is Linux's, and so is recording it");
+    125
 }
 
 #[derive(Clone, Copy)]

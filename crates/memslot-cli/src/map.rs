@@ -39,9 +39,9 @@ pub(crate) fn write(out: &mut String, report: &Report, maps: &[Vec<MapSlot>], wi
         for space in map.chunk_by(|a, b| a.address_space == b.address_space) {
             let bytes = units::size(space.iter().map(|slot| slot.size).sum());
             let title = match space[0].address_space {
-                0 => format!("VM {}", crate::text::name(vm)),
-                1 => format!("VM {}, address space 1 (SMM)", crate::text::name(vm)),
-                other => format!("VM {}, address space {other}", crate::text::name(vm)),
+                0 => format!("VM {}", vm.name),
+                1 => format!("VM {}, address space 1 (SMM)", vm.name),
+                other => format!("VM {}, address space {other}", vm.name),
             };
             writeln!(
                 out,

@@ -9,7 +9,7 @@
 //! are listed apart and not applied.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::BufRead;
 
 use crate::dirty::calls::{DirtyCalls, Round};
@@ -17,7 +17,7 @@ use crate::engine::{Capabilities, Change, Engine};
 use crate::history::{GUEST_MEMFD, History, LOG_DIRTY_PAGES, MapSlot, Moment};
 use crate::trace::{
     Answer, CAP_GUEST_MEMFD, CAP_MULTI_ADDRESS_SPACE, CAP_NR_MEMSLOTS, CAP_READONLY_MEM, Call, Format,
-    GuestMemfd, Ignored, Record, Region, TraceError, TraceReader,
+    GuestMemfd, Ignored, Record, Region, TraceError, TraceReader, VmKey,
 };
 use crate::warnings::AliasLog;
 use crate::words::{describe, effect, unasked, unknowable};
@@ -37,6 +37,11 @@ pub(crate) struct Changes {
 /// One VM of the trace.
 pub(crate) struct Vm {
     pub(crate) fd: i64,
+    pub(crate) key: VmKey,
+    /// The process that created it, or was first seen to use it, if the trace tells.
+    pub(crate) process: Option<i64>,
+    /// How it is called: by its descriptor, and by its process where there are several.
+    pub(crate) name: String,
     pub(crate) opened_at: u64,
     pub(crate) changes: Changes,
     pub(crate) history: History,
@@ -53,6 +58,8 @@ pub(crate) struct Vm {
 pub(crate) struct Disagreement {
     pub(crate) line: u64,
     pub(crate) fd: i64,
+    #[serde(skip)]
+    pub(crate) key: VmKey,
     pub(crate) call: String,
     pub(crate) recorded: String,
     pub(crate) came: String,
@@ -111,7 +118,7 @@ pub(crate) fn replay<R: BufRead>(
 pub(crate) struct Run {
     capabilities: Capabilities,
     pub(crate) vms: Vec<Vm>,
-    pub(crate) by_fd: HashMap<i64, usize>,
+    by_key: HashMap<VmKey, usize>,
     ioctls: HashMap<Cow<'static, str>, u64>,
     first_ns: Option<u64>,
     now_ns: u64,
@@ -130,9 +137,18 @@ impl Run {
             None => _ = self.ioctls.insert(record.name.clone(), 1),
         }
         match &record.call {
-            Call::CreateVm => {
+            Call::CreateVm(limits) => {
                 if let Answer::Value(fd) = record.answer {
-                    self.open_vm(fd, record.line)?;
+                    for &(capability, value) in limits {
+                        self.learn(capability, &Answer::Value(value));
+                    }
+                    self.open_vm(record.key_of(fd), fd, &record)?;
+                }
+            }
+            Call::CreateGuestMemfd => {
+                if let Answer::Value(file) = record.answer {
+                    let vm = self.vm_of(&record)?;
+                    self.vms[vm].engine.guest_memfd_created(u32::try_from(file).unwrap_or(u32::MAX));
                 }
             }
             Call::CheckExtension(Some(capability)) => self.learn(*capability, &record.answer),
@@ -156,7 +172,7 @@ impl Run {
             | Call::CreateVcpu
             | Call::GetDirtyLog { .. }
             | Call::ClearDirtyLog { .. }
-            | Call::DirtyLogUnprinted
+            | Call::DirtyLogUnprinted { .. }
             | Call::ResetRings => self.dirty_log(&record)?,
             Call::CheckExtension(None) | Call::Other => {}
         }
@@ -179,12 +195,24 @@ impl Run {
         Moment { line, ns: if self.untimed { line } else { self.now_ns } }
     }
 
-    pub(crate) fn open_vm(&mut self, fd: i64, line: u64) -> Result<usize, TraceError> {
+    /// The VM that a call went to; one that the trace did not see created comes up here.
+    pub(crate) fn vm_of(&mut self, record: &Record) -> Result<usize, TraceError> {
+        match self.by_key.get(&record.key()) {
+            Some(&at) => Ok(at),
+            None => self.open_vm(record.key(), record.fd, record),
+        }
+    }
+
+    fn open_vm(&mut self, key: VmKey, fd: i64, record: &Record) -> Result<usize, TraceError> {
+        let line = record.line;
         let engine = Engine::new(self.capabilities).map_err(|what| TraceError::Line { line, what })?;
         let (history, aliases, rounds) = (History::default(), AliasLog::default(), Vec::new());
         let changes = Changes::default();
         self.vms.push(Vm {
             fd,
+            key,
+            process: record.process,
+            name: format!("fd {fd}"),
             opened_at: line,
             changes,
             history,
@@ -193,7 +221,7 @@ impl Run {
             engine,
             logged: HashMap::new(),
         });
-        self.by_fd.insert(fd, self.vms.len() - 1);
+        self.by_key.insert(key, self.vms.len() - 1);
         Ok(self.vms.len() - 1)
     }
 
@@ -220,10 +248,7 @@ impl Run {
     }
 
     fn set(&mut self, record: &Record, region: &Region) -> Result<(), TraceError> {
-        let at = match self.by_fd.get(&record.fd) {
-            Some(&at) => at,
-            None => self.open_vm(record.fd, record.line)?,
-        };
+        let at = self.vm_of(record)?;
         let call = || describe(&record.name, region);
         let accepted = match &record.answer {
             Answer::Value(_) => true,
@@ -246,6 +271,7 @@ impl Run {
         let disagreement = |came: String, why: String| Disagreement {
             line: record.line,
             fd: record.fd,
+            key: record.key(),
             call: call(),
             recorded: record.answer.to_string(),
             came,
@@ -290,6 +316,12 @@ impl Run {
         // A descriptor probed and closed again is of no interest unless nothing else is there.
         if vms.iter().any(|vm| vm.changes != Changes::default()) {
             vms.retain(|vm| vm.changes != Changes::default());
+        }
+        let processes: HashSet<Option<i64>> = vms.iter().map(|vm| vm.process).collect();
+        for vm in vms.iter_mut().filter(|_| processes.len() > 1) {
+            if let Some(process) = vm.process {
+                vm.name = format!("fd {} of process {process}", vm.fd);
+            }
         }
         Replay {
             format: reader.format(),

@@ -42,6 +42,11 @@ pub(crate) struct Report {
 #[derive(Serialize)]
 pub(crate) struct VmReport {
     pub(crate) fd: i64,
+    /// The process that created it, if the trace tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) pid: Option<i64>,
+    #[serde(skip)]
+    pub(crate) name: String,
     pub(crate) opened_at_line: u64,
     pub(crate) changes: Changes,
     pub(crate) most_slots: MostSlots,
@@ -148,6 +153,8 @@ impl VmReport {
         let most = vm.history.most();
         VmReport {
             fd: vm.fd,
+            pid: vm.process,
+            name: vm.name.clone(),
             opened_at_line: vm.opened_at,
             changes: vm.changes,
             most_slots: MostSlots {

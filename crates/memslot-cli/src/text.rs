@@ -77,7 +77,7 @@ fn changes(out: &mut String, vm: &VmReport) -> fmt::Result {
     .filter(|(count, _)| *count > 0)
     .map(|(count, what)| format!("{count} {what}"))
     .collect();
-    writeln!(out, "\n{}", paint(style::BOLD, format_args!("VM {}", name(vm))))?;
+    writeln!(out, "\n{}", paint(style::BOLD, format_args!("VM {}", vm.name)))?;
     write!(out, "  {} to the map", units::count(total, "call"))?;
     match parts.is_empty() {
         true => writeln!(out)?,
@@ -92,11 +92,6 @@ fn changes(out: &mut String, vm: &VmReport) -> fmt::Result {
             vm.most_slots.line
         ),
     }
-}
-
-/// How a VM is called.
-pub(crate) fn name(vm: &VmReport) -> String {
-    format!("fd {}", vm.fd)
 }
 
 fn map(out: &mut String, report: &Report, vm: &VmReport) -> fmt::Result {

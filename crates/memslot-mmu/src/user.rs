@@ -90,7 +90,15 @@ unsafe impl TableMemory for UserHost {
         debug_assert_eq!(tables, 1);
         self.tables.fetch_sub(1, Ordering::SeqCst);
         // SAFETY: allocated by `new_table` with a table's layout, which is that of a box.
-        drop(unsafe { Box::from_raw(self.reach(first).as_ptr()) });
+        let table = unsafe { Box::from_raw(self.reach(first).as_ptr()) };
+        #[cfg(loom)]
+        let table = {
+            // loom panics here if a walker might still be inside.
+            let mut table = table;
+            table.0.iter_mut().for_each(|entry| entry.with_mut(|_| ()));
+            table
+        };
+        drop(table);
     }
 
     #[inline]

@@ -44,6 +44,9 @@ for_every_format! {
     row_51_zapping_everything_ends
     d2_a_fault_that_raced_with_an_invalidation_asks_again
     d2_aba_the_same_entry_again_is_not_the_same
+    d2_aba_of_an_entry_that_a_fault_emptied
+    what_a_fault_emptied_is_flushed_by_who_finds_it
+    what_the_processor_wrote_is_not_lost_when_it_is_zapped
     a_read_only_toggle_beside_a_fault
     logging_that_starts_beside_a_fault
     an_operation_that_finds_nothing_pays_for_who_has_not_flushed
@@ -56,6 +59,7 @@ const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
 
 /// A guest whose slot table can be changed in the middle of a fault.
 fn shared_table<F: Format>(mut guest: Guest<F>) -> (Guest<F>, Arc<Mutex<SlotTable>>) {
+    guest.warm_up();
     let empty = SlotTable::new(memslot::Limits::default()).unwrap();
     let table = Arc::new(Mutex::new(std::mem::replace(&mut guest.table, empty)));
     (guest, table)
@@ -97,15 +101,20 @@ fn row_10_nor_where_a_whole_path_was_missing<F: Format>(dirty: DirtyMode) {
         let mut guest = Guest::<F>::new(dirty);
         guest.host.user.set_run(run);
         guest.create(0, 0, 1 << 18, HVA, NONE);
-        // So that the walker has tables at hand and installs at once.
-        guest.create(1, 1 << 30, 1, HVA, NONE);
-        let _ = guest.write(1 << 30);
         let (mut guest, table) = shared_table(guest);
+        let other = table.clone();
         guest.host.in_the_next_fault(move || {
             table.lock().unwrap().delete(RAM, SlotId::new(0)).unwrap();
         });
         assert_eq!(guest.write(5), Fault::Mmio);
-        assert_eq!(guest.leaves().into_keys().collect::<Vec<_>>(), [1 << 30]);
+        assert_eq!(guest.leaves(), [].into());
+        // The tables of the path that was not linked are as good as new.
+        other.lock().unwrap().create(spec(1, 1 << 20, 7, HVA, NONE)).unwrap();
+        assert_eq!(
+            guest.vcpu.fault(Gpa::new(((1 << 20) + 3) << 12), Access::READ).unwrap(),
+            Fault::Mapped(Level::K4)
+        );
+        assert_eq!(read_tables(&guest.mmu).into_keys().collect::<Vec<_>>(), [(1 << 20) + 3]);
     }
 }
 
@@ -396,6 +405,7 @@ fn d2_a_fault_that_raced_with_an_invalidation_asks_again<F: Format>(dirty: Dirty
             if has_table {
                 assert_eq!(guest.write(100), Fault::Mapped(Level::K4));
             }
+            guest.warm_up();
             let (mmu, host) = (guest.mmu.clone(), guest.host.clone());
             guest.host.in_the_next_fault(move || {
                 // The answer is on its way already: it is the old one.
@@ -412,6 +422,7 @@ fn d2_a_fault_that_raced_with_an_invalidation_asks_again<F: Format>(dirty: Dirty
 fn d2_aba_the_same_entry_again_is_not_the_same<F: Format>(dirty: DirtyMode) {
     let mut guest = Guest::<F>::new(dirty);
     guest.create(0, 0, 16, HVA, NONE);
+    assert_eq!(guest.read(6), Fault::Mapped(Level::K4), "a neighbour keeps the table in place");
     guest.host.set_read_only(HVA + 0x5000, true);
     assert_eq!(guest.read(5), Fault::Mapped(Level::K4));
     let entry = guest.leaf_at(5);
@@ -430,11 +441,98 @@ fn d2_aba_the_same_entry_again_is_not_the_same<F: Format>(dirty: DirtyMode) {
     assert!(guest.leaf_at(5).is_none_or(|(_, leaf)| !leaf.write));
 }
 
-fn a_read_only_toggle_beside_a_fault<F: Format>(dirty: DirtyMode) {
-    for is_mapped in [false, true] {
+fn d2_aba_of_an_entry_that_a_fault_emptied<F: Format>(dirty: DirtyMode) {
+    let mut guest = Guest::<F>::new(dirty);
+    guest.create(0, 0, 16, HVA, NONE);
+    let page = HVA + 0x5000;
+    // A neighbour keeps the table in place.
+    assert_eq!(guest.read(6), Fault::Mapped(Level::K4));
+    guest.host.set_read_only(page, true);
+    assert_eq!(guest.read(5), Fault::Mapped(Level::K4));
+    guest.host.set_read_only(page, false);
+    // The fault hears that the page may be written, empties the entry, and asks again: then things happen.
+    let (mmu, host) = (guest.mmu.clone(), guest.host.clone());
+    let race = move || {
+        let invalidation = mmu.invalidate_hva(hvas(page, 4096)).unwrap();
+        host.move_page(page, 0x777);
+        host.set_read_only(page, true);
+        invalidation.end();
+        let mut other = mmu.walker().unwrap();
+        assert_eq!(other.fault(Gpa::new(0x5000), Access::READ).unwrap(), Fault::Mapped(Level::K4));
+        host.set_read_only(page, false);
+        // Another fault empties the entry as well, and gets no further.
+        let later = host.clone();
+        host.in_the_next_fault(move || later.set_retry(page, true));
+        assert_eq!(other.fault(Gpa::new(0x5000), Access::WRITE).unwrap(), Fault::Retry);
+        host.set_retry(page, false);
+    };
+    let host = guest.host.clone();
+    guest.host.in_the_next_fault(move || host.in_the_next_fault(race));
+    let _ = guest.write(5);
+    assert_eq!(guest.leaf_at(5).unwrap().1.pfn, 0x777, "not where it was when the fault asked");
+}
+
+fn what_a_fault_emptied_is_flushed_by_who_finds_it<F: Format>(dirty: DirtyMode) {
+    for part in [false, true] {
         let mut guest = Guest::<F>::new(dirty);
-        guest.create(0, 0, 512, HVA, NONE);
-        guest.host.user.set_run(if is_mapped { 0 } else { 9 });
+        guest.create(0, 0, 1024, HVA, NONE);
+        guest.table.transaction(|tx| tx.set_read_only(RAM, SlotId::new(0), true)).unwrap();
+        assert_eq!(guest.read(5), Fault::Mapped(Level::M2));
+        // So that the table is not empty.
+        assert_eq!(guest.read(600), Fault::Mapped(Level::M2));
+        guest.host.touch(&guest.mmu, 5);
+        guest.table.transaction(|tx| tx.set_read_only(RAM, SlotId::new(0), false)).unwrap();
+        let (mmu, host) = (guest.mmu.clone(), guest.host.clone());
+        let race = move || {
+            assert_eq!(mmu.walker().unwrap().translate(Gpa::new(0x5000)), None);
+            let gfns = if part { range(7, 1) } else { range(0, 512) };
+            for _ in 0..2 {
+                let flush = mmu.zap(gfns);
+                // The second time there is nothing left, unless it was about a part only.
+                assert!(flush.gfns().is_some() || !part);
+                flush.discharge();
+                assert_eq!(host.stale(&mmu, gfns), []);
+            }
+        };
+        let host = guest.host.clone();
+        guest.host.in_the_next_fault(move || host.in_the_next_fault(race));
+        assert_eq!(guest.write(5), Fault::Mapped(Level::M2));
+    }
+}
+
+fn what_the_processor_wrote_is_not_lost_when_it_is_zapped<F: Format>(dirty: DirtyMode) {
+    if dirty == DirtyMode::WriteProtect {
+        return;
+    }
+    // One by one, a whole table, all; by hand and by an invalidation.
+    for gfns in [range(5, 1), range(0, 300), range(0, 512), range(0, 1 << 20)] {
+        for by_hva in [false, true] {
+            let mut guest = Guest::<F>::new(dirty);
+            guest.create(0, 0, 2048, HVA, LOG);
+            let _ = guest.vcpu.prefault(range(0, 2048), usize::MAX).unwrap();
+            assert!(guest.processor_writes(5) && guest.processor_writes(700));
+            if by_hva {
+                guest.mmu.invalidate_hva(hvas(HVA, gfns.len() << 12)).unwrap().end();
+            } else {
+                guest.mmu.zap(gfns).discharge();
+            }
+            assert_eq!(guest.harvest(), [5, 700], "{gfns}");
+        }
+    }
+}
+
+/// The tables that lead to frame 5 exist as far as a page of that size needs them: borders of slots pass by.
+fn with_tables_for<F: Format>(dirty: DirtyMode, run: u32) -> Guest<F> {
+    let mut guest = Guest::<F>::new(dirty);
+    guest.create(0, 0, 2048, HVA, NONE);
+    guest.host.user.set_run(run);
+    assert!(matches!(guest.write(if run == 0 { 6 } else { 1024 }), Fault::Mapped(_)));
+    guest
+}
+
+fn a_read_only_toggle_beside_a_fault<F: Format>(dirty: DirtyMode) {
+    for (run, is_mapped) in [(0, false), (0, true), (9, false)] {
+        let mut guest = with_tables_for::<F>(dirty, run);
         if is_mapped {
             // Read-only for the host's sake at first, so that the fault asks.
             guest.host.set_read_only(HVA + 0x5000, true);
@@ -452,27 +550,24 @@ fn a_read_only_toggle_beside_a_fault<F: Format>(dirty: DirtyMode) {
 
 fn logging_that_starts_beside_a_fault<F: Format>(dirty: DirtyMode) {
     for run in [0, 9] {
-        let mut guest = Guest::<F>::new(dirty);
-        guest.create(0, 0, 512, HVA, NONE);
-        guest.host.user.set_run(run);
+        let guest = with_tables_for::<F>(dirty, run);
         let (mut guest, table) = shared_table(guest);
         guest.host.in_the_next_fault(move || {
             table.lock().unwrap().set_flags(RAM, SlotId::new(0), LOG).unwrap();
         });
-        let _ = guest.write(5);
+        let level = if run == 0 { Level::K4 } else { Level::M2 };
+        assert_eq!(guest.write(5), Fault::Mapped(level), "not wrong, only to be marked");
         // What became writable is marked: the page, or all of a large one.
-        let writable: Vec<_> =
-            guest.leaves().iter().filter(|(_, leaf)| leaf.write).map(|(g, l)| (*g, l.pages)).collect();
-        assert_eq!(writable.len(), 1);
-        let (first, pages) = writable[0];
-        assert_eq!(guest.harvest(), (first..first + pages).collect::<Vec<_>>());
+        let (first, leaf) = guest.leaf_at(5).unwrap();
+        assert!(leaf.write);
+        assert_eq!(guest.harvest(), (first..first + leaf.pages).collect::<Vec<_>>());
         // And armed by the harvest.
-        if dirty == DirtyMode::WriteProtect || pages > 1 {
-            assert!(!guest.processor_writes(6) || pages == 1);
+        if dirty == DirtyMode::WriteProtect || run == 9 {
+            assert!(!guest.processor_writes(5));
             assert_eq!(guest.write(5), Fault::Mapped(Level::K4));
         }
         assert!(guest.processor_writes(5));
-        assert!(guest.harvest().contains(&5));
+        assert_eq!(guest.harvest(), [5]);
     }
 }
 
@@ -510,7 +605,8 @@ fn a_forgotten_flush_is_done_by_the_next<F: Format>(dirty: DirtyMode) {
     let mut guest = Guest::<F>::new(dirty);
     guest.host.user.set_run(0);
     guest.create(0, 0, 2048, HVA, NONE);
-    for gfn in [3, 600] {
+    // The last one stays, and the tables above it.
+    for gfn in [3, 600, 1500] {
         assert_eq!(guest.write(gfn), Fault::Mapped(Level::K4));
         guest.host.touch(&guest.mmu, gfn);
     }

@@ -3,11 +3,10 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use common::*;
-use memslot::{Gfn, Listener, ListenerError, SlotFlags, SlotId, Update};
+use memslot::{Gfn, Gpa, Listener, ListenerError, SlotFlags, SlotId, Update};
 use memslot_mmu::format::{Access, Format};
 use memslot_mmu::{Config, DirtyMode, Fault, Level};
 
@@ -209,39 +208,66 @@ fn logging_with_all_pages_dirty_at_first_arms_nothing<F: Format>(dirty: DirtyMod
     assert!(guest.harvest().contains(&7));
 }
 
-struct Fails(Arc<AtomicBool>);
+type Meanwhile = Box<dyn FnMut() + Send>;
+
+/// Fails to commit, after others have had their turn.
+struct Fails(Arc<Mutex<Option<Meanwhile>>>);
 
 impl Listener for Fails {
     fn name(&self) -> &str {
         "fails"
     }
     fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
-        if self.0.load(Ordering::SeqCst) { Err("no".into()) } else { Ok(()) }
+        match self.0.lock().unwrap().take() {
+            Some(mut meanwhile) => {
+                meanwhile();
+                Err("no".into())
+            }
+            None => Ok(()),
+        }
     }
     fn undo(&mut self, _: &Update<'_>) {}
 }
 
 fn a_failing_listener_takes_everything_back<F: Format>(dirty: DirtyMode) {
     let mut guest = Guest::<F>::new(dirty);
-    let fail = Arc::new(AtomicBool::new(false));
-    guest.table.add_listener(Box::new(Fails(fail.clone()))).unwrap();
+    let fails = Arc::new(Mutex::new(None));
+    guest.table.add_listener(Box::new(Fails(fails.clone()))).unwrap();
     guest.create(0, 0, 512, HVA, NONE);
     guest.create(1, 512, 512, HVA + (512 << 12), LOG);
     assert_eq!(guest.write(0), Fault::Mapped(Level::M2));
     assert_eq!(guest.write(512), Fault::Mapped(Level::K4));
-    fail.store(true, Ordering::SeqCst);
-    // A fault on what is added succeeds in the short time that it is there: see `races.rs`.
+    // A processor writes while the change is there.
+    let mmu = guest.mmu.clone();
+    let fail_after = |gfn: u64, is_mapped: bool| {
+        let mut walker = mmu.walker().unwrap();
+        let work = move || {
+            let fault = walker.fault(Gpa::new(gfn << 12), Access::WRITE).unwrap();
+            assert_eq!(matches!(fault, Fault::Mapped(_)), is_mapped, "{fault:?}");
+        };
+        *fails.lock().unwrap() = Some(Box::new(work));
+    };
+    fail_after(2050, true);
     guest.table.create(spec(2, 2048, 16, HVA + (2048 << 12), NONE)).unwrap_err();
+    assert_eq!(guest.leaf_at(2050), None);
     assert_eq!(guest.read(2050), Fault::Mmio);
+    fail_after(0, false);
     guest.table.delete(RAM, SlotId::new(0)).unwrap_err();
     assert_eq!(guest.write(0), Fault::Mapped(Level::M2), "zapped, and there again");
+    // What was written while it was not logged counts as dirty; what is written now is noticed again.
+    fail_after(600, true);
     guest.table.set_flags(RAM, SlotId::new(1), NONE).unwrap_err();
-    let _ = guest.harvest();
-    assert_eq!(guest.write(513), Fault::Mapped(Level::K4), "logged again");
-    assert!(guest.log.is_marked(RAM, Gfn::new(513)));
+    assert!(guest.harvest().contains(&600));
+    assert!(dirty == DirtyMode::Hardware || !guest.processor_writes(600));
+    let _ = guest.write(600);
+    assert!(guest.processor_writes(600));
+    assert_eq!(guest.harvest(), [600]);
+    fail_after(0, false);
     guest.table.transaction(|tx| tx.set_read_only(RAM, SlotId::new(0), true)).unwrap_err();
     assert!(matches!(guest.write(0), Fault::Mapped(_)));
-    fail.store(false, Ordering::SeqCst);
+    fail_after(0x1_0000, true);
+    guest.table.move_to(RAM, SlotId::new(1), Gfn::new(0x1_0000)).unwrap_err();
+    assert_eq!(guest.write(0x1_0000), Fault::Mmio);
     guest.table.delete(RAM, SlotId::new(0)).unwrap();
     assert_eq!(guest.read(0), Fault::Mmio);
 }

@@ -29,7 +29,7 @@ pub(crate) struct DirtyCalls {
     pub(crate) bits: u64,
     /// Bits that were set in the masks of CLEAR.
     pub(crate) cleared: u64,
-    /// Calls of which the trace shows only a pointer.
+    /// Calls of which the trace has not the bitmap, mostly because it shows only a pointer.
     pub(crate) unprinted: u64,
 }
 
@@ -66,10 +66,7 @@ impl Round {
 impl Run {
     /// One of the calls that concern the dirty log.
     pub(crate) fn dirty_log(&mut self, record: &Record) -> Result<(), TraceError> {
-        let vm = match self.by_fd.get(&record.fd) {
-            Some(&vm) => vm,
-            None => self.open_vm(record.fd, record.line)?,
-        };
+        let vm = self.vm_of(record)?;
         let now = self.now(record.line);
         let engine = &mut self.vms[vm].engine;
         let accepted = matches!(record.answer, Answer::Value(_));
@@ -80,8 +77,8 @@ impl Run {
                 }
                 return Ok(());
             }
-            Call::EnableCap { cap, arg } => {
-                let Some(answer) = engine.enable_cap(*cap, *arg) else { return Ok(()) };
+            Call::EnableCap { cap, flags, arg } => {
+                let Some(answer) = engine.enable_cap(*cap, *flags, *arg) else { return Ok(()) };
                 self.dirty.enable_cap += 1;
                 answer.map(|()| None)
             }
@@ -89,8 +86,11 @@ impl Run {
                 self.dirty.reset_rings += 1;
                 if engine.has_rings() { Ok(None) } else { Err("EINVAL") }
             }
-            Call::DirtyLogUnprinted => {
+            Call::DirtyLogUnprinted { slot, cleared } => {
                 self.dirty.unprinted += 1;
+                if let Some(slot) = slot.filter(|_| accepted) {
+                    engine.follow_unprinted(slot, *cleared);
+                }
                 return Ok(());
             }
             Call::GetDirtyLog { slot, bits } if accepted => {
@@ -131,7 +131,7 @@ impl Run {
 
     /// Holds an answer (an errno, or what is wrong although the call succeeded) against the recorded one.
     fn judge(&mut self, record: &Record, answer: Result<Option<String>, &'static str>) {
-        let (line, fd, call) = (record.line, record.fd, describe(record));
+        let (line, fd, key, call) = (record.line, record.fd, record.key(), describe(record));
         let recorded = record.answer.to_string();
         let known = ["EINVAL", "ENOENT", "ENXIO", "E2BIG"];
         match &record.answer {
@@ -151,7 +151,7 @@ impl Run {
             (Answer::Errno(name), Err(errno)) if *name == Cow::Borrowed(errno) => return,
             (_, Err(errno)) => (errno.to_owned(), "KVM's rules refuse it for another reason".to_owned()),
         };
-        self.disagreements.push(Disagreement { line, fd, call, recorded, came, why });
+        self.disagreements.push(Disagreement { line, fd, key, call, recorded, came, why });
     }
 }
 
@@ -178,7 +178,10 @@ fn contradiction(recorded: &Bits, got: &Got) -> Option<String> {
 fn describe(record: &Record) -> String {
     let name = &record.name;
     match &record.call {
-        Call::EnableCap { cap, arg } => format!("{name} {{cap={cap}, args[0]={arg:#x}}}"),
+        Call::EnableCap { cap, flags: 0, arg } => format!("{name} {{cap={cap}, args[0]={arg:#x}}}"),
+        Call::EnableCap { cap, flags, arg } => {
+            format!("{name} {{cap={cap}, flags={flags:#x}, args[0]={arg:#x}}}")
+        }
         Call::GetDirtyLog { slot, bits } => {
             let set: u64 = bits.runs.iter().map(|run| run.1).sum();
             format!("{name} {{slot={slot}}}: {} of {} pages", set, bits.pages)

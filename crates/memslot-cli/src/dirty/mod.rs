@@ -27,6 +27,8 @@ pub(crate) struct DirtyReport {
 #[derive(Serialize)]
 pub(crate) struct VmDirty {
     pub(crate) fd: i64,
+    #[serde(skip)]
+    pub(crate) name: String,
     pub(crate) slots: Vec<SlotDirty>,
     /// What migrating this VM would take; `None` where there is too little to go by.
     pub(crate) migration: Option<Migration>,
@@ -37,7 +39,7 @@ impl DirtyReport {
         let vms = replay.vms.iter().map(|vm| {
             let slots = slots::of(&vm.rounds);
             let migration = replay.span_ns.and_then(|_| Migration::estimate(&slots, link));
-            VmDirty { fd: vm.fd, slots, migration }
+            VmDirty { fd: vm.fd, name: vm.name.clone(), slots, migration }
         });
         DirtyReport {
             file: file.to_owned(),

@@ -23,7 +23,7 @@ pub(crate) fn write(out: &mut String, report: &DirtyReport) -> fmt::Result {
     }
     for vm in &report.vms {
         if report.vms.len() > 1 {
-            writeln!(out, "\n{}", paint(style::BOLD, format!("VM {}", vm.fd)))?;
+            writeln!(out, "\n{}", paint(style::BOLD, format!("VM {}", vm.name)))?;
         }
         slots(out, vm)?;
         match &vm.migration {

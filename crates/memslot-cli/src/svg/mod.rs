@@ -18,6 +18,7 @@ use clock::Clock;
 use crate::history::{Kind, Lifetime, MapSlot};
 use crate::layout::{self, Segment};
 use crate::replay::{Replay, Vm};
+use crate::trace::VmKey;
 use crate::units;
 
 const PLOT_WIDTH: f64 = 900.0;
@@ -132,7 +133,7 @@ fn legend(mut body: Group, tracks: &[Track<'_>], y: &mut f64) -> Group {
 /// One address space of one VM.
 struct Track<'a> {
     title: String,
-    fd: i64,
+    key: VmKey,
     lifetimes: Vec<&'a Lifetime>,
     segments: Vec<Segment>,
     clock: Clock,
@@ -149,12 +150,12 @@ impl<'a> Track<'a> {
             let ranges: Vec<(u64, u64)> = lifetimes.iter().map(|l| (l.slot.gpa, l.slot.end())).collect();
             let segments = layout::segments(&layout::pieces(&ranges), CELLS, MAX_ROWS);
             let title = match space {
-                0 => format!("VM fd {}", vm.fd),
-                1 => format!("VM fd {}, address space 1 (SMM)", vm.fd),
-                other => format!("VM fd {}, address space {other}", vm.fd),
+                0 => format!("VM {}", vm.name),
+                1 => format!("VM {}, address space 1 (SMM)", vm.name),
+                other => format!("VM {}, address space {other}", vm.name),
             };
             let clock = Clock::new(&lifetimes, end_ns);
-            Track { title, fd: vm.fd, lifetimes, segments, clock }
+            Track { title, key: vm.key, lifetimes, segments, clock }
         };
         spaces.into_iter().map(track).collect()
     }
@@ -189,7 +190,7 @@ impl<'a> Track<'a> {
             };
         }
         body = body.add(self.address_axis(&bands, left, digits));
-        for found in replay.disagreements.iter().filter(|found| found.fd == self.fd) {
+        for found in replay.disagreements.iter().filter(|found| found.key == self.key) {
             let x = left + self.clock.x_of_line(found.line);
             let mark =
                 line(x, top, x, bottom, "#cf222e").set("stroke-dasharray", "4 3").set("stroke-width", 1.5);

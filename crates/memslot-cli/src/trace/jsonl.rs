@@ -1,7 +1,8 @@
 //! JSON lines: one object a call, as a logger preloaded into the VMM writes them.
 //!
-//! Only the fields a replay needs are looked at; others (thread, duration) may be there or not. Numbers may be JSON numbers or strings, decimal or `0x…`, because 64-bit addresses do not survive
-//! every JSON writer as numbers.
+//! Only the fields a replay needs are looked at; others (thread, duration) may be there or not. So may those that tell
+//! processes and VMs apart (`pid`, `vm`), which recordings of one VMM with one VM do without. Numbers may be JSON numbers or
+//! strings, decimal or `0x…`, because 64-bit addresses do not survive every JSON writer as numbers.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,7 +10,7 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{Deserializer, Visitor};
 
-use super::{Answer, Bits, Call, GuestMemfd, Line, Record, Region, ioctl, number};
+use super::{Answer, Bits, Call, GuestMemfd, Line, Record, Region, VmLimits, ioctl, number};
 
 /// A number between the smallest i64 and the largest u64, however it was spelt.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +58,11 @@ struct Fields<'a> {
     #[serde(borrow)]
     op: Cow<'a, str>,
     fd: Option<Number>,
+    pid: Option<Number>,
+    vm: Option<Number>,
+    nr_memslots: Option<Number>,
+    readonly_mem: Option<Number>,
+    address_spaces: Option<Number>,
     t_ns: Option<Number>,
     ret: Option<Number>,
     errno: Option<Number>,
@@ -82,37 +88,54 @@ pub(super) fn parse(text: &str, line: u64) -> Result<Line, String> {
     let fd = fields.fd.map_or(Ok(-1), |fd| narrow("fd", fd))?;
     let start_ns = fields.t_ns.map(|t| narrow("t_ns", t)).transpose()?;
     let (name, call) = match fields.op.as_ref() {
-        "create_vm" => (ioctl::name(0x01), Call::CreateVm),
+        "create_vm" => (ioctl::name(0x01), Call::CreateVm(vm_limits(&fields)?)),
         "check_ext" => {
             let cap = fields.cap.map(|cap| narrow("cap", cap)).transpose()?;
             (ioctl::name(0x03), Call::CheckExtension(cap))
         }
         "enable_cap" => {
             let arg = fields.arg0.map_or(Ok(0), |arg| narrow("arg0", arg))?;
-            (ioctl::name(0xa3), Call::EnableCap { cap: required("cap", fields.cap)?, arg })
+            let flags = fields.flags.map_or(Ok(0), |flags| narrow("flags", flags))?;
+            (ioctl::name(0xa3), Call::EnableCap { cap: required("cap", fields.cap)?, flags, arg })
         }
         "create_vcpu" => (ioctl::name(0x41), Call::CreateVcpu),
         "coal_add" => (ioctl::name(0x67), Call::Other),
         "coal_del" => (ioctl::name(0x68), Call::Other),
         "get_dirty" => (ioctl::name(0x42), dirty_log(&fields, false)?),
         "clear_dirty" => (ioctl::name(0xc0), dirty_log(&fields, true)?),
+        "create_guest_memfd" => (ioctl::name(0xd4), Call::CreateGuestMemfd),
         "reset_rings" => (ioctl::name(0xc7), Call::ResetRings),
         "set" => (ioctl::name(0x46), Call::SetRegion(region(&fields, false)?)),
         "set2" => (ioctl::name(0x49), Call::SetRegion(region(&fields, true)?)),
         op => match op.strip_prefix("req_").map(|hex| (hex, u8::from_str_radix(hex, 16))) {
-            Some((_, Ok(0x46 | 0x49))) => (ioctl::name(0x46), Call::SetRegionUnprinted),
+            Some((_, Ok(number @ (0x46 | 0x49)))) => (ioctl::name(number), Call::SetRegionUnprinted),
             Some((_, Ok(number))) => (ioctl::name(number), Call::Other),
             Some((hex, Err(_))) => (Cow::Owned(format!("KVM request {}", super::excerpt(hex))), Call::Other),
             None => return Err(unknown_op(op)),
         },
     };
-    Ok(Line::Record(Record { line, start_ns, fd, name, call, answer: answer(&fields)? }))
+    let process = fields.pid.map(|pid| narrow("pid", pid)).transpose()?;
+    let vm = fields.vm.map(|vm| narrow("vm", vm)).transpose()?;
+    Ok(Line::Record(Record { line, start_ns, fd, process, vm, name, call, answer: answer(&fields)? }))
+}
+
+/// The kernel's limits, which a recorder may note where a VM is created.
+fn vm_limits(fields: &Fields<'_>) -> Result<VmLimits, String> {
+    let limits = [
+        ("nr_memslots", ioctl::CAP_NR_MEMSLOTS, fields.nr_memslots),
+        ("readonly_mem", ioctl::CAP_READONLY_MEM, fields.readonly_mem),
+        ("address_spaces", ioctl::CAP_MULTI_ADDRESS_SPACE, fields.address_spaces),
+        ("guest_memfd", ioctl::CAP_GUEST_MEMFD, fields.guest_memfd),
+    ];
+    let known = limits.iter().filter_map(|&(name, cap, value)| Some((name, cap, value?)));
+    known.map(|(name, cap, value)| Ok((cap, narrow(name, value)?))).collect()
 }
 
 /// The most pages a slot can have.
 const MAX_PAGES: u64 = (1 << 31) - 1;
 
-/// A dirty-log call. Without its `runs` (a call that failed has none to show) only the slot is known.
+/// A dirty-log call. Without its `runs` only the slot is known: a call that failed has none to show, and of one that
+/// succeeded the recorder may not have been able to tell them.
 fn dirty_log(fields: &Fields<'_>, clear: bool) -> Result<Call, String> {
     let slot = required("slot", fields.slot)?;
     let (field, pages) = if clear { ("num", fields.num) } else { ("npages", fields.npages) };
@@ -121,6 +144,10 @@ fn dirty_log(fields: &Fields<'_>, clear: bool) -> Result<Call, String> {
         return Err(format!(
             "number out of range: `{field}` is {pages}, and a slot has at most {MAX_PAGES} pages"
         ));
+    }
+    if fields.runs.is_none() && matches!(answer(fields)?, Answer::Value(_)) {
+        let first = fields.first.map_or(Ok(0), |first| narrow("first", first))?;
+        return Ok(Call::DirtyLogUnprinted { slot: Some(slot), cleared: clear.then_some((first, pages)) });
     }
     let mut bits = Bits { pages, runs: Vec::new() };
     let mut set = 0;
@@ -187,7 +214,7 @@ fn narrow<T: TryFrom<i128>>(field: &str, Number(value): Number) -> Result<T, Str
 fn unknown_op(op: &str) -> String {
     format!(
         "unknown op \"{}\" (known: create_vm, check_ext, enable_cap, create_vcpu, set, set2, get_dirty, \
-         clear_dirty, reset_rings, coal_add, coal_del, and req_NN with a request number in hexadecimal)",
+         clear_dirty, reset_rings, create_guest_memfd, coal_add, coal_del, and req_NN with a request number in hexadecimal)",
         super::excerpt(op)
     )
 }

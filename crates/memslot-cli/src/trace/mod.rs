@@ -90,27 +90,42 @@ pub(crate) struct Bits {
     pub(crate) runs: Vec<(u64, u64)>,
 }
 
+/// What a new VM may have, as the recorder found out when it was created: capability number and the kernel's answer.
+pub(crate) type VmLimits = Vec<(u32, i64)>;
+
+/// A VM, as the lines of a trace name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum VmKey {
+    /// By the recorder's own number, which no other VM of the trace has.
+    Numbered(u64),
+    /// By its descriptor, in a process if the trace tells them apart.
+    Descriptor { process: Option<i64>, fd: i64 },
+}
+
 /// What a call asks, as far as a replay cares.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     /// `KVM_CREATE_VM`; the result is the VM's file descriptor.
-    CreateVm,
+    CreateVm(VmLimits),
     /// `KVM_CHECK_EXTENSION`, with the capability's number where it is one the rules depend on.
     CheckExtension(Option<u32>),
     /// `KVM_SET_USER_MEMORY_REGION` and its second form.
     SetRegion(Region),
     /// One of these two whose argument the recorder printed as a mere pointer.
     SetRegionUnprinted,
-    /// `KVM_ENABLE_CAP`, with the capability's number and its first argument.
-    EnableCap { cap: u32, arg: u64 },
+    /// `KVM_ENABLE_CAP`, with the capability's number, the flags (of which KVM knows none) and the first argument.
+    EnableCap { cap: u32, flags: u32, arg: u64 },
     /// `KVM_CREATE_VCPU`.
     CreateVcpu,
     /// `KVM_GET_DIRTY_LOG`, with the bitmap that came back.
     GetDirtyLog { slot: u32, bits: Bits },
     /// `KVM_CLEAR_DIRTY_LOG`, with the bitmap of what to clear from page `first` on.
     ClearDirtyLog { slot: u32, first: u64, mask: Bits },
-    /// One of these two of which the recorder printed a mere pointer.
-    DirtyLogUnprinted,
+    /// One of these two without its bitmap. The slot is known unless the recorder printed a mere pointer; of a CLEAR then
+    /// also the first page and the number of pages.
+    DirtyLogUnprinted { slot: Option<u32>, cleared: Option<(u64, u64)> },
+    /// `KVM_CREATE_GUEST_MEMFD`; the result is the file's descriptor.
+    CreateGuestMemfd,
     /// `KVM_RESET_DIRTY_RINGS`.
     ResetRings,
     /// Any other KVM call: counted.
@@ -147,12 +162,28 @@ pub(crate) struct Record {
     pub(crate) start_ns: Option<u64>,
     /// The file descriptor it went to.
     pub(crate) fd: i64,
+    /// The process that called, if the trace tells.
+    pub(crate) process: Option<i64>,
+    /// The recorder's number of the VM concerned, or of the one created.
+    pub(crate) vm: Option<u64>,
     /// The ioctl's name (`KVM_…`).
     pub(crate) name: Cow<'static, str>,
     /// What it asks.
     pub(crate) call: Call,
     /// What came back.
     pub(crate) answer: Answer,
+}
+
+impl Record {
+    /// The VM that the call went to.
+    pub(crate) fn key(&self) -> VmKey {
+        self.key_of(self.fd)
+    }
+
+    /// The VM behind this descriptor, for the process that called.
+    pub(crate) fn key_of(&self, fd: i64) -> VmKey {
+        self.vm.map_or(VmKey::Descriptor { process: self.process, fd }, VmKey::Numbered)
+    }
 }
 
 /// Lines that are no KVM ioctl, by what they are.

@@ -132,16 +132,17 @@ fn call(text: &str, start_ns: Option<u64>, line: u64) -> Result<Line, String> {
     // An ioctl on a bad descriptor is printed with a negative one; no VM has it.
     let fd = fd.unwrap_or(-1);
     let call = match name.as_ref() {
-        "KVM_CREATE_VM" => Call::CreateVm,
+        "KVM_CREATE_VM" => Call::CreateVm(Vec::new()),
         "KVM_CHECK_EXTENSION" => Call::CheckExtension(rest.first().and_then(|cap| ioctl::capability(cap))),
         "KVM_SET_USER_MEMORY_REGION" => set_region(rest, false)?,
         "KVM_SET_USER_MEMORY_REGION2" => set_region(rest, true)?,
-        "KVM_GET_DIRTY_LOG" | "KVM_CLEAR_DIRTY_LOG" => Call::DirtyLogUnprinted,
+        "KVM_GET_DIRTY_LOG" | "KVM_CLEAR_DIRTY_LOG" => Call::DirtyLogUnprinted { slot: None, cleared: None },
         "KVM_RESET_DIRTY_RINGS" => Call::ResetRings,
         "KVM_CREATE_VCPU" => Call::CreateVcpu,
+        "KVM_CREATE_GUEST_MEMFD" => Call::CreateGuestMemfd,
         _ => Call::Other,
     };
-    Ok(Line::Record(Record { line, start_ns, fd, name, call, answer }))
+    Ok(Line::Record(Record { line, start_ns, fd, process: None, vm: None, name, call, answer }))
 }
 
 fn cut(text: &str) -> String {

@@ -169,6 +169,44 @@ fn jsonl_answers_as_the_library_and_as_the_kernel_give_them() {
 }
 
 #[test]
+fn jsonl_of_several_processes_and_vms() {
+    let set = r#""op":"set","fd":12,"slot":3,"flags":2,"gpa":0,"size":4096,"hva":0,"ret":0"#;
+    let key = |before: &str| one(&format!("{{{before}{set}}}")).key();
+    assert_eq!(key(""), VmKey::Descriptor { process: None, fd: 12 });
+    assert_eq!(key(r#""pid":77,"#), VmKey::Descriptor { process: Some(77), fd: 12 });
+    assert_eq!(key(r#""pid":77,"vm":4,"#), VmKey::Numbered(4));
+    let created = one(
+        r#"{"pid":77,"vm":4,"fd":3,"op":"create_vm","type":0,"nr_memslots":32764,"guest_memfd":1,"ret":12,"errno":0}"#,
+    );
+    assert_eq!(created.call, Call::CreateVm(vec![(CAP_NR_MEMSLOTS, 32764), (CAP_GUEST_MEMFD, 1)]));
+    assert_eq!(created.key_of(12), VmKey::Numbered(4));
+    let file = one(r#"{"op":"create_guest_memfd","fd":12,"size":"0x1000","flags":0,"ret":9,"errno":0}"#);
+    assert_eq!((file.call, file.name.as_ref()), (Call::CreateGuestMemfd, "KVM_CREATE_GUEST_MEMFD"));
+    let cap = one(r#"{"op":"enable_cap","fd":12,"cap":168,"flags":1,"arg0":"0x3","ret":-1,"errno":22}"#);
+    assert_eq!(cap.call, Call::EnableCap { cap: 168, flags: 1, arg: 3 });
+}
+
+#[test]
+fn jsonl_bitmaps_that_could_not_be_recorded() {
+    for (line, call) in [
+        (
+            r#"{"op":"get_dirty","fd":12,"slot":2,"ret":0,"errno":0}"#,
+            Call::DirtyLogUnprinted { slot: Some(2), cleared: None },
+        ),
+        (
+            r#"{"op":"clear_dirty","fd":12,"slot":2,"first":64,"num":128,"ret":0,"errno":0}"#,
+            Call::DirtyLogUnprinted { slot: Some(2), cleared: Some((64, 128)) },
+        ),
+        (
+            r#"{"op":"get_dirty","fd":12,"slot":2,"ret":-1,"errno":2}"#,
+            Call::GetDirtyLog { slot: 2, bits: Bits::default() },
+        ),
+    ] {
+        assert_eq!(one(line).call, call, "{line}");
+    }
+}
+
+#[test]
 fn jsonl_that_would_mislead_is_refused() {
     let set = r#"{"op":"set","fd":12,"slot":3,"flags":2,"gpa":0,"size":4096,"hva":0,"ret":0}"#;
     for (line, word) in [

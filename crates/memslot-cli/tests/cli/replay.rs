@@ -308,3 +308,53 @@ fn guest_memfd_slots() {
         assert!(map.iter().all(|slot| slot["kind"] == "guest_memfd" && slot["guest_memfd"]["file"] == 7));
     }
 }
+
+/// Two processes, each with a VM under the same descriptor, as `record` writes them.
+#[test]
+fn vms_of_several_processes_are_kept_apart() {
+    let line = |pid: u32, vm: u32, rest: &str| format!("{{\"pid\":{pid},\"vm\":{vm},\"fd\":5,{rest}}}\n");
+    let region = "\"flags\":0,\"gpa\":0,\"size\":4096,\"hva\":4096";
+    let created = "\"op\":\"create_vm\",\"nr_memslots\":8,\"ret\":5,\"errno\":0";
+    let text = [
+        line(70, 1, created),
+        line(71, 2, created),
+        line(70, 1, &format!("\"op\":\"set\",\"slot\":1,{region},\"ret\":0")),
+        line(71, 2, &format!("\"op\":\"set\",\"slot\":2,{region},\"ret\":0")),
+        // The kernel has eight slots, as it said when the VM was created.
+        line(71, 2, &format!("\"op\":\"set\",\"slot\":8,{region},\"ret\":-1,\"errno\":22")),
+        // A child may not use its parent's VM.
+        line(71, 1, &format!("\"op\":\"set\",\"slot\":1,{region},\"ret\":-1,\"errno\":5")),
+    ]
+    .concat();
+    let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(text.clone()));
+    assert_eq!(status, 0, "{out}");
+    for words in ["VM fd 5 of process 70", "VM fd 5 of process 71", "3 of 3 answers, 0 disagreements"] {
+        assert!(out.contains(words), "{words} is not in\n{out}");
+    }
+    let (_, json, _) = run(memslot().args(["replay", "--json", "-"]).write_stdin(text));
+    let report: Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!((&report["vms"][0]["pid"], &report["vms"][1]["pid"]), (&70.into(), &71.into()));
+}
+
+/// A bitmap that is not in the trace may have cleared anything: what was dirty before is not expected afterwards.
+#[test]
+fn after_a_bitmap_that_was_not_recorded_nothing_is_expected() {
+    let logged =
+        "{\"op\":\"set\",\"fd\":5,\"slot\":0,\"flags\":1,\"gpa\":0,\"size\":286720,\"hva\":4096,\"ret\":0}\n";
+    let manual = "{\"op\":\"enable_cap\",\"fd\":5,\"cap\":168,\"arg0\":3,\"ret\":0}\n";
+    let get = |rest: &str| format!("{{\"op\":\"get_dirty\",\"fd\":5,\"slot\":0,{rest}\"ret\":0}}\n");
+    let clear = "{\"op\":\"clear_dirty\",\"fd\":5,\"slot\":0,\"first\":0,\"num\":70,\"ret\":0}\n";
+    let (none, one) = (get("\"npages\":70,\"runs\":[],"), get("\"npages\":70,\"runs\":[[7,1]],"));
+    let whole = get("\"npages\":70,\"runs\":[[0,70]],");
+    for (text, expected) in [
+        (format!("{logged}{one}{none}"), 0),
+        (format!("{logged}{}{none}", get("")), 0),
+        // Under manual protection a GET clears nothing, seen or not.
+        (format!("{manual}{logged}{whole}{}{none}", get("")), 1),
+        (format!("{manual}{logged}{whole}{clear}{none}"), 0),
+        (format!("{manual}{logged}{}{one}", get("")), 1),
+    ] {
+        let (status, out, _) = run(memslot().args(["replay", "-"]).write_stdin(text.clone()));
+        assert_eq!(status, expected, "{text}{out}");
+    }
+}

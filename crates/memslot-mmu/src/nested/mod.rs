@@ -64,6 +64,9 @@ pub(crate) mod split;
 pub(crate) mod walker;
 pub(crate) mod zap;
 
+#[cfg(all(test, loom))]
+mod loom_tests;
+
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 

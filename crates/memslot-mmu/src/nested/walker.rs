@@ -116,6 +116,11 @@ impl<F: Format, H: Host> Walker<F, H> {
         Ok(Prefaulted { rest: crate::invalidate::range(gfn, end), last })
     }
 
+    #[cfg(loom)]
+    pub(super) fn top_up(&mut self) {
+        self.cache.top_up(&self.mmu.shared, 1).expect("there is memory");
+    }
+
     #[inline]
     fn resolve(&mut self, wish: &Wish) -> Result<(Fault, u64), FaultError<H::Error>> {
         if wish.gfn >= Shared::<F, H>::END {

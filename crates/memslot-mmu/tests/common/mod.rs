@@ -41,6 +41,7 @@ struct State {
     read_only: BTreeSet<u64>,
     no_execute: BTreeSet<u64>,
     mmio: BTreeSet<u64>,
+    retry: BTreeSet<u64>,
     /// Run once when the host is asked for a frame.
     hook: Option<Hook>,
     /// The translations that some processor has cached: first frame → leaf.
@@ -77,6 +78,11 @@ impl TestHost {
 
     pub fn set_mmio(&self, hva: u64) {
         self.with(|state| state.mmio.insert(hva >> 12));
+    }
+
+    /// Whether the host asks for patience with a page.
+    pub fn set_retry(&self, hva: u64, on: bool) {
+        self.with(|state| if on { state.retry.insert(hva >> 12) } else { state.retry.remove(&(hva >> 12)) });
     }
 
     /// Runs `hook` in the middle of the next fault that asks for a frame.
@@ -141,7 +147,7 @@ impl Frames for TestHost {
         let hook = self.with(|state| state.hook.take());
         let Some(hva) = slot.hva_of(gfn) else { return Ok(answer) };
         let (page, Answer::Frame(mut frame)) = (hva.get() >> 12, answer) else { return Ok(answer) };
-        let mmio = self.with(|state| {
+        let (mmio, retry) = self.with(|state| {
             if let Some(&pfn) = state.moved.get(&page) {
                 frame = Frame { pfn: Pfn::new(pfn), run: range(gfn.get(), 1), ..frame };
             } else if let Some((first, last)) = state.moved.keys().next().zip(state.moved.keys().next_back())
@@ -167,12 +173,16 @@ impl Frames for TestHost {
             if !(state.read_only.is_empty() && state.no_execute.is_empty()) {
                 frame.run = range(gfn.get(), 1);
             }
-            state.mmio.contains(&page)
+            (state.mmio.contains(&page), state.retry.contains(&page))
         });
         if let Some(hook) = hook {
             hook();
         }
-        Ok(if mmio { Answer::Mmio } else { Answer::Frame(frame) })
+        Ok(match (mmio, retry) {
+            (true, _) => Answer::Mmio,
+            (_, true) => Answer::Retry,
+            _ => Answer::Frame(frame),
+        })
     }
 }
 
@@ -212,6 +222,17 @@ impl<F: Format> Guest<F> {
 
     pub fn create(&mut self, id: u32, base: u64, pages: u64, hva: u64, flags: SlotFlags) {
         self.table.create(spec(id, base, pages, hva, flags)).unwrap();
+    }
+
+    /// Has the walker fill its cache, so that the next fault does not start again for want of tables.
+    pub fn warm_up(&mut self) {
+        let (id, gfn) = (SlotId::new(999), 1 << 30);
+        self.create(999, gfn, 1, HVA, SlotFlags::empty());
+        let mut walker = self.mmu.walker().unwrap();
+        let _ = walker.fault(Gpa::new(gfn << 12), Access::READ).unwrap();
+        self.table.delete(RAM, id).unwrap();
+        self.vcpu = walker;
+        self.host.take_flushes();
     }
 
     pub fn fault(&mut self, gfn: u64, access: Access) -> Fault {

@@ -1,0 +1,341 @@
+//! Interleavings of faults with everything else, run by loom, with tables of two entries and two levels.
+//!
+//! A table that is freed while a walker might be inside makes loom panic (`user.rs`); so every model here is one of
+//! reclamation, too.
+
+use core::convert::Infallible;
+use core::ptr::NonNull;
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicUsize, Ordering};
+use loom::thread;
+use memslot::dirty::{Consumer, DirtyLog};
+use memslot::{
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, Slot, SlotFlags, SlotId, SlotSpec,
+    SlotTable,
+};
+
+use super::fault::Fault;
+use super::{Config, Mmu, Walker};
+use crate::format::{Access, MemoryType, Npt};
+use crate::host::{Answer, Context, Frame, Frames, Pfn, TableMemory, TlbFlush};
+use crate::level::{Level, Table};
+use crate::user::UserHost;
+
+type Tables = Mmu<Npt<2>, LoomHost>;
+type Vcpu = Walker<Npt<2>, LoomHost>;
+
+const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
+const HVA: u64 = 0x7000_0000;
+
+/// A host whose frames lie at a place that changes, and whose one guest page has contents.
+#[derive(Clone)]
+struct LoomHost(Arc<Inner>);
+
+struct Inner {
+    user: UserHost,
+    /// Added to every frame number.
+    offset: AtomicUsize,
+    /// Held by a processor while it writes by what it has found in the tables; a flush waits for that.
+    processor: loom::sync::Mutex<()>,
+    contents: AtomicUsize,
+}
+
+// SAFETY: passed on.
+unsafe impl TableMemory for LoomHost {
+    fn allocate(&self, tables: usize) -> Option<Pfn> {
+        self.0.user.allocate(tables)
+    }
+    unsafe fn free(&self, first: Pfn, tables: usize) {
+        // SAFETY: passed on.
+        unsafe { self.0.user.free(first, tables) }
+    }
+    fn reach(&self, table: Pfn) -> NonNull<Table> {
+        self.0.user.reach(table)
+    }
+}
+
+impl Frames for LoomHost {
+    type Error = Infallible;
+    fn frame(&self, slot: &Slot, gfn: Gfn, _: Access) -> Result<Answer, Infallible> {
+        let offset = self.0.offset.load(Ordering::Relaxed) as u64;
+        let pfn = Pfn::new((slot.hva_of(gfn).map_or(0, Hva::get) >> 12) + offset);
+        let memory = MemoryType::WriteBack;
+        Ok(Answer::Frame(Frame { pfn, run: slot.gfns(), access: Access::all(), memory }))
+    }
+}
+
+impl TlbFlush for LoomHost {
+    fn flush(&self, _: Context, _: GfnRange) {
+        drop(self.0.processor.lock().unwrap());
+    }
+}
+
+struct Guest {
+    table: SlotTable,
+    log: Option<DirtyLog>,
+    mmu: Tables,
+    host: LoomHost,
+}
+
+impl Guest {
+    fn new(has_log: bool, largest: Level, flags: SlotFlags) -> Self {
+        let mut table = SlotTable::new(Limits::default()).unwrap();
+        let log = has_log.then(|| DirtyLog::attach(&mut table).unwrap());
+        let host = LoomHost(Arc::new(Inner {
+            user: UserHost::default(),
+            offset: AtomicUsize::new(0),
+            processor: loom::sync::Mutex::new(()),
+            contents: AtomicUsize::new(0),
+        }));
+        let config = Config { log: log.clone(), largest, ..Config::default() };
+        let mmu = Mmu::attach(&mut table, host.clone(), config).unwrap();
+        let mut guest = Self { table, log, mmu, host };
+        guest.create(flags);
+        guest
+    }
+
+    fn create(&mut self, flags: SlotFlags) {
+        self.table
+            .create(SlotSpec {
+                address_space: RAM,
+                id: SlotId::new(0),
+                gfns: range(0, 2),
+                backing: Backing::Host { hva: Hva::new(HVA) },
+                flags,
+            })
+            .unwrap();
+    }
+
+    fn vcpu(&self) -> Vcpu {
+        let mut vcpu = self.mmu.walker().unwrap();
+        // A fault that starts again for want of tables is another model.
+        vcpu.top_up();
+        vcpu
+    }
+
+    fn pfn(&self, gfn: u64) -> Option<u64> {
+        self.mmu.walker().unwrap().translate(gpa(gfn)).map(|mapping| mapping.pfn.get())
+    }
+}
+
+fn range(first: u64, pages: u64) -> GfnRange {
+    GfnRange::with_len(Gfn::new(first), pages).unwrap()
+}
+
+fn gpa(gfn: u64) -> Gpa {
+    Gpa::new(gfn << 12)
+}
+
+fn write(vcpu: &mut Vcpu, gfn: u64) -> Fault {
+    vcpu.fault(gpa(gfn), Access::WRITE).unwrap()
+}
+
+#[test]
+fn loom_faults_on_the_same_table_and_page() {
+    for gfns in [(0, 0), (0, 1)] {
+        loom::model(move || {
+            let guest = Guest::new(false, Level::K4, SlotFlags::empty());
+            let (mut a, mut b) = (guest.vcpu(), guest.vcpu());
+            let other = thread::spawn(move || write(&mut a, gfns.0));
+            let mine = write(&mut b, gfns.1);
+            let theirs = other.join().unwrap();
+            for fault in [mine, theirs] {
+                assert!(matches!(fault, Fault::Mapped(Level::K4) | Fault::AlreadyMapped));
+            }
+            assert!(
+                gfns.0 == gfns.1 || (mine, theirs) == (Fault::Mapped(Level::K4), Fault::Mapped(Level::K4))
+            );
+            assert_eq!(guest.pfn(gfns.0), Some((HVA >> 12) + gfns.0));
+            assert_eq!(guest.pfn(gfns.1), Some((HVA >> 12) + gfns.1));
+        });
+    }
+}
+
+/// D1. With the page's table there, and without.
+#[test]
+fn loom_a_fault_beside_a_delete_installs_nothing() {
+    for (largest, has_table) in [(Level::K4, true), (Level::K4, false), (Level::M2, false)] {
+        loom::model(move || {
+            let mut guest = Guest::new(false, largest, SlotFlags::empty());
+            let mut vcpu = guest.vcpu();
+            if has_table {
+                let _ = write(&mut vcpu, 1);
+            }
+            let other = thread::spawn(move || {
+                let _ = write(&mut vcpu, 0);
+            });
+            guest.table.delete(RAM, SlotId::new(0)).unwrap();
+            assert_eq!(guest.pfn(0), None, "when the delete returns");
+            other.join().unwrap();
+            assert_eq!(guest.pfn(0), None, "and ever after");
+        });
+    }
+}
+
+/// D2 and D3.
+#[test]
+fn loom_a_fault_beside_an_invalidation_never_maps_the_old_frame() {
+    for has_table in [true, false] {
+        loom::model(move || {
+            let guest = Guest::new(false, Level::K4, SlotFlags::empty());
+            let mut vcpu = guest.vcpu();
+            if has_table {
+                let _ = write(&mut vcpu, 1);
+            }
+            let other = thread::spawn(move || {
+                let _ = write(&mut vcpu, 0);
+            });
+            let hvas = HvaRange::with_len(Hva::new(HVA), 4096).unwrap();
+            let invalidation = guest.mmu.invalidate_hva(hvas).unwrap();
+            assert_eq!(guest.pfn(0), None);
+            guest.host.0.offset.store(100, Ordering::Relaxed);
+            assert_eq!(guest.pfn(0), None);
+            invalidation.end();
+            other.join().unwrap();
+            assert!([None, Some((HVA >> 12) + 100)].contains(&guest.pfn(0)));
+        });
+    }
+}
+
+/// Tables go while a fault may be inside.
+#[test]
+fn loom_a_fault_beside_a_zap_that_frees_its_table() {
+    loom::model(|| {
+        let guest = Guest::new(false, Level::K4, SlotFlags::empty());
+        let mut vcpu = guest.vcpu();
+        let _ = write(&mut vcpu, 1);
+        let other = thread::spawn(move || {
+            let fault = write(&mut vcpu, 0);
+            assert_eq!(fault, Fault::Mapped(Level::K4));
+        });
+        guest.mmu.zap(range(0, 2)).discharge();
+        guest.mmu.reclaim();
+        other.join().unwrap();
+        guest.mmu.zap(range(0, 2)).discharge();
+        guest.mmu.reclaim();
+        assert_eq!(guest.pfn(0), None);
+    });
+}
+
+/// D7: a large page is split by a write beside another write, and collapsed when logging stops.
+#[test]
+fn loom_a_split_beside_a_split() {
+    loom::model(|| {
+        let guest = Guest::new(true, Level::M2, SlotFlags::empty());
+        let (mut a, mut b) = (guest.vcpu(), guest.vcpu());
+        let mut table = guest.table;
+        assert_eq!(write(&mut a, 0), Fault::Mapped(Level::M2));
+        table.set_flags(RAM, SlotId::new(0), SlotFlags::LOG_DIRTY_PAGES).unwrap();
+        let other = thread::spawn(move || write(&mut a, 0));
+        let mine = write(&mut b, 1);
+        assert_eq!((mine, other.join().unwrap()), (Fault::Mapped(Level::K4), Fault::Mapped(Level::K4)));
+        let log = guest.log.unwrap();
+        assert!(log.is_marked(RAM, Gfn::new(0)) && log.is_marked(RAM, Gfn::new(1)));
+    });
+}
+
+#[test]
+fn loom_a_collapse_beside_a_fault() {
+    loom::model(|| {
+        let mut guest = Guest::new(true, Level::M2, SlotFlags::LOG_DIRTY_PAGES);
+        let (mut a, mut b) = (guest.vcpu(), guest.vcpu());
+        let _ = (write(&mut a, 0), a.fault(gpa(1), Access::READ).unwrap());
+        let other = thread::spawn(move || {
+            let fault = write(&mut a, 1);
+            assert!(matches!(fault, Fault::Mapped(_) | Fault::AlreadyMapped));
+        });
+        guest.table.set_flags(RAM, SlotId::new(0), SlotFlags::empty()).unwrap();
+        other.join().unwrap();
+        assert!(matches!(write(&mut b, 1), Fault::Mapped(_) | Fault::AlreadyMapped));
+        assert_eq!((guest.pfn(0), guest.pfn(1)), (Some(HVA >> 12), Some((HVA >> 12) + 1)));
+    });
+}
+
+/// Logging starts beside a fault: what is writable afterwards is marked.
+#[test]
+fn loom_logging_starts_beside_a_fault() {
+    for has_table in [true, false] {
+        loom::model(move || {
+            let mut guest = Guest::new(true, Level::K4, SlotFlags::empty());
+            let mut vcpu = guest.vcpu();
+            if has_table {
+                let _ = vcpu.fault(gpa(1), Access::READ).unwrap();
+            }
+            let other = thread::spawn(move || {
+                let _ = write(&mut vcpu, 0);
+            });
+            guest.table.set_flags(RAM, SlotId::new(0), SlotFlags::LOG_DIRTY_PAGES).unwrap();
+            other.join().unwrap();
+            let mapping = guest.mmu.walker().unwrap().translate(gpa(0));
+            let is_writable = mapping.is_some_and(|mapping| mapping.access.contains(Access::WRITE));
+            assert!(!is_writable || guest.log.unwrap().is_marked(RAM, Gfn::new(0)));
+        });
+    }
+}
+
+/// Read-only starts beside a fault: nothing is writable afterwards.
+#[test]
+fn loom_read_only_starts_beside_a_fault() {
+    for has_table in [true, false] {
+        loom::model(move || {
+            let mut guest = Guest::new(false, Level::K4, SlotFlags::empty());
+            let mut vcpu = guest.vcpu();
+            if has_table {
+                let _ = vcpu.fault(gpa(1), Access::READ).unwrap();
+            }
+            let other = thread::spawn(move || {
+                let _ = write(&mut vcpu, 0);
+            });
+            guest.table.transaction(|tx| tx.set_read_only(RAM, SlotId::new(0), true)).unwrap();
+            other.join().unwrap();
+            let mapping = guest.mmu.walker().unwrap().translate(gpa(0));
+            assert!(mapping.is_none_or(|mapping| !mapping.access.contains(Access::WRITE)));
+        });
+    }
+}
+
+/// A processor that writes `value` to page 0: by the tables, or after a fault.
+fn processor_writes(vcpu: &mut Vcpu, host: &LoomHost, value: usize) {
+    loop {
+        {
+            let _uses_translation = host.0.processor.lock().unwrap();
+            let mapping = vcpu.translate(gpa(0));
+            if mapping.is_some_and(|mapping| mapping.access.contains(Access::WRITE)) {
+                host.0.contents.store(value, Ordering::Relaxed);
+                return;
+            }
+        }
+        let _ = write(vcpu, 0);
+    }
+}
+
+/// What a harvest says, and a copy of page 0 if it is among it.
+fn copy(guest: &Guest, consumer: &Consumer) -> Option<usize> {
+    let mut rearm = guest.mmu.dirty_rearm().unwrap();
+    let harvest = rearm.harvest(consumer).unwrap();
+    let copy = harvest.runs().next().map(|_| guest.host.0.contents.load(Ordering::Relaxed));
+    harvest.commit();
+    copy
+}
+
+/// D4: what is written beside a harvest is in it or in the next one.
+#[test]
+fn loom_a_write_beside_a_harvest() {
+    for is_mapped in [false, true] {
+        loom::model(move || {
+            let guest = Guest::new(true, Level::K4, SlotFlags::LOG_DIRTY_PAGES);
+            let consumer = guest.log.as_ref().unwrap().consumer().unwrap();
+            let mut vcpu = guest.vcpu();
+            if is_mapped {
+                processor_writes(&mut vcpu, &guest.host, 1);
+            }
+            let host = guest.host.clone();
+            let other = thread::spawn(move || processor_writes(&mut vcpu, &host, 2));
+            let first = copy(&guest, &consumer);
+            other.join().unwrap();
+            let second = copy(&guest, &consumer);
+            assert_eq!(second.or(first), Some(2), "first {first:?}, second {second:?}");
+        });
+    }
+}
