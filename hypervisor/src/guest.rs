@@ -80,7 +80,8 @@ impl Guest {
             dirty: if options.dirty_bits { DirtyMode::Hardware } else { DirtyMode::WriteProtect },
             ..Config::default()
         };
-        let mmu = Mmu::attach(&mut table, host, config).map_err(|_| "no memory for the guest's page tables")?;
+        let mmu =
+            Mmu::attach(&mut table, host, config).map_err(|_| "no memory for the guest's page tables")?;
         let walker = mmu.walker().map_err(|_| no_memory)?;
         let faults = FaultCounts::default();
         Ok(Self { table, log, mmu, host, ram: Vec::new(), windows: Vec::new(), walker, faults })
@@ -90,9 +91,18 @@ impl Guest {
     ///
     /// # Errors
     /// What the slot table says.
-    pub(crate) fn add_memory(&mut self, bytes: u64, top: u64, flags: SlotFlags) -> Result<(), TransactionError> {
+    pub(crate) fn add_memory(
+        &mut self,
+        bytes: u64,
+        top: u64,
+        flags: SlotFlags,
+    ) -> Result<(), TransactionError> {
         let low_end = (bytes / 4 * 3) >> 21 << 21;
-        let pieces = [(0, 0xa_0000, 0), (0x10_0000, low_end, 0x100), (HIGH << 12, (HIGH << 12) + bytes - low_end, low_end >> 12)];
+        let pieces = [
+            (0, 0xa_0000, 0),
+            (0x10_0000, low_end, 0x100),
+            (HIGH << 12, (HIGH << 12) + bytes - low_end, low_end >> 12),
+        ];
         self.ram = pieces.map(|(start, end, page)| Ram { gfns: frames(start, end), page }).into();
         self.windows = [frames(0xa_0000, 0x10_0000), frames(top, HIGH << 12)].into();
         let (ram, windows) = (&self.ram, &self.windows);

@@ -10,7 +10,10 @@
 //! * [`linux`]: the boot protocol; [`scenario`]: what is done to the guest meanwhile.
 #![cfg(target_arch = "x86_64")]
 #![cfg_attr(not(test), no_std)]
-#![expect(rustdoc::private_intra_doc_links, reason = "the library is for one program, and for people who read it")]
+#![expect(
+    rustdoc::private_intra_doc_links,
+    reason = "the library is for one program, and for people who read it"
+)]
 
 extern crate alloc;
 
@@ -124,13 +127,15 @@ fn linux(info: &StartInfo, options: &Options, turn: &mut Turn<'_>, copy: u64) ->
         archive::find(archive, name).ok_or_else(|| alloc::format!("the module has no file {name:?}"))
     };
     // SAFETY: the address comes from the start information.
-    let power = unsafe { acpi::power_port(info.rsdp) }.ok_or("ACPI's tables have no power management port")?;
+    let power =
+        unsafe { acpi::power_port(info.rsdp) }.ok_or("ACPI's tables have no power management port")?;
     let top = info.low_end();
     let reserved = info.memory.iter().find(|(range, is_free)| !is_free && range.start == top);
     let boot = Boot {
         kernel: linux::Image::read(file("kernel")?)?,
         initramfs: file("initramfs")?,
-        command_line: core::str::from_utf8(file("command-line")?).map_err(|_| "the guest's command line is no text")?,
+        command_line: core::str::from_utf8(file("command-line")?)
+            .map_err(|_| "the guest's command line is no text")?,
         rsdp: info.rsdp,
         acpi_end: reserved.map_or(top, |(range, _)| range.end),
     };

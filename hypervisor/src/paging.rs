@@ -104,7 +104,9 @@ impl Frames for &'static Host {
             (address >> 12, slot.gfns(), MemoryType::Uncacheable)
         } else {
             let pool = self.pool();
-            let Some(page) = slot.hva_of(gfn).and_then(|hva| pool.page_at(hva)) else { return Ok(Answer::Mmio) };
+            let Some(page) = slot.hva_of(gfn).and_then(|hva| pool.page_at(hva)) else {
+                return Ok(Answer::Mmio);
+            };
             (pool.frame(page), pool.run(gfn, page), MemoryType::WriteBack)
         };
         Ok(Answer::Frame(Frame { pfn: Pfn::new(pfn), run, access: Access::all(), memory }))

@@ -92,7 +92,9 @@ impl Pool {
     /// The page is invalidated: nobody has a translation to it, nor will until this returns.
     pub(crate) unsafe fn move_page(&self, page: u64) -> bool {
         let mut spare = self.spare.lock();
-        let Some(place) = spare.len().checked_sub(1).map(|last| index(page * 7) % (last + 1)) else { return false };
+        let Some(place) = spare.len().checked_sub(1).map(|last| index(page * 7) % (last + 1)) else {
+            return false;
+        };
         let new = spare[place];
         let old = self.frame(page);
         // SAFETY: nobody has the new frame, and nobody writes to the old one.
@@ -135,7 +137,9 @@ mod tests {
 
     #[test]
     fn every_frame_is_in_one_place() {
-        for (pages, large) in [(512, true), (5 * 512, true), (512, false), (15 * 512, false), (96 * 512, false)] {
+        for (pages, large) in
+            [(512, true), (5 * 512, true), (512, false), (15 * 512, false), (96 * 512, false)]
+        {
             let pool = Pool::new(1 << 20, pages, large);
             assert!(pool.is_sound(1 << 20..(1 << 20) + pages + SPARE), "{pages} {large}");
         }

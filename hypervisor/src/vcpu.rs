@@ -221,7 +221,8 @@ impl Vcpu {
                 self.pending[cpu::index(vector / 64)] |= 1 << (vector % 64);
             }
         } else if kind == event::NMI || (kind == event::EXCEPTION && vector != 3 && vector != 4) {
-            let error_code = if info & EVENT_ERROR_CODE == 0 { 0 } else { info >> 32 << 32 | EVENT_ERROR_CODE };
+            let error_code =
+                if info & EVENT_ERROR_CODE == 0 { 0 } else { info >> 32 << 32 | EVENT_ERROR_CODE };
             control.event = EVENT_VALID | error_code | kind << 8 | vector;
         }
         // The rest are instructions that raise interrupts: the guest executes them again.

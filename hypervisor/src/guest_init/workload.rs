@@ -37,7 +37,12 @@ fn writer(number: usize, bytes: usize, rounds: u64) -> bool {
         wrong += check(memory, seed);
         // Again in another order, as a process does that looks at its memory later.
         let (low, high) = memory.split_at(memory.len() / 2 / WORDS * WORDS);
-        let is_high_wrong = high.iter().enumerate().rev().step_by(WORDS).any(|(at, &word)| word != value(seed, low.len() + at));
+        let is_high_wrong = high
+            .iter()
+            .enumerate()
+            .rev()
+            .step_by(WORDS)
+            .any(|(at, &word)| word != value(seed, low.len() + at));
         wrong += usize::from(is_high_wrong) + check(low, seed);
     }
     if wrong > 0 {

@@ -118,7 +118,9 @@ impl Scenario for Dirty {
         let (mut compared, mut differ, mut first) = (0_u64, 0_u64, None);
         for ram in &guest.ram {
             for gfn in (ram.gfns.start().get()..ram.gfns.end().get()).map(Gfn::new) {
-                let (Some(frame), Some(copy)) = (guest.frame(gfn), place(self.copy, guest, gfn)) else { continue };
+                let (Some(frame), Some(copy)) = (guest.frame(gfn), place(self.copy, guest, gfn)) else {
+                    continue;
+                };
                 compared += 1;
                 // SAFETY: nobody writes to the guest's memory any more.
                 if !unsafe { same_page(frame << 12, copy << 12) } {

@@ -16,7 +16,8 @@ use crate::vcpu::Exit;
 
 /// Real mode, at 0x8000: `mov word [0x3000], 0x1234; mov ax, [0x4000]; vmmcall; mov [0x5000], ax; vmmcall`.
 const CODE: [u8; 18] = [
-    0xc7, 0x06, 0x00, 0x30, 0x34, 0x12, 0xa1, 0x00, 0x40, 0x0f, 0x01, 0xd9, 0xa3, 0x00, 0x50, 0x0f, 0x01, 0xd9,
+    0xc7, 0x06, 0x00, 0x30, 0x34, 0x12, 0xa1, 0x00, 0x40, 0x0f, 0x01, 0xd9, 0xa3, 0x00, 0x50, 0x0f, 0x01,
+    0xd9,
 ];
 
 /// Runs it.
@@ -47,7 +48,8 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
         match vcpu.run() {
             Exit::Fault { gpa, access } => {
                 if !guest.fault(gpa, access)? {
-                    let is_right = gpa == Gpa::new(0x5000) && access == Access::WRITE && vcpu.counts.calls == 1;
+                    let is_right =
+                        gpa == Gpa::new(0x5000) && access == Access::WRITE && vcpu.counts.calls == 1;
                     return if is_right { Ok(()) } else { Err(format!("{gpa} came out for {access:?}")) };
                 }
             }
