@@ -10,6 +10,7 @@ mod bench;
 mod ci;
 mod counts;
 mod deep;
+mod linux;
 mod run;
 mod setup;
 mod step;
@@ -37,6 +38,7 @@ enum Command {
     Test(test::Args),
     Deep(deep::Args),
     Bench(bench::Args),
+    Linux(linux::Args),
     Ci(ci::Args),
     Setup(setup::Args),
 }
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Deep(args) => deep::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Linux(args) => linux::run(&args),
         Command::Ci(args) => ci::run(&args),
         Command::Setup(args) => setup::run(&args),
     };

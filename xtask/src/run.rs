@@ -60,6 +60,26 @@ impl Report {
         self.steps.push(Finished { name: step.name.clone(), verdict, counts, took });
     }
 
+    /// Whether nothing has failed so far, for what needs the steps before it.
+    pub(crate) fn is_good(&self) -> bool {
+        !self.steps.iter().any(|step| matches!(step.verdict, Verdict::Failed(_)))
+    }
+
+    /// Records something that was not a step: its verdict, and how long it took.
+    pub(crate) fn record(&mut self, name: &str, verdict: Result<(), String>, took: Duration) {
+        let verdict = match verdict {
+            Ok(()) => {
+                say(&format!("== {name}: PASS ({})", seconds(took)));
+                Verdict::Passed
+            }
+            Err(why) => {
+                say(&format!("== {name}: FAILED, {why} ({})", seconds(took)));
+                Verdict::Failed(why)
+            }
+        };
+        self.steps.push(Finished { name: name.to_owned(), verdict, counts: Counts::default(), took });
+    }
+
     /// Records a step that cannot run on this machine.
     pub(crate) fn skip(&mut self, name: &str, why: &str) {
         say(&format!("\n== {name}\nskipped: {why}"));

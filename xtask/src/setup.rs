@@ -5,15 +5,15 @@ use std::process::{Command, Stdio};
 use anyhow::Result;
 
 use crate::run::say;
-use crate::tools;
+use crate::{linux, tools};
 
 /// Debian's packages that tests use, with the program by which each is recognised and what it is for.
 const PACKAGES: &[(&str, &str, &str)] = &[
-    ("qemu-system-x86", "qemu-system-x86_64", "a real VMM to record, in the tests of `memslot record`"),
+    ("qemu-system-x86", "qemu-system-x86_64", "a real VMM to record, and the machine that `linux` runs in"),
     ("strace", "strace", "the other way to record, in the same tests"),
 ];
 
-/// Install the Debian packages that some tests use, and list the optional tools.
+/// Install the Debian packages that some tests use, download a kernel for `linux`, and list the optional tools.
 ///
 /// The ordinary tests need cargo and nothing else: those that use a package or a tool say `skipped` without it. Packages are
 /// installed where apt-get is there and may be used (as root); elsewhere their names are shown. The tools in the list
@@ -26,7 +26,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let installed = packages(args);
+    let installed = packages(args) & kernel(args);
     say("\nOptional:");
     let optional = [
         (tools::has_kvm(), "/dev/kvm", "tests and benchmarks against the real kernel"),
@@ -58,6 +58,22 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         say(&format!("  {state}  {name:<14} {purpose}"));
     }
     Ok(installed)
+}
+
+/// Installs what is missing without being asked; false if that was tried and failed.
+pub(crate) fn install() -> bool {
+    packages(&Args { dry_run: false })
+}
+
+/// Downloads the kernel that `cargo xtask linux` boots, as a package, which is unpacked below the target directory.
+fn kernel(args: &Args) -> bool {
+    let found = linux::kernel::find();
+    let state = if found.is_some() { "present" } else { "missing" };
+    say(&format!("  {state}  a kernel package  what `cargo xtask linux` boots; unpacked, not installed"));
+    if found.is_some() || args.dry_run || !tools::has_program("apt-get") {
+        return true;
+    }
+    linux::kernel::download().inspect_err(|error| say(&format!("not downloaded: {error:#}"))).is_ok()
 }
 
 /// Installs the packages that are missing, or says which they are. False if it was tried and failed.

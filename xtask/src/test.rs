@@ -10,7 +10,8 @@ use crate::tools;
 ///
 /// Steps, in this order: the tests of all crates (cargo-nextest if it is installed, else cargo test); those of
 /// memslot-vm-memory that need its optional features; the examples in the documentation; the core and the page tables
-/// without the standard library; the loom models with at most 2 preemptions. A failing
+/// without the standard library; the loom models with at most 2 preemptions; Linux on the hypervisor, small, where QEMU
+/// and a kernel package are there or can be had. A failing
 /// step does not stop the others. Tests that need what this machine lacks, /dev/kvm for instance, are listed at the
 /// end with the reason and count as skipped.
 ///
@@ -24,6 +25,9 @@ pub(crate) struct Args {
     /// Try more: a million operations against the real kernel, 4096 cases a property, 3 preemptions in loom.
     #[arg(long)]
     full: bool,
+    /// Install and download nothing: skip Linux on the hypervisor where QEMU or the kernel package is missing
+    #[arg(long)]
+    no_setup: bool,
     /// Arguments for nextest or cargo test, such as a part of a test's name.
     #[arg(last = true, value_name = "EXTRA")]
     extra: Vec<String>,
@@ -42,6 +46,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             report.run(&Step::cargo(name, ["check", "-p", package, "--no-default-features"]));
         }
         report.run(&loom(if args.full { 3 } else { 2 }));
+        linux(args).iter().for_each(|step| report.run(step));
     }
     Ok(report.finish())
 }
@@ -61,6 +66,22 @@ fn workspace_tests(args: &Args) -> Step {
         step = step.arg(argument.as_str());
     }
     if args.full { step.env("MEMSLOT_ORACLE_OPS", "1000000").env("PROPTEST_CASES", "4096") } else { step }
+}
+
+/// Linux on the hypervisor with little memory: with large pages and with small ones, the dirty log in both ways.
+fn linux(args: &Args) -> [Step; 3] {
+    let runs = [
+        ("linux boot", ["--scenario=boot", "--pages=2m", "--rearm=protect"]),
+        ("linux dirty, by protection", ["--scenario=dirty", "--pages=4k", "--rearm=protect"]),
+        ("linux dirty, by dirty bits", ["--scenario=dirty", "--pages=2m", "--rearm=bits"]),
+    ];
+    runs.map(|(name, arguments)| {
+        let mut step = Step::cargo(name, ["xtask", "linux", "--quiet", "--memory=256M", "--rounds=1"]);
+        for argument in arguments.iter().copied().chain(args.no_setup.then_some("--no-setup")) {
+            step = step.arg(argument);
+        }
+        step.xtask()
+    })
 }
 
 /// The loom models: the tests of the core and the page tables named `loom_…`, which exist only under `--cfg loom`.

@@ -1,0 +1,181 @@
+//! The guest's memory: its slots, and the tables that follow them.
+//!
+//! ```text
+//!  0          640 KiB   1 MiB              low end                   top of the machine   4 GiB
+//!  ├── RAM ──────┼─ window ─┼────── RAM ──────┤        hole           ├──── window ────────┼── RAM ──┤
+//! ```
+//!
+//! RAM is backed by pages of the pool, in this order. The windows are the machine's own addresses: the first megabyte's ROM, then ACPI's
+//! tables, interrupt controllers, timers. Nothing is in the hole.
+
+use alloc::vec::Vec;
+
+use memslot::dirty::DirtyLog;
+use memslot::{
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable,
+    TransactionError,
+};
+use memslot_mmu::format::Access;
+use memslot_mmu::{Config, DirtyMode, Fault, Level};
+
+use crate::cpu::index;
+use crate::options::Options;
+use crate::paging::{Host, Mmu, Walker};
+use crate::physical;
+use crate::pool;
+
+/// The one address space.
+pub(crate) const SPACE: AddressSpaceId = AddressSpaceId::NORMAL;
+/// Where high memory begins: 4 GiB, as a frame.
+const HIGH: u64 = 1 << 20;
+/// Ids of RAM slots are below this one.
+pub(crate) const WINDOWS: u32 = 16;
+
+/// A piece of RAM and the page of the pool behind its first frame.
+#[derive(Clone, Copy)]
+pub(crate) struct Ram {
+    pub(crate) gfns: GfnRange,
+    pub(crate) page: u64,
+}
+
+/// Faults by what became of them.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct FaultCounts {
+    pub(crate) mapped: [u64; 3],
+    pub(crate) already_mapped: u64,
+    pub(crate) retry: u64,
+    pub(crate) mmio: u64,
+    pub(crate) other: u64,
+}
+
+/// See the [module documentation](self).
+pub(crate) struct Guest {
+    pub(crate) table: SlotTable,
+    pub(crate) log: DirtyLog,
+    pub(crate) mmu: Mmu,
+    pub(crate) host: &'static Host,
+    pub(crate) ram: Vec<Ram>,
+    pub(crate) windows: Vec<GfnRange>,
+    pub(crate) walker: Walker,
+    pub(crate) faults: FaultCounts,
+}
+
+/// Frames from an address up to another.
+pub(crate) fn frames(start: u64, end: u64) -> GfnRange {
+    GfnRange::new(Gfn::new(start >> 12), Gfn::new(end >> 12)).unwrap_or_default()
+}
+
+impl Guest {
+    /// A guest without memory.
+    ///
+    /// # Errors
+    /// For want of memory.
+    pub(crate) fn new(host: &'static Host, options: &Options) -> Result<Self, &'static str> {
+        let no_memory = "no memory for the guest's slot table";
+        let mut table = SlotTable::new(Limits::default()).map_err(|_| no_memory)?;
+        let log = DirtyLog::attach(&mut table).map_err(|_| no_memory)?;
+        let config = Config {
+            largest: if options.large_pages { Level::M2 } else { Level::K4 },
+            log: Some(log.clone()),
+            dirty: if options.dirty_bits { DirtyMode::Hardware } else { DirtyMode::WriteProtect },
+            ..Config::default()
+        };
+        let mmu =
+            Mmu::attach(&mut table, host, config).map_err(|_| "no memory for the guest's page tables")?;
+        let walker = mmu.walker().map_err(|_| no_memory)?;
+        let faults = FaultCounts::default();
+        Ok(Self { table, log, mmu, host, ram: Vec::new(), windows: Vec::new(), walker, faults })
+    }
+
+    /// Gives it the memory of a PC: `bytes` of RAM, of which a quarter is high, and windows to the machine from `top` on.
+    ///
+    /// # Errors
+    /// What the slot table says.
+    pub(crate) fn add_memory(
+        &mut self,
+        bytes: u64,
+        top: u64,
+        flags: SlotFlags,
+    ) -> Result<(), TransactionError> {
+        let low_end = (bytes / 4 * 3) >> 21 << 21;
+        let pieces = [
+            (0, 0xa_0000, 0),
+            (0x10_0000, low_end, 0x100),
+            (HIGH << 12, (HIGH << 12) + bytes - low_end, low_end >> 12),
+        ];
+        self.ram = pieces.map(|(start, end, page)| Ram { gfns: frames(start, end), page }).into();
+        self.windows = [frames(0xa_0000, 0x10_0000), frames(top, HIGH << 12)].into();
+        let (ram, windows) = (&self.ram, &self.windows);
+        self.table.transaction(|tx| {
+            for (id, ram) in (0..).zip(ram) {
+                let backing = Backing::Host { hva: Hva::new(pool::FIRST + (ram.page << 12)) };
+                tx.create(spec(id, ram.gfns, backing, flags))?;
+            }
+            for (id, &window) in (WINDOWS..).zip(windows) {
+                let backing = Backing::Device { token: window.start().get() << 12 };
+                tx.create(spec(id, window, backing, SlotFlags::empty()))?;
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// How many pages of RAM it has.
+    pub(crate) fn pages(&self) -> u64 {
+        self.ram.iter().map(|ram| ram.gfns.len()).sum()
+    }
+
+    /// Resolves a fault. `false` where nothing is to be mapped.
+    ///
+    /// # Errors
+    /// For want of page tables.
+    pub(crate) fn fault(&mut self, gpa: Gpa, access: Access) -> Result<bool, &'static str> {
+        let counts = &mut self.faults;
+        match self.walker.fault(gpa, access) {
+            Ok(Fault::Mapped(level)) => counts.mapped[usize::from(level.get()) - 1] += 1,
+            Ok(Fault::AlreadyMapped) => counts.already_mapped += 1,
+            Ok(Fault::Retry) => counts.retry += 1,
+            Ok(Fault::Mmio) => {
+                counts.mmio += 1;
+                return Ok(false);
+            }
+            Ok(_) => {
+                counts.other += 1;
+                return Ok(false);
+            }
+            Err(_) => return Err("no memory for a page table"),
+        }
+        Ok(true)
+    }
+
+    /// The frame behind one of RAM, as the slots and the pool say.
+    pub(crate) fn frame(&self, gfn: Gfn) -> Option<u64> {
+        let slot = self.table.view().slot_at(SPACE, gfn)?;
+        let page = self.host.pool().page_at(slot.hva_of(gfn)?)?;
+        Some(self.host.pool().frame(page))
+    }
+
+    /// Writes to the guest's memory, and marks what was written.
+    ///
+    /// # Errors
+    /// There is no RAM.
+    pub(crate) fn write(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), &'static str> {
+        let (mut at, mut rest) = (gpa, bytes);
+        while !rest.is_empty() {
+            let frame = self.frame(Gfn::new(at >> 12)).ok_or("this does not fit into the guest's RAM")?;
+            let within = at & 0xfff;
+            let (now, later) = rest.split_at(rest.len().min(index(4096 - within)));
+            let to = physical::pointer::<u8>((frame << 12) + within);
+            // SAFETY: a frame of the pool, which no Rust object is in; `now` ends within it.
+            unsafe { core::ptr::copy_nonoverlapping(now.as_ptr(), to, now.len()) };
+            self.log.mark(SPACE, Gfn::new(at >> 12));
+            (at, rest) = (at + now.len() as u64, later);
+        }
+        Ok(())
+    }
+}
+
+/// A slot.
+pub(crate) fn spec(id: u32, gfns: GfnRange, backing: Backing, flags: SlotFlags) -> SlotSpec {
+    SlotSpec { address_space: SPACE, id: SlotId::new(id), gfns, backing, flags }
+}

@@ -1,0 +1,81 @@
+//! The hypervisor's command line: words `name=value`, as `cargo xtask linux` writes them after QEMU's `-append`.
+
+/// What is run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Scenario {
+    Trivial,
+    Boot,
+    Dirty,
+    Hotplug,
+    Storm,
+    Shootdown,
+}
+
+/// See the [module documentation](self).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Options {
+    pub(crate) scenario: Scenario,
+    /// The guest's memory in bytes.
+    pub(crate) memory: u64,
+    /// Whether there may be pages of 2 MiB.
+    pub(crate) large_pages: bool,
+    /// Whether the processor's dirty bits are used, instead of write protection.
+    pub(crate) dirty_bits: bool,
+    /// How many timer interrupts lie between two rounds of a scenario.
+    pub(crate) round: u64,
+    /// `false` leaves the flush of other processors out, to show that the test sees it.
+    pub(crate) flush: bool,
+}
+
+impl Options {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// The word that makes no sense.
+    pub(crate) fn parse(text: &str) -> Result<Self, &str> {
+        let mut options = Self {
+            scenario: Scenario::Trivial,
+            memory: 512 << 20,
+            large_pages: true,
+            dirty_bits: false,
+            round: 25,
+            flush: true,
+        };
+        for word in text.split_ascii_whitespace() {
+            // QEMU may name the kernel in front.
+            let Some((name, value)) = word.split_once('=') else { continue };
+            match (name, value) {
+                ("scenario", "trivial") => options.scenario = Scenario::Trivial,
+                ("scenario", "boot") => options.scenario = Scenario::Boot,
+                ("scenario", "dirty") => options.scenario = Scenario::Dirty,
+                ("scenario", "hotplug") => options.scenario = Scenario::Hotplug,
+                ("scenario", "storm") => options.scenario = Scenario::Storm,
+                ("scenario", "shootdown") => options.scenario = Scenario::Shootdown,
+                ("memory", _) => options.memory = value.parse::<u64>().map_err(|_| word)? << 20,
+                ("pages", "4k") => options.large_pages = false,
+                ("pages", "2m") => options.large_pages = true,
+                ("rearm", "protect") => options.dirty_bits = false,
+                ("rearm", "bits") => options.dirty_bits = true,
+                ("round", _) => options.round = value.parse().map_err(|_| word)?,
+                ("flush", "yes") => options.flush = true,
+                ("flush", "no") => options.flush = false,
+                _ => return Err(word),
+            }
+        }
+        Ok(options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_read_and_nonsense_is_named() {
+        let options = Options::parse("kernel scenario=dirty memory=384 pages=4k rearm=bits").unwrap();
+        assert_eq!((options.scenario, options.memory), (Scenario::Dirty, 384 << 20));
+        assert!(!options.large_pages && options.dirty_bits);
+        assert_eq!(Options::parse("pages=8k"), Err("pages=8k"));
+        assert_eq!(Options::parse("memory=much"), Err("memory=much"));
+    }
+}

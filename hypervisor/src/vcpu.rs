@@ -1,0 +1,287 @@
+//! A virtual processor: enters the guest, says why it came out, and sees that no event is lost on the way.
+//!
+//! # Interrupts
+//!
+//! Physical interrupts belong to the guest, and are delivered to it without an exit. Two things remain:
+//!
+//! * **Ticks.** A scenario that wants its turn regularly has physical interrupts intercepted. At the exit the interrupt stays where
+//!   it is: the guest is entered without that intercept, takes the interrupt as always, and when it returns from its
+//!   handler (IRET is intercepted until then), the intercept is back. No interrupt needs to be injected.
+//! * **Cut-off deliveries.** To deliver an event the processor writes to the guest's stack. If that faults in the nested tables,
+//!   the event comes with the exit, and is lost unless it is delivered again. Exceptions are, by event injection. Interrupts
+//!   have been taken from the controller: they wait here, and are made pending as *virtual* interrupts. (QEMU
+//!   delivers an interrupt that is injected directly a second time now and then.)
+
+use alloc::boxed::Box;
+
+use memslot::Gpa;
+use memslot_mmu::format::Access;
+
+use crate::cpu;
+use crate::processors::{self, Processor};
+use crate::svm::{
+    self, EVENT_ERROR_CODE, EVENT_VALID, Registers, V_IGNORE_TPR, V_IRQ, Vmcb, event, exit, intercept,
+};
+
+/// Why the guest came out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Exit {
+    /// The nested tables did not allow an access.
+    Fault { gpa: Gpa, access: Access },
+    /// A physical interrupt: the scenario's turn.
+    Tick,
+    /// The guest's interrupt handler has returned: ticks are on again.
+    TickOver,
+    /// Another processor wants this one out.
+    Kick,
+    /// The guest accessed a port that is watched.
+    Port(Port),
+    /// The guest calls the hypervisor.
+    Call,
+    /// The guest has stopped and waits for an interrupt.
+    Halt,
+    /// The guest crashed: a triple fault.
+    Shutdown,
+    /// VMRUN failed, or something that is not intercepted.
+    Other(u64),
+}
+
+/// An access to a port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Port {
+    pub(crate) number: u16,
+    pub(crate) bytes: u8,
+    pub(crate) is_read: bool,
+    /// Where the guest goes on.
+    next: u64,
+}
+
+/// Exits by kind, and the time inside and outside the guest in ticks of the time stamp counter.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Counts {
+    pub(crate) faults: u64,
+    pub(crate) ticks: u64,
+    pub(crate) ticks_over: u64,
+    pub(crate) kicks: u64,
+    pub(crate) ports: u64,
+    pub(crate) calls: u64,
+    pub(crate) others: u64,
+    pub(crate) events_again: u64,
+    pub(crate) inside: u64,
+    pub(crate) outside: u64,
+}
+
+/// See the [module documentation](self).
+pub(crate) struct Vcpu {
+    pub(crate) vmcb: &'static mut Vmcb,
+    pub(crate) registers: Box<Registers>,
+    pub(crate) counts: Counts,
+    processor: &'static Processor,
+    host: u64,
+    /// Interrupts whose delivery was cut off.
+    pending: [u64; 4],
+    /// The last request for a flush that was fulfilled.
+    flushed: u64,
+    has_ticks: bool,
+    left: u64,
+}
+
+impl Vcpu {
+    /// A virtual processor on this processor. Its state is all zeros.
+    pub(crate) fn new(processor: &'static Processor, nested_root: u64) -> Self {
+        processor.set_apic(crate::apic::id());
+        let vmcb = Vmcb::leak();
+        // Nothing is intercepted but what is said further down: 12 KiB of ports, 8 KiB of registers.
+        let pages: &'static mut [svm::Page; 5] = Box::leak(Box::new([const { svm::Page([0; 4096]) }; 5]));
+        vmcb.control.io_permissions = pages[0].address();
+        vmcb.control.msr_permissions = pages[3].address();
+        vmcb.control.asid = 1;
+        vmcb.control.nested_paging = 1;
+        vmcb.control.nested_cr3 = nested_root << 12;
+        vmcb.control.intercept_3 = intercept::PORTS | intercept::SHUTDOWN | intercept::NMI;
+        vmcb.control.intercept_4 = intercept::VMRUN | intercept::VMMCALL;
+        vmcb.save.efer = 1 << 12;
+        vmcb.save.page_attributes = 0x0007_0406_0007_0406;
+        vmcb.save.dr6 = 0xffff_0ff0;
+        vmcb.save.dr7 = 0x400;
+        vmcb.save.rflags = 2;
+        Self {
+            vmcb,
+            registers: Box::new(Registers::new()),
+            counts: Counts::default(),
+            processor,
+            host: svm::save_host(),
+            pending: [0; 4],
+            flushed: u64::MAX,
+            has_ticks: false,
+            left: cpu::ticks(),
+        }
+    }
+
+    /// Exits at accesses to a port.
+    pub(crate) fn watch_port(&mut self, port: u16) {
+        let map = self.vmcb.control.io_permissions + u64::from(port / 8);
+        // SAFETY: the map is this processor's own, and has a bit for each port.
+        unsafe { *crate::physical::pointer::<u8>(map) |= 1 << (port % 8) };
+    }
+
+    /// Exits at physical interrupts, as [`Exit::Tick`].
+    pub(crate) fn want_ticks(&mut self) {
+        self.has_ticks = true;
+        self.vmcb.control.intercept_3 |= intercept::INTERRUPT;
+    }
+
+    /// Runs the guest until something happens.
+    pub(crate) fn run(&mut self) -> Exit {
+        self.make_pending();
+        let request = self.processor.enter();
+        self.vmcb.control.tlb_control = u32::from(request != self.flushed);
+        self.flushed = request;
+        let entered = cpu::ticks();
+        // SAFETY: the tables that the control block names have the guest's memory only.
+        unsafe { svm::run(self.vmcb, &mut self.registers, self.host) };
+        let now = cpu::ticks();
+        self.processor.leave();
+        self.counts.outside += entered.wrapping_sub(self.left);
+        self.counts.inside += now.wrapping_sub(entered);
+        self.left = now;
+        self.take_back_event();
+        self.reason()
+    }
+
+    fn reason(&mut self) -> Exit {
+        let control = &mut self.vmcb.control;
+        let counts = &mut self.counts;
+        let (code, info_1, info_2) = (control.exit_code, control.exit_info_1, control.exit_info_2);
+        match code {
+            exit::NESTED_PAGE_FAULT => {
+                counts.faults += 1;
+                let access = match info_1 {
+                    info if info & 2 != 0 => Access::WRITE,
+                    info if info & 16 != 0 => Access::EXECUTE,
+                    _ => Access::READ,
+                };
+                Exit::Fault { gpa: Gpa::new(info_2), access }
+            }
+            exit::INTERRUPT => {
+                counts.ticks += 1;
+                control.intercept_3 &= !intercept::INTERRUPT;
+                control.intercept_3 |= intercept::IRET;
+                Exit::Tick
+            }
+            exit::IRET => {
+                counts.ticks_over += 1;
+                control.intercept_3 &= !intercept::IRET;
+                if self.has_ticks {
+                    control.intercept_3 |= intercept::INTERRUPT;
+                }
+                Exit::TickOver
+            }
+            exit::NMI => {
+                counts.kicks += 1;
+                svm::take_nmi();
+                Exit::Kick
+            }
+            exit::PORT => {
+                counts.ports += 1;
+                #[expect(clippy::cast_possible_truncation, reason = "fields of 16 and 3 bits")]
+                let (number, bytes) = ((info_1 >> 16) as u16, (info_1 >> 4 & 7) as u8);
+                Exit::Port(Port { number, bytes, is_read: info_1 & 1 != 0, next: info_2 })
+            }
+            exit::VMMCALL => {
+                counts.calls += 1;
+                // Nothing tells the length of the instruction on a processor without NRIPS; it has three bytes.
+                self.vmcb.save.rip += 3;
+                Exit::Call
+            }
+            exit::HALT => Exit::Halt,
+            exit::SHUTDOWN => Exit::Shutdown,
+            other => {
+                counts.others += 1;
+                Exit::Other(other)
+            }
+        }
+    }
+
+    /// What was to be delivered when the guest came out.
+    fn take_back_event(&mut self) {
+        let control = &mut self.vmcb.control;
+        control.event = 0;
+        let info = control.exit_interrupt_info;
+        if info & EVENT_VALID == 0 || control.exit_code != exit::NESTED_PAGE_FAULT {
+            return;
+        }
+        self.counts.events_again += 1;
+        let (vector, kind) = (info & 0xff, info >> 8 & 7);
+        // QEMU calls interrupts exceptions here; exceptions are numbered below 32.
+        if kind == event::INTERRUPT || (kind == event::EXCEPTION && vector >= 32) {
+            let is_pending =
+                control.interrupt_control & V_IRQ != 0 && u64::from(control.interrupt_vector) == vector;
+            if !is_pending {
+                self.pending[cpu::index(vector / 64)] |= 1 << (vector % 64);
+            }
+        } else if kind == event::NMI || (kind == event::EXCEPTION && vector != 3 && vector != 4) {
+            let error_code =
+                if info & EVENT_ERROR_CODE == 0 { 0 } else { info >> 32 << 32 | EVENT_ERROR_CODE };
+            control.event = EVENT_VALID | error_code | kind << 8 | vector;
+        }
+        // The rest are instructions that raise interrupts: the guest executes them again.
+    }
+
+    /// Makes the next interrupt that waits here pending, if none is.
+    fn make_pending(&mut self) {
+        let control = &mut self.vmcb.control;
+        if control.interrupt_control & V_IRQ != 0 {
+            return;
+        }
+        control.interrupt_control = 0;
+        for word in (0..4).rev() {
+            if self.pending[word] != 0 {
+                let bit = 63 - self.pending[word].leading_zeros();
+                self.pending[word] &= !(1 << bit);
+                #[expect(clippy::cast_possible_truncation, reason = "0 to 3")]
+                let vector = word as u32 * 64 + bit;
+                control.interrupt_vector = vector;
+                control.interrupt_control = V_IRQ | V_IGNORE_TPR;
+                return;
+            }
+        }
+    }
+
+    /// Has the guest take an exception instead of what it was about to do.
+    pub(crate) fn raise(&mut self, vector: u64, error_code: u64) {
+        self.vmcb.control.event =
+            EVENT_VALID | EVENT_ERROR_CODE | error_code << 32 | event::EXCEPTION << 8 | vector;
+    }
+
+    /// What the guest writes to a port, if it writes.
+    pub(crate) fn written(&self, port: Port) -> Option<u64> {
+        let value = self.vmcb.save.rax & (1 << (8 * u32::from(port.bytes))) - 1;
+        (!port.is_read).then_some(value)
+    }
+
+    /// Does an access to a port for the guest.
+    #[expect(clippy::cast_possible_truncation, reason = "as many bytes as the access has")]
+    pub(crate) fn pass_port(&mut self, port: Port) {
+        let rax = &mut self.vmcb.save.rax;
+        match (port.is_read, port.bytes) {
+            (true, 1) => *rax = *rax & !0xff | u64::from(cpu::in8(port.number)),
+            (true, 2) => *rax = *rax & !0xffff | u64::from(cpu::in16(port.number)),
+            (true, _) => *rax = u64::from(cpu::in32(port.number)),
+            (false, 1) => cpu::out8(port.number, *rax as u8),
+            (false, 2) => cpu::out16(port.number, *rax as u16),
+            (false, _) => cpu::out32(port.number, *rax as u32),
+        }
+        self.vmcb.save.rip = port.next;
+    }
+
+    /// The processor it runs on.
+    pub(crate) fn processor(&self) -> &'static Processor {
+        self.processor
+    }
+}
+
+/// Whether some processor is in the guest; for tests of the flush.
+pub(crate) fn is_inside(number: usize) -> bool {
+    processors::get(number).is_inside()
+}

@@ -1,0 +1,204 @@
+//! What a run is shown as: for people and as JSON.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use super::machine::Ended;
+
+/// A run, judged.
+pub(crate) struct Run {
+    /// Words such as `("scenario", "dirty")` that say what was run.
+    pub(crate) what: Vec<(&'static str, String)>,
+    pub(crate) ended: Ended,
+    /// The same kernel and workload without the hypervisor.
+    pub(crate) plain: Option<Ended>,
+}
+
+impl Run {
+    /// Passed, or the reason why not.
+    pub(crate) fn verdict(&self) -> Result<(), String> {
+        let ended = &self.ended;
+        let result = ended.figures.get("result").map(String::as_str);
+        match (ended.status, result) {
+            (None, _) => Err(format!("no end after {}", seconds(ended.wall))),
+            // The device that ends QEMU makes 2n + 1 of n; the hypervisor's n is 0x10 if all is well.
+            (Some(33), Some("PASS")) => Ok(()),
+            (_, Some(result)) if result != "PASS" => Err(result.to_owned()),
+            (Some(status), _) => {
+                Err(format!("QEMU ended with status {status}, the machine was reset or crashed"))
+            }
+        }
+    }
+
+    /// How many times as long as without the hypervisor.
+    fn ratio(&self) -> Option<f64> {
+        let plain = self.plain.as_ref()?;
+        Some(self.ended.wall.as_secs_f64() / plain.wall.as_secs_f64())
+    }
+
+    /// The summary.
+    pub(crate) fn text(&self) -> String {
+        let figures = Figures(&self.ended.figures);
+        let mut text = String::new();
+        let mut line = |name: &str, value: String| {
+            let _ = writeln!(text, "  {name:<12} {value}");
+        };
+        let times = |ended: &Ended| {
+            let userland = ended.userland.map_or_else(|| "never".to_owned(), seconds);
+            format!("{} in all, user space after {userland}", seconds(ended.wall))
+        };
+        line("time", times(&self.ended));
+        if let (Some(plain), Some(ratio)) = (&self.plain, self.ratio()) {
+            line("plain QEMU", format!("{}; with the hypervisor {ratio:.2} times that", times(plain)));
+        }
+        let (inside, outside) = (figures.number("ticks.inside"), figures.number("ticks.outside"));
+        if inside > 0 {
+            #[expect(clippy::cast_precision_loss, reason = "a percentage")]
+            let share = 100.0 * outside as f64 / (inside + outside) as f64;
+            line("hypervisor", format!("{share:.1} % of the time"));
+        }
+        line("exits", figures.list("exits."));
+        line(
+            "again",
+            format!(
+                "{} events whose delivery was cut off",
+                grouped(figures.number("events_delivered_again"))
+            ),
+        );
+        line("faults", figures.list("faults."));
+        let (linked, all) = (figures.number("tables.linked"), figures.number("tables.all"));
+        line("tables", format!("{linked} linked, {all} in all"));
+        line("pages", figures.list("pages."));
+        line("flushes", figures.list("flushes."));
+        for part in ["dirty", "hotplug", "storm", "shootdown"] {
+            let list = figures.list(&format!("{part}."));
+            if !list.is_empty() {
+                line(part, list);
+            }
+        }
+        text
+    }
+
+    /// One JSON object.
+    pub(crate) fn json(&self) -> String {
+        let mut fields: Vec<String> =
+            self.what.iter().map(|(name, value)| format!("{}: {}", quoted(name), quoted(value))).collect();
+        let verdict = self.verdict().err().unwrap_or_else(|| "PASS".to_owned());
+        fields.push(format!("\"verdict\": {}", quoted(&verdict)));
+        let mut times = |name: &str, ended: &Ended| {
+            fields.push(format!("\"{name}_seconds\": {:.3}", ended.wall.as_secs_f64()));
+            if let Some(userland) = ended.userland {
+                fields.push(format!("\"{name}_userland_seconds\": {:.3}", userland.as_secs_f64()));
+            }
+        };
+        times("wall", &self.ended);
+        if let Some(plain) = &self.plain {
+            times("plain", plain);
+        }
+        for (name, value) in self.ended.figures.iter().filter(|(name, _)| *name != "result") {
+            let value = if value.parse::<u64>().is_ok() { value.clone() } else { quoted(value) };
+            fields.push(format!("{}: {value}", quoted(name)));
+        }
+        format!("{{{}}}", fields.join(", "))
+    }
+}
+
+/// Figures by name.
+struct Figures<'a>(&'a BTreeMap<String, String>);
+
+impl Figures<'_> {
+    fn number(&self, name: &str) -> u64 {
+        self.0.get(name).and_then(|value| value.parse().ok()).unwrap_or(0)
+    }
+
+    /// Those whose names begin so, without those that are 0 and mean nothing special.
+    fn list(&self, prefix: &str) -> String {
+        let all = self.0.iter().filter_map(|(name, value)| Some((name.strip_prefix(prefix)?, value)));
+        let shown = all.filter(|(name, value)| *value != "0" || *name == "differ" || *name == "count");
+        let words = shown.map(|(name, value)| {
+            let value = value.parse().map_or_else(|_| value.clone(), grouped);
+            format!("{} {value}", name.replace('_', " "))
+        });
+        words.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// A duration for people.
+pub(crate) fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
+}
+
+/// A number with its thousands set apart.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at) % 3 == 0 {
+            text.push(' ');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn quoted(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for character in text.chars() {
+        match character {
+            '"' | '\\' => quoted.extend(['\\', character]),
+            character if character.is_control() => {
+                let _ = write!(quoted, "\\u{:04x}", u32::from(character));
+            }
+            character => quoted.push(character),
+        }
+    }
+    quoted + "\""
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(status: Option<i32>, figures: &[(&str, &str)]) -> Run {
+        let figures = figures.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let wall = Duration::from_secs(3);
+        let ended = Ended { wall, userland: None, console: String::new(), figures, status };
+        Run { what: vec![("scenario", "boot".to_owned())], ended, plain: None }
+    }
+
+    #[test]
+    fn only_the_hypervisors_own_word_and_status_together_pass() {
+        assert_eq!(ended(Some(33), &[("result", "PASS")]).verdict(), Ok(()));
+        assert!(ended(Some(0), &[("result", "PASS")]).verdict().is_err());
+        assert!(ended(Some(33), &[]).verdict().is_err());
+        assert!(ended(None, &[("result", "PASS")]).verdict().is_err());
+        assert_eq!(
+            ended(Some(35), &[("result", "2 pages differ")]).verdict(),
+            Err("2 pages differ".to_owned())
+        );
+    }
+
+    #[test]
+    fn figures_are_shown_and_written() {
+        let run = ended(
+            Some(33),
+            &[
+                ("result", "a \"b\""),
+                ("dirty.differ", "0"),
+                ("exits.faults", "1234567"),
+                ("exits.calls", "0"),
+            ],
+        );
+        let text = run.text();
+        assert!(
+            text.contains("faults 1 234 567") && text.contains("differ 0") && !text.contains("calls"),
+            "{text}"
+        );
+        let json = run.json();
+        assert!(
+            json.contains("\"verdict\": \"a \\\"b\\\"\"") && json.contains("\"exits.faults\": 1234567"),
+            "{json}"
+        );
+    }
+}

@@ -1,0 +1,285 @@
+//! `cargo xtask linux`: Linux on the hypervisor of this repository, in QEMU without hardware support.
+
+mod archive;
+mod figures;
+pub(crate) mod kernel;
+mod machine;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use self::archive::Archive;
+use self::figures::Run;
+use self::machine::Ended;
+use crate::run::{Report, say};
+use crate::step::{Step, target_directory};
+use crate::{setup, tools};
+
+/// Boot an unmodified Debian kernel on the hypervisor of this repository and say what became of it.
+///
+/// Builds `hypervisor/`, packs kernel and first program, starts `qemu-system-x86_64 -accel tcg`, shows the console live, and ends by
+/// itself: with PASS or a reason, and with figures (boot time, exits, faults, tables, flushes, dirty rounds). What is missing, QEMU or
+/// the kernel package, is installed or downloaded where apt-get may be used; else the run is skipped.
+///
+/// The time that counts is that of `--plain`: the same kernel and work in QEMU alone, in the same run.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// What is done; may be given several times
+    #[arg(long, value_name = "NAME", default_value = "boot")]
+    scenario: Vec<Scenario>,
+    /// How the guest's memory is translated
+    #[arg(long, default_value = "nested")]
+    paging: Paging,
+    /// The guest's memory, such as 384M or 1G
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
+    memory: u64,
+    /// The largest page; with 4k the dirty log runs from the start, with 2m it starts later and splits
+    #[arg(long, default_value = "2m")]
+    pages: Pages,
+    /// How written pages are noticed again
+    #[arg(long, default_value = "protect")]
+    rearm: Rearm,
+    /// The guest's processors
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1))]
+    smp: u32,
+    /// How often the guest fills its memory and checks it
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    rounds: u32,
+    /// How much of its free memory it fills
+    #[arg(long, value_name = "PERCENT", default_value_t = 70, value_parser = clap::value_parser!(u32).range(1..=90))]
+    percent: u32,
+    /// Run the same without the hypervisor first, and compare the times
+    #[arg(long)]
+    plain: bool,
+    /// Let the machine's time follow its instructions: two runs are the same to the byte
+    #[arg(long)]
+    repeatable: bool,
+    /// Show the console only if something fails
+    #[arg(long)]
+    quiet: bool,
+    /// Another kernel image (bzImage)
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// End a run that takes longer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    time_limit: u64,
+    /// Install and download nothing
+    #[arg(long)]
+    no_setup: bool,
+    /// Also write the figures to FILE as a JSON array
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Scenario {
+    /// Linux to user space, processes that fill most of RAM, every page checked
+    Boot,
+    /// A copy of RAM kept up to date from the dirty log, compared with RAM at the end
+    Dirty,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Paging {
+    /// Nested page tables
+    Nested,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Pages {
+    #[value(name = "4k")]
+    K4,
+    #[value(name = "2m")]
+    M2,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Rearm {
+    /// Write protection
+    Protect,
+    /// The processor's dirty bits
+    Bits,
+}
+
+fn word(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let (number, unit) = text.split_at(text.trim_end_matches(['M', 'G']).len());
+    let number: u64 = number.parse().map_err(|_| "a size is a number and M or G")?;
+    let bytes = match unit {
+        "M" => number << 20,
+        "G" => number << 30,
+        _ => return Err("a size is a number and M or G".to_owned()),
+    };
+    if (128 << 20..=2 << 30).contains(&bytes) { Ok(bytes) } else { Err("from 128M to 2G".to_owned()) }
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let mut report = Report::new()?;
+    let kernel = match kernel(args) {
+        Ok(kernel) => kernel,
+        Err(why) => {
+            args.scenario.iter().for_each(|&scenario| {
+                report.skip(&format!("linux {}", word(&scenario)), &format!("{why:#}"));
+            });
+            return Ok(report.finish());
+        }
+    };
+    let build = [
+        "build",
+        "--quiet",
+        "-p",
+        "memslot-hypervisor",
+        "--features",
+        "bare-metal",
+        "--profile",
+        "bare-metal",
+        "--bins",
+    ];
+    report.run(&Step::cargo("build", build));
+    if !report.is_good() {
+        return Ok(report.finish());
+    }
+    let files = Files::pack(&kernel)?;
+    let mut rows = Vec::new();
+    for &scenario in &args.scenario {
+        let name = format!("linux {}", word(&scenario));
+        let started = Instant::now();
+        say(&format!("\n== {name}: {} MiB, pages {}", args.memory >> 20, word(&args.pages)));
+        let run = one(args, scenario, &files)?;
+        let verdict = run.verdict();
+        if args.quiet && verdict.is_err() {
+            say(&run.ended.console);
+        }
+        say(&format!("\n{}", run.text()));
+        report.record(&name, verdict, started.elapsed());
+        rows.push(run.json());
+    }
+    if let Some(file) = &args.json {
+        let text = format!("[\n{}\n]\n", rows.join(",\n"));
+        fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(report.finish())
+}
+
+/// The kernel image, or why there is none.
+fn kernel(args: &Args) -> Result<PathBuf> {
+    const QEMU: &str = "qemu-system-x86_64";
+    if !tools::has_program(QEMU) && (args.no_setup || !setup::install() || !tools::has_program(QEMU)) {
+        bail!("{QEMU} is not installed (cargo xtask setup)");
+    }
+    if let Some(kernel) = args.kernel.clone().or_else(kernel::find) {
+        return Ok(kernel);
+    }
+    if args.no_setup {
+        bail!("no kernel image was downloaded (cargo xtask setup)");
+    }
+    kernel::download()
+}
+
+/// What QEMU is given.
+struct Files {
+    folder: PathBuf,
+    hypervisor: PathBuf,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+}
+
+impl Files {
+    fn pack(kernel: &Path) -> Result<Self> {
+        let folder = target_directory().join("xtask");
+        let programs = target_directory().join("bare-metal");
+        let program = programs.join("memslot-guest-init");
+        let init = fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
+        let archive = Archive::default().folder("dev").device("dev/console", 5, 1).device("dev/mem", 1, 1);
+        let initramfs = folder.join("initramfs");
+        write(&initramfs, &archive.file("init", 0o755, &init).finish())?;
+        Ok(Self {
+            hypervisor: programs.join("memslot-hypervisor"),
+            kernel: kernel.to_owned(),
+            initramfs,
+            folder,
+        })
+    }
+
+    /// The container that the hypervisor finds everything in.
+    fn container(&self, command_line: &str) -> Result<PathBuf> {
+        let read = |file: &Path| fs::read(file).with_context(|| format!("cannot read {}", file.display()));
+        let archive = Archive::default()
+            .file("kernel", 0o644, &read(&self.kernel)?)
+            .file("initramfs", 0o644, &read(&self.initramfs)?)
+            .file("command-line", 0o644, command_line.as_bytes());
+        let container = self.folder.join("container");
+        write(&container, &archive.finish())?;
+        Ok(container)
+    }
+}
+
+fn write(file: &Path, bytes: &[u8]) -> Result<()> {
+    fs::write(file, bytes).with_context(|| format!("cannot write {}", file.display()))
+}
+
+fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
+    let common =
+        format!("console=ttyS0 panic=-1 MEMSLOT_ROUNDS={} MEMSLOT_PERCENT={}", args.rounds, args.percent);
+    let plain = if args.plain { Some(plain(args, files, &common)?) } else { None };
+    let container = files.container(&format!("{common} MEMSLOT_HYPERVISOR=1"))?;
+    let words = format!(
+        "scenario={} memory={} pages={} rearm={}",
+        word(&scenario),
+        args.memory >> 20,
+        word(&args.pages),
+        word(&args.rearm)
+    );
+    // Besides the guest's memory: the hypervisor's own, modules, firmware, and the copy that some scenarios keep.
+    let copy = if scenario == Scenario::Dirty { args.memory } else { 0 };
+    let mut qemu = machine::qemu(args.memory + copy + (192 << 20), args.smp, args.repeatable);
+    let figures = files.folder.join("figures");
+    qemu.arg("-debugcon").arg(format!("file:{}", figures.display()));
+    qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-append", &words]);
+    qemu.arg("-kernel").arg(&files.hypervisor).arg("-initrd").arg(&container);
+    let ended = machine::run(&mut qemu, &figures, Duration::from_secs(args.time_limit), !args.quiet)?;
+    let what = vec![
+        ("scenario", word(&scenario)),
+        ("paging", word(&args.paging)),
+        ("pages", word(&args.pages)),
+        ("rearm", word(&args.rearm)),
+        ("memory", (args.memory >> 20).to_string()),
+    ];
+    Ok(Run { what, ended, plain })
+}
+
+/// The same without the hypervisor.
+fn plain(args: &Args, files: &Files, command_line: &str) -> Result<Ended> {
+    let mut qemu = machine::qemu(args.memory, args.smp, args.repeatable);
+    qemu.arg("-kernel")
+        .arg(&files.kernel)
+        .arg("-initrd")
+        .arg(&files.initramfs)
+        .args(["-append", command_line]);
+    let none = files.folder.join("no-figures");
+    let ended = machine::run(&mut qemu, &none, Duration::from_secs(args.time_limit), false)?;
+    if !ended.console.contains("memslot-init: PASS") {
+        say(&ended.console);
+        bail!("the guest does not pass in QEMU alone");
+    }
+    Ok(ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(size("512M"), Ok(512 << 20));
+        assert_eq!(size("1G"), Ok(1 << 30));
+        assert!(size("512").is_err() && size("M").is_err() && size("64M").is_err() && size("3G").is_err());
+    }
+}
