@@ -111,7 +111,8 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     }
 
     /// What a consumer re-arms pages with, for harvests other than [`harvest`](Self::harvest). The kernel's slots do not
-    /// change as long as it lives.
+    /// change as long as it lives: changes of the table wait, and so does every other call of this handle and its clones.
+    /// A thread that makes one while it has this waits for itself.
     #[must_use]
     pub fn rearm(&self) -> KvmRearm<'_, K> {
         KvmRearm { kernel: &self.shared.kernel, state: self.shared.state(), pending: None }
