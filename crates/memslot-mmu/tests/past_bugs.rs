@@ -343,7 +343,8 @@ fn row_44_work_under_the_lock_is_bounded<F: Format>(dirty: DirtyMode) {
         assert_eq!(guest.read(5), Fault::AlreadyMapped);
         mmu.zap(range(1 << 15, 1)).discharge();
     }
-    assert!(steps >= (1 << 15) / 100, "{steps}");
+    // Entry by entry, or a few copies of tables at a time.
+    assert!(steps >= 8, "{steps}");
     operation.finish().discharge();
     let writable = guest.leaves().values().filter(|leaf| leaf.write).count();
     assert_eq!(writable, 0);

@@ -30,9 +30,9 @@
 //!   level 3), `ROOT_TABLES` the number of concatenated tables that `VTCR_EL2.SL0` asks for. A leaf of level 1 has
 //!   bits `11`, of others `01`; `S2AP[1]` is `WRITE`, `AF` is `ACCESSED`. With `VTCR_EL2.HD`, a page is
 //!   writable-clean by `DBM` and dirty by `S2AP[1]`, so dirty is not a bit beside write: leave `DIRTY` 0 and use
-//!   write protection. Its *break before make* rule holds wherever a translation is replaced by an empty entry and
-//!   flushed before the next fault installs another; it does not hold for [splitting and collapsing](crate::nested)
-//!   large pages, which need `FEAT_BBM` level 2.
+//!   write protection. Its *break before make* rule is not kept: a fault may fill an entry before the
+//!   flush of what was there, and [splitting and collapsing](crate::nested) replace a page by a table. That needs
+//!   `FEAT_BBM` level 2, or a flush in those places first.
 
 mod ept;
 mod npt;

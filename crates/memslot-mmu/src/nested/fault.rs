@@ -398,12 +398,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
 
     #[cold]
     fn mark_what_is_logged_now(&self, gfns: GfnRange) {
-        let view = &self.published().view;
-        for piece in view.slots_in(self.shared.space(), gfns) {
-            if self.shared.is_logged(piece.slot) {
-                self.shared.mark(piece.gfns);
-            }
-        }
+        self.shared.mark_logged(&self.published().view, gfns);
     }
 }
 

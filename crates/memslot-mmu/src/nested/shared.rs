@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 
-use memslot::{AddressSpaceId, GfnRange, OutOfMemory, Slot, SlotFlags, Snapshot};
+use memslot::{AddressSpaceId, GfnRange, OutOfMemory, Slot, SlotFlags, Snapshot, View};
 
 use super::epoch::{Cell, Cells, Epoch};
 use super::graves::{Chain, Grave, Graves};
@@ -147,6 +147,13 @@ impl<F: Format, H: Host> Shared<F, H> {
     pub(crate) fn mark(&self, gfns: GfnRange) {
         if let Some(log) = &self.config.log {
             log.mark_range(self.space(), gfns);
+        }
+    }
+
+    /// Marks those frames as dirty whose slots are logged in this version.
+    pub(crate) fn mark_logged(&self, view: &View, gfns: GfnRange) {
+        for piece in view.slots_in(self.space(), gfns).filter(|piece| self.is_logged(piece.slot)) {
+            self.mark(piece.gfns);
         }
     }
 

@@ -293,8 +293,8 @@ pub fn hvas(start: u64, bytes: u64) -> HvaRange {
 fn bits<F: Format>() -> (u64, u64, u64, u64) {
     match F::NAME {
         "NPT" => (1, 2, 1 << 5, 1 << 6),
-        // Where EPTP does not enable them, the processor leaves both alone.
-        "EPT" if F::DIRTY == 0 => (7, 2, 0, 0),
+        // Without accessed and dirty bits in EPTP the processor leaves both alone.
+        "EPT" if F::ACCESSED == 0 => (7, 2, 0, 0),
         "EPT" => (7, 2, 1 << 8, 1 << 9),
         other => panic!("{other}"),
     }
