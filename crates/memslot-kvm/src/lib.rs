@@ -49,9 +49,8 @@
 //!
 //! With [`Options::max_pages`] a large slot is cut into several of the kernel's, at multiples of that size, so that
 //! blocks of it come and go (as `virtio-mem` does) without a touch of the rest.
-//! Slots of the kernel's that were cut for such a change are not joined again when the table's are: a table that makes
-//! single pages read-only and writable again, one after the other, ends with a slot of the kernel's for each.
-//! Ids of the kernel's slots are the lowest free ones ([`SlotIds`]); [`KvmSlots::slots`] lists them.
+//! Slots of the kernel's that were cut for such a change are joined again only when ids run out: then those that could
+//! be one with a neighbour are, in the same change, while the vCPUs stand still.
 //!
 //! # Nothing half-done
 //!

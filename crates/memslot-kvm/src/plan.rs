@@ -11,9 +11,12 @@
 //! 4. A slot that goes and a new one with the same memory are **one move**, unless the new place overlaps another slot
 //!    that goes: then the order of moves would matter, and there is not always one (two slots that swap).
 //!
+//! Slots of the kernel's get smaller this way and never larger. When ids run out, the plan is made once more, and those that
+//! could be one with a neighbour go and come again as one.
+//!
 //! Deletes come first, then moves, flags, creates: so nothing ever overlaps.
 
-use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, MAX_PAGES_PER_SLOT, SlotFlags, View};
+use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, MAX_PAGES_PER_SLOT, Slot, SlotFlags, View};
 
 use crate::error::KvmError;
 use crate::programmed::{KvmSlot, Programmed};
@@ -129,11 +132,47 @@ pub(crate) fn plan(
 ) -> Result<(), KvmError> {
     join(places);
     let (mut going, mut coming) = (std::mem::take(&mut plan.going), std::mem::take(&mut plan.coming));
-    let result = fill(programmed, after, places, options, plan, &mut going, &mut coming);
+    let mut result = fill(programmed, after, places, options, plan, &mut going, &mut coming, false);
+    if matches!(result, Err(KvmError::NoSlots { .. })) {
+        plan.clear();
+        going.clear();
+        coming.clear();
+        if fill(programmed, after, places, options, plan, &mut going, &mut coming, true).is_ok() {
+            result = Ok(());
+        }
+    }
     (plan.going, plan.coming) = (going, coming);
     result
 }
 
+/// Slots that could be one with a neighbour: what the splits and flags of the past have left behind.
+fn parted(programmed: &Programmed, after: &View, options: &Options) -> Vec<KvmSlot> {
+    let mut found: Vec<KvmSlot> = Vec::new();
+    let mut last: Option<&KvmSlot> = None;
+    for slot in programmed.all() {
+        if let Some(low) = last.filter(|low| belong_together(low, slot, after, options)) {
+            if found.last() != Some(low) {
+                found.push(*low);
+            }
+            found.push(*slot);
+        }
+        last = Some(slot);
+    }
+    found
+}
+
+fn belong_together(low: &KvmSlot, high: &KvmSlot, after: &View, options: &Options) -> bool {
+    let border = high.gfns.start();
+    let in_table = |slot: &KvmSlot| after.slot_at(slot.address_space, slot.gfns.start()).map(Slot::id);
+    low.address_space == high.address_space
+        && low.gfns.end() == border
+        && low.backing_at(border) == Some(high.backing)
+        && options.max_pages.is_none_or(|most| border.get() % most != 0)
+        && in_table(low).is_some_and(|id| in_table(high) == Some(id))
+}
+
+/// With `gather`, slots that could be one are made one: ids are short.
+#[expect(clippy::too_many_arguments, reason = "one step of `plan`, done twice where ids are short")]
 fn fill(
     programmed: &mut Programmed,
     after: &View,
@@ -142,6 +181,7 @@ fn fill(
     plan: &mut Plan,
     going: &mut Vec<KvmSlot>,
     coming: &mut Vec<KvmSlot>,
+    gather: bool,
 ) -> Result<(), KvmError> {
     for &(space, gfns) in &*places {
         for slot in programmed.in_range(space, gfns) {
@@ -155,6 +195,12 @@ fn fill(
         }
     }
     plan.steps.dedup();
+    if gather {
+        going.extend(parted(programmed, after, options));
+        going.sort_unstable_by_key(key);
+        going.dedup();
+        plan.steps.retain(|step| going.binary_search_by_key(&key(step.slot()), key).is_err());
+    }
     if !going.is_empty() {
         places.extend(going.iter().map(|slot| (slot.address_space, slot.gfns)));
         join(places);

@@ -300,6 +300,47 @@ fn ids_run_out_before_anything_happens() {
     rig.check();
 }
 
+/// Slots of the kernel's that only the past keeps apart are put together before a change is refused for want of ids.
+#[test]
+fn pieces_are_gathered_when_ids_run_out() {
+    let mut rig = Rig::new(200, Options { max_pages: None, ids: Some(0..6) });
+    rig.table.create(spec(0, 0, 64, HVA, SlotFlags::empty())).unwrap();
+    rig.table.create(spec(9, 70, 4, HVA + (1 << 30), SlotFlags::empty())).unwrap();
+    let id = SlotId::new;
+    for page in 1..63 {
+        rig.table
+            .transaction(|tx| {
+                tx.split(RAM, id(0), Gfn::new(page), id(1))?;
+                tx.split(RAM, id(1), Gfn::new(page + 1), id(2))?;
+                tx.set_read_only(RAM, id(1), true)
+            })
+            .unwrap();
+        rig.check();
+        rig.table
+            .transaction(|tx| {
+                tx.set_read_only(RAM, id(1), false)?;
+                tx.merge(RAM, id(0), id(1))?;
+                tx.merge(RAM, id(0), id(2))
+            })
+            .unwrap();
+        rig.check();
+    }
+    assert!(rig.slots.slots().len() <= 6);
+    // More than there are ids, however they are put together.
+    rig.table.create(spec(10, 80, 4, HVA + (2 << 30), SlotFlags::empty())).unwrap();
+    let before = rig.slots.slots();
+    let error = rig
+        .table
+        .transaction(|tx| {
+            (20..26).try_for_each(|n| tx.create(spec(n, 10 * u64::from(n), 4, HVA, SlotFlags::empty())))
+        })
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("ids are free"), "{error}");
+    assert_eq!(rig.slots.slots(), before);
+    rig.check();
+}
+
 #[test]
 fn an_address_space_that_the_vm_does_not_have() {
     let mut rig = Rig::new(200, Options::default());
