@@ -8,11 +8,13 @@
 //! RAM is backed by pages of the pool, in this order. The windows are the machine's own addresses: the first megabyte's ROM, then ACPI's
 //! tables, interrupt controllers, timers. Nothing is in the hole.
 
+use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use memslot::dirty::DirtyLog;
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable,
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, Slot, SlotFlags, SlotId, SlotSpec, SlotTable,
     TransactionError,
 };
 use memslot_mmu::format::Access;
@@ -20,7 +22,7 @@ use memslot_mmu::{Config, DirtyMode, Fault, Level};
 
 use crate::cpu::index;
 use crate::options::Options;
-use crate::paging::{Host, Mmu, Walker};
+use crate::paging::{Host, Mmu, Walker, census};
 use crate::physical;
 use crate::pool;
 
@@ -58,6 +60,8 @@ pub(crate) struct Guest {
     pub(crate) windows: Vec<GfnRange>,
     pub(crate) walker: Walker,
     pub(crate) faults: FaultCounts,
+    /// How many tables there were at first.
+    tables: usize,
 }
 
 /// Frames from an address up to another.
@@ -83,8 +87,8 @@ impl Guest {
         let mmu =
             Mmu::attach(&mut table, host, config).map_err(|_| "no memory for the guest's page tables")?;
         let walker = mmu.walker().map_err(|_| no_memory)?;
-        let faults = FaultCounts::default();
-        Ok(Self { table, log, mmu, host, ram: Vec::new(), windows: Vec::new(), walker, faults })
+        let (faults, tables) = (FaultCounts::default(), mmu.stats().tables);
+        Ok(Self { table, log, mmu, host, ram: Vec::new(), windows: Vec::new(), walker, faults, tables })
     }
 
     /// Gives it the memory of a PC: `bytes` of RAM, of which a quarter is high, and windows to the machine from `top` on.
@@ -117,6 +121,34 @@ impl Guest {
             }
             Ok(())
         })?;
+        Ok(())
+    }
+
+    /// Takes all memory away again, and looks whether anything is left behind: page tables, or frames of the pool.
+    ///
+    /// # Errors
+    /// What is.
+    pub(crate) fn take_down(&mut self) -> Result<(), String> {
+        let ids: Vec<_> = self.table.view().slots(SPACE).map(Slot::id).collect();
+        let deleted = self.table.transaction(|tx| ids.iter().try_for_each(|&id| tx.delete(SPACE, id)));
+        deleted.map_err(|error| format!("slots could not be deleted: {error}"))?;
+        // The old walker has tables in reserve.
+        self.walker = self.mmu.walker().map_err(|_| "no memory")?;
+        self.mmu.reclaim();
+        let (tables, frames) = (self.mmu.stats().tables, self.host.table_frames());
+        if tables != self.tables || frames != self.tables {
+            return Err(format!(
+                "{tables} page tables are left in {frames} frames, at first there were {}",
+                self.tables
+            ));
+        }
+        let left = census(&self.mmu).pages;
+        if left != [0; 3] {
+            return Err(format!("{left:?} pages are mapped without a slot"));
+        }
+        if !self.host.pool().is_sound() {
+            return Err("a frame of the pool is lost, or in two places".into());
+        }
         Ok(())
     }
 

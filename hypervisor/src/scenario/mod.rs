@@ -5,6 +5,9 @@
 
 pub(crate) mod boot;
 pub(crate) mod dirty;
+pub(crate) mod hotplug;
+pub(crate) mod shootdown;
+pub(crate) mod storm;
 pub(crate) mod trivial;
 
 use alloc::format;
