@@ -50,6 +50,17 @@ pub(crate) struct FaultCounts {
     pub(crate) other: u64,
 }
 
+/// Whether the guest can go on after a fault.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Resolved {
+    /// It can.
+    Yes,
+    /// It tries again, and finds the same until what is changing there has changed.
+    Later,
+    /// There is nothing, or nothing that may be written.
+    Nothing,
+}
+
 /// See the [module documentation](self).
 pub(crate) struct Guest {
     pub(crate) table: SlotTable,
@@ -157,27 +168,30 @@ impl Guest {
         self.ram.iter().map(|ram| ram.gfns.len()).sum()
     }
 
-    /// Resolves a fault. `false` where nothing is to be mapped.
+    /// Resolves a fault, or says why not.
     ///
     /// # Errors
     /// For want of page tables.
-    pub(crate) fn fault(&mut self, gpa: Gpa, access: Access) -> Result<bool, &'static str> {
+    pub(crate) fn fault(&mut self, gpa: Gpa, access: Access) -> Result<Resolved, &'static str> {
         let counts = &mut self.faults;
         match self.walker.fault(gpa, access) {
             Ok(Fault::Mapped(level)) => counts.mapped[usize::from(level.get()) - 1] += 1,
             Ok(Fault::AlreadyMapped) => counts.already_mapped += 1,
-            Ok(Fault::Retry) => counts.retry += 1,
+            Ok(Fault::Retry) => {
+                counts.retry += 1;
+                return Ok(Resolved::Later);
+            }
             Ok(Fault::Mmio) => {
                 counts.mmio += 1;
-                return Ok(false);
+                return Ok(Resolved::Nothing);
             }
             Ok(_) => {
                 counts.other += 1;
-                return Ok(false);
+                return Ok(Resolved::Nothing);
             }
             Err(_) => return Err("no memory for a page table"),
         }
-        Ok(true)
+        Ok(Resolved::Yes)
     }
 
     /// The frame behind one of RAM, as the slots and the pool say.

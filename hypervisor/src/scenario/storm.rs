@@ -26,6 +26,9 @@ const CHANGES: u64 = 24;
 /// The most pieces that are away at a time.
 const PIECES: usize = 6;
 
+/// How often the guest tries in vain before an invalidation ends early.
+const PATIENCE: u64 = 8;
+
 /// A piece cut out of a slot: it lies between `left` and `right`.
 struct Piece {
     left: SlotId,
@@ -47,6 +50,7 @@ pub(crate) struct Storm {
     changes: u64,
     moves: u64,
     invalidations: u64,
+    retries: u64,
     put_back_for_the_guest: u64,
 }
 
@@ -63,6 +67,7 @@ impl Storm {
             changes: 0,
             moves: 0,
             invalidations: 0,
+            retries: 0,
             put_back_for_the_guest: 0,
         }
     }
@@ -181,6 +186,14 @@ impl Scenario for Storm {
         }
         if self.below(4) == 0 {
             self.hold(guest)?;
+        }
+        Ok(())
+    }
+
+    fn later(&mut self, _: &mut Turn<'_>) -> Result<(), String> {
+        self.retries += 1;
+        if self.retries % PATIENCE == 0 {
+            self.held = None;
         }
         Ok(())
     }
