@@ -3,6 +3,12 @@
 //! The guide itself is an mdBook: `mdbook build docs`, then open `target/book/index.html`.
 #![cfg(all(doctest, target_os = "linux"))]
 
+#[doc = include_str!("src/vmm/bridge.md")]
+struct Bridge;
+
+#[doc = include_str!("src/vmm/native.md")]
+struct Native;
+
 #[doc = include_str!("src/vmm/kvm.md")]
 struct Kvm;
 

@@ -4,8 +4,11 @@ mod dirty;
 mod kvm;
 mod layout;
 mod measure;
+#[cfg(target_arch = "x86_64")]
+mod mmu;
 mod report;
 mod slots;
+mod vm_memory;
 
 use std::path::PathBuf;
 
@@ -39,6 +42,11 @@ enum Family {
     Dirty,
     /// Slots of the real kernel, changed through a table and by the bare ioctl.
     Kvm,
+    /// vm-memory's traits: accesses, guards, descriptor chains.
+    VmMemory,
+    /// Second-stage page tables: faults, mapping and unmapping.
+    #[cfg(target_arch = "x86_64")]
+    Mmu,
 }
 
 /// How much to measure.
@@ -64,6 +72,9 @@ fn main() -> anyhow::Result<()> {
         Family::Slots => slots::run(effort, &mut report)?,
         Family::Dirty => dirty::run(effort, &mut report)?,
         Family::Kvm => kvm::run(effort, &mut report)?,
+        Family::VmMemory => vm_memory::run(effort, &mut report)?,
+        #[cfg(target_arch = "x86_64")]
+        Family::Mmu => mmu::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

@@ -107,11 +107,14 @@ fn miri(report: &mut Report) {
     }
     // Without isolation, tests may say in a file what they skipped. Miri is some hundred times slower: few cases.
     report.run(
-        &Step::cargo("miri", ["+nightly", "miri", "test", "-p", "memslot", "--no-fail-fast"])
-            .env("MIRIFLAGS", "-Zmiri-disable-isolation")
-            .env("PROPTEST_CASES", "4")
-            .own_target("miri")
-            .tests(),
+        &Step::cargo(
+            "miri",
+            ["+nightly", "miri", "test", "-p", "memslot", "-p", "memslot-mmu", "--no-fail-fast"],
+        )
+        .env("MIRIFLAGS", "-Zmiri-disable-isolation")
+        .env("PROPTEST_CASES", "4")
+        .own_target("miri")
+        .tests(),
     );
 }
 

@@ -8,9 +8,10 @@ use crate::tools;
 
 /// Run the tests: units, properties, doctests, the core without std, and shallow loom models.
 ///
-/// Steps, in this order: the tests of all crates (cargo-nextest if it is installed, else cargo test); the examples in
-/// the documentation; the core without the standard library; the loom models with at most 2 preemptions; Linux on the
-/// hypervisor, small, where QEMU and a kernel package are there or can be had. A failing
+/// Steps, in this order: the tests of all crates (cargo-nextest if it is installed, else cargo test); those of
+/// memslot-vm-memory that need its optional features; the examples in the documentation; the core and the page tables
+/// without the standard library; the loom models with at most 2 preemptions; Linux on the hypervisor, small, where QEMU
+/// and a kernel package are there or can be had. A failing
 /// step does not stop the others. Tests that need what this machine lacks, /dev/kvm for instance, are listed at the
 /// end with the reason and count as skipped.
 ///
@@ -36,10 +37,14 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let mut report = Report::new()?;
     report.run(&workspace_tests(args));
     if args.extra.is_empty() {
+        let optional = ["test", "--quiet", "-p", "memslot-vm-memory", "--all-features", "--tests"];
+        report.run(&Step::cargo("vm-memory, all features", optional).tests());
         report.run(
             &Step::cargo("doctests", ["test", "--quiet", "--workspace", "--doc", "--no-fail-fast"]).tests(),
         );
-        report.run(&Step::cargo("core without std", ["check", "-p", "memslot", "--no-default-features"]));
+        for (name, package) in [("core without std", "memslot"), ("page tables without std", "memslot-mmu")] {
+            report.run(&Step::cargo(name, ["check", "-p", package, "--no-default-features"]));
+        }
         report.run(&loom(if args.full { 3 } else { 2 }));
         linux(args).iter().for_each(|step| report.run(step));
     }
@@ -79,13 +84,16 @@ fn linux(args: &Args) -> [Step; 3] {
     })
 }
 
-/// The loom models: the core's tests named `loom_…`, which exist only under `--cfg loom`.
+/// The loom models: the tests of the core and the page tables named `loom_…`, which exist only under `--cfg loom`.
 ///
 /// In release mode, because loom runs each model thousands of times.
 pub(crate) fn loom(preemptions: u8) -> Step {
-    Step::cargo("loom", ["test", "--quiet", "-p", "memslot", "--release", "--lib", "loom_"])
-        .rustflags("--cfg loom")
-        .env("LOOM_MAX_PREEMPTIONS", preemptions.to_string())
-        .own_target("loom")
-        .tests()
+    Step::cargo(
+        "loom",
+        ["test", "--quiet", "-p", "memslot", "-p", "memslot-mmu", "--release", "--lib", "loom_"],
+    )
+    .rustflags("--cfg loom")
+    .env("LOOM_MAX_PREEMPTIONS", preemptions.to_string())
+    .own_target("loom")
+    .tests()
 }

@@ -1,6 +1,7 @@
 //! Harvesting 64 GiB.
 
 use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::mark::atomic_bitmap;
 use super::{GIB, Guest, PAGE, gfns, random_pages};
@@ -58,30 +59,66 @@ pub(super) fn run(effort: Effort, report: &mut Report) -> anyhow::Result<()> {
         ("harvest, 1 % random", &percent, 2.0),
     ];
     for (name, pages, target) in rows {
-        if !report.wants(name) {
-            continue;
+        some_dirty(&guest, &peer, (name, pages, target), rounds, report);
+    }
+    if let Some(guest) = Guest::fenced(64 * GIB)? {
+        for (name, pages, target) in rows {
+            let name = format!("{name}, with a fence");
+            some_dirty(&guest, &peer, (&name, pages, target), rounds, report);
+            beside_a_thread(|| {
+                let name = format!("{name}, beside a thread");
+                some_dirty(&guest, &peer, (&name, pages, target), rounds, report);
+            });
         }
-        let (mut mine, mut others, mut words) = (Vec::new(), Vec::new(), Vec::new());
-        let mut buffer = vec![0; PAGES / 64];
-        for _ in 0..rounds {
-            pages.iter().for_each(|&page| guest.mark(page));
-            mine.push(time(1, || assert!(ours(&guest) <= PAGES as u64)));
-            pages.iter().for_each(|&page| peer.mark_dirty(page * PAGE, 1));
-            others.push(time(1, || assert!(theirs(&peer) <= PAGES as u64)));
-            pages.iter().for_each(|&page| guest.mark(page));
-            words.push(time(1, || {
-                let harvest = guest.harvest();
-                let _ = black_box(harvest.words(AddressSpaceId::NORMAL, gfns(0, PAGES), &mut buffer));
-                harvest.commit();
-            }));
-        }
-        let peer_ns = median(&mut others);
-        report.text_row(name, "64 GiB", "AtomicBitmap", (median(&mut mine), peer_ns), Some(target));
-        let name = format!("{name}, as words");
-        report.text_row(&name, "64 GiB", "AtomicBitmap", (median(&mut words), peer_ns), None);
     }
     all_dirty(&guest, &peer, rounds, report);
     Ok(())
+}
+
+fn some_dirty(
+    guest: &Guest,
+    peer: &AtomicBitmap,
+    (name, pages, target): (&str, &[usize], f64),
+    rounds: usize,
+    report: &mut Report,
+) {
+    if !report.wants(name) {
+        return;
+    }
+    let (mut mine, mut others, mut words) = (Vec::new(), Vec::new(), Vec::new());
+    let mut buffer = vec![0; PAGES / 64];
+    for _ in 0..rounds {
+        pages.iter().for_each(|&page| guest.mark(page));
+        mine.push(time(1, || assert!(ours(guest) <= PAGES as u64)));
+        pages.iter().for_each(|&page| peer.mark_dirty(page * PAGE, 1));
+        others.push(time(1, || assert!(theirs(peer) <= PAGES as u64)));
+        pages.iter().for_each(|&page| guest.mark(page));
+        words.push(time(1, || {
+            let harvest = guest.harvest();
+            let _ = black_box(harvest.words(AddressSpaceId::NORMAL, gfns(0, PAGES), &mut buffer));
+            harvest.commit();
+        }));
+    }
+    let peer_ns = median(&mut others);
+    report.text_row(name, "64 GiB", "AtomicBitmap", (median(&mut mine), peer_ns), Some(target));
+    let name = format!("{name}, as words");
+    report.text_row(&name, "64 GiB", "AtomicBitmap", (median(&mut words), peer_ns), None);
+}
+
+/// While another thread of the process runs, which a fence interrupts.
+pub(super) fn beside_a_thread(work: impl FnOnce()) {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        // It has begun by then.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        work();
+        done.store(true, Ordering::Relaxed);
+    });
 }
 
 /// Every page dirty, against the cost of copying the bitmap once.

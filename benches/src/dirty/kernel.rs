@@ -32,6 +32,7 @@ mod linux {
     use memslot::dirty::SoftwareOnly;
     use memslot::dirty::kvm::KvmDirtyLog;
 
+    use super::super::harvest::beside_a_thread;
     use super::super::{GIB, Guest, random_pages};
     use crate::Effort;
     use crate::measure::{median, time, versus};
@@ -62,13 +63,20 @@ mod linux {
         report.text_row("kernel: harvest, clean", &at, "KVM_GET_DIRTY_LOG", ns, Some(100.0));
         // The kernel's clean log costs it no less than one with 64 dirty pages.
         let pages = random_pages(bytes / 4096, 64);
-        let mut mine = Vec::new();
-        for _ in 0..rounds {
-            pages.iter().for_each(|&page| guest.mark(page));
-            mine.push(take(&guest));
+        let mut dirty = |guest: &Guest, with: &str| {
+            let mut mine = Vec::new();
+            for _ in 0..rounds {
+                pages.iter().for_each(|&page| guest.mark(page));
+                mine.push(take(guest));
+            }
+            let (name, ns) = (format!("kernel: harvest, 64 dirty pages{with}"), (median(&mut mine), ns.1));
+            report.text_row(&name, &at, "KVM_GET_DIRTY_LOG, clean", ns, Some(100.0));
+        };
+        dirty(&guest, "");
+        if let Some(guest) = Guest::fenced(bytes)? {
+            dirty(&guest, ", with a fence");
+            beside_a_thread(|| dirty(&guest, ", with a fence, beside a thread"));
         }
-        let ns = (median(&mut mine), ns.1);
-        report.text_row("kernel: harvest, 64 dirty pages", &at, "KVM_GET_DIRTY_LOG, clean", ns, Some(100.0));
         // Its form of the call has to write every word of the bitmap.
         let guest = Guest::new(bytes)?;
         let mut abi = KvmDirtyLog::new(guest.log.consumer()?);

@@ -26,15 +26,9 @@ pub(super) fn run(effort: Effort, report: &mut Report) {
     let Ok(guest) = Guest::new(64 * GIB) else { return };
     let peer = atomic_bitmap(64 * GIB);
 
-    for (name, pages) in [("mark a page, in 1 GiB", GIB / PAGE), ("mark a page, in 64 GiB", 64 * GIB / PAGE)]
-    {
-        if report.wants(name) {
-            let pages = random_pages(pages, 1 << 18);
-            let ours = || time(pages.len(), || pages.iter().for_each(|&page| guest.mark(page)));
-            let theirs =
-                || time(pages.len(), || pages.iter().for_each(|&page| peer.mark_dirty(page * PAGE, 8)));
-            report.text_row(name, "page", PEER, versus(rounds, ours, theirs), Some(1.0));
-        }
+    pages_one_by_one(&guest, &peer, "", rounds, report);
+    if let Ok(Some(fenced)) = Guest::fenced(64 * GIB) {
+        pages_one_by_one(&fenced, &peer, ", with a fence", rounds, report);
     }
     for (name, at, bytes, target) in
         [("mark a range", "2 MiB", 2 << 20, 50.0), ("mark a range", "1 GiB", GIB, 100.0)]
@@ -72,6 +66,34 @@ pub(super) fn run(effort: Effort, report: &mut Report) {
         }
     }
     two_threads(&guest, rounds, report);
+}
+
+/// Random pages that are dirty already, and the same after a harvest.
+fn pages_one_by_one(guest: &Guest, peer: &AtomicBitmap, with: &str, rounds: usize, report: &mut Report) {
+    for (at, pages) in [("1 GiB", GIB / PAGE), ("64 GiB", 64 * GIB / PAGE)] {
+        for (name, clean, target) in
+            [("mark a page, dirty already", false, Some(1.0)), ("mark a page, clean", true, None)]
+        {
+            let name = format!("{name}{with}");
+            if !report.wants(&name) {
+                continue;
+            }
+            let pages = random_pages(pages, 1 << 18);
+            let ours = || {
+                if clean {
+                    guest.harvest().commit();
+                }
+                time(pages.len(), || pages.iter().for_each(|&page| guest.mark(page)))
+            };
+            let theirs = || {
+                if clean {
+                    peer.reset();
+                }
+                time(pages.len(), || pages.iter().for_each(|&page| peer.mark_dirty(page * PAGE, 8)))
+            };
+            report.text_row(&name, at, PEER, versus(rounds, ours, theirs), target);
+        }
+    }
 }
 
 /// Marks a second by two threads against one; each thread has a GiB of its own.

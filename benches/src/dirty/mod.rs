@@ -9,7 +9,9 @@ mod kernel;
 mod mark;
 
 use memslot::dirty::{Consumer, DirtyLog, Harvest, SoftwareOnly};
-use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable};
+use memslot::{
+    AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, OutOfMemory, SlotFlags, SlotId, SlotSpec, SlotTable,
+};
 
 use crate::Effort;
 use crate::report::{Report, Row};
@@ -35,8 +37,24 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(bytes: usize) -> anyhow::Result<Self> {
+        Self::with(bytes, DirtyLog::attach)
+    }
+
+    /// With marks that leave alone what is marked. `None` where the system does not give the fence for it.
+    pub(crate) fn fenced(bytes: usize) -> anyhow::Result<Option<Self>> {
+        #[cfg(target_os = "linux")]
+        if let Ok(fence) = memslot::dirty::Membarrier::new() {
+            return Self::with(bytes, |table| DirtyLog::attach_with_fence(table, Box::new(fence))).map(Some);
+        }
+        Ok(None)
+    }
+
+    fn with(
+        bytes: usize,
+        attach: impl FnOnce(&mut SlotTable) -> Result<DirtyLog, OutOfMemory>,
+    ) -> anyhow::Result<Self> {
         let mut table = SlotTable::new(Limits::default())?;
-        let log = DirtyLog::attach(&mut table)?;
+        let log = attach(&mut table)?;
         let consumer = log.consumer()?;
         let gfns = gfns(0, bytes / PAGE);
         table.create(SlotSpec {

@@ -33,6 +33,10 @@ pub enum DirtyError {
     /// [`KvmSlots::dirty_log`] was not called, so there is no log for the bits.
     #[error("there is no dirty log: call KvmSlots::dirty_log first")]
     NoLog,
+    /// Dirty rings were asked for together with manual protection, which is of bitmaps. The kernel takes both, and with
+    /// pages initially set it then never arms them: writes go unnoticed.
+    #[error("dirty rings and manual dirty log protection exclude each other")]
+    RingsAndManualProtect,
     /// An ioctl failed.
     #[error("{what}: {error}")]
     Ioctl {
@@ -68,10 +72,13 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     /// spares the kernel to write-protect them all at that moment.
     ///
     /// # Errors
-    /// The kernel's, and [`DirtyError::NoLog`]; nothing has changed then.
+    /// The kernel's, [`DirtyError::NoLog`] and [`DirtyError::RingsAndManualProtect`]; nothing has changed then.
     pub fn enable_manual_protect(&self, initially_set: bool) -> Result<(), DirtyError> {
         let mut state = self.shared.state();
         let log = state.log.clone().ok_or(DirtyError::NoLog)?;
+        if state.rings.is_enabled() {
+            return Err(DirtyError::RingsAndManualProtect);
+        }
         let mut argument = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
         if initially_set {
             argument |= KVM_DIRTY_LOG_INITIALLY_SET;
@@ -104,7 +111,8 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     }
 
     /// What a consumer re-arms pages with, for harvests other than [`harvest`](Self::harvest). The kernel's slots do not
-    /// change as long as it lives.
+    /// change as long as it lives: changes of the table wait, and so does every other call of this handle and its clones.
+    /// A thread that makes one while it has this waits for itself.
     #[must_use]
     pub fn rearm(&self) -> KvmRearm<'_, K> {
         KvmRearm { kernel: &self.shared.kernel, state: self.shared.state(), pending: None }
@@ -189,7 +197,7 @@ impl<K: Kernel> Rearm for KvmRearm<'_, K> {
     type Error = io::Error;
 
     fn rearm(&mut self, space: AddressSpaceId, gfns: GfnRange) -> io::Result<()> {
-        if !self.state.manual_protect || self.state.rings.is_enabled() {
+        if !self.state.manual_protect {
             return Ok(());
         }
         let mut from = gfns.start();

@@ -56,6 +56,14 @@ pub enum AttachError {
     /// The table's slots could not be programmed; those that were are deleted again.
     #[error(transparent)]
     Program(#[from] KvmError),
+    /// The table's pages are not the host's, which KVM counts in.
+    #[error("the table has pages of {table} bytes, and KVM's are of {kernel} bytes here")]
+    PageSize {
+        /// A page of the table ([`Limits::page_size`](memslot::Limits)).
+        table: u64,
+        /// A page of the host.
+        kernel: u64,
+    },
     /// The table's own.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),

@@ -9,6 +9,13 @@ use memslot::rules::UserMemoryRegion2;
 ///
 /// In every call `slot` is as in KVM: bits 0-15 the id, bits 16-31 the address space.
 pub trait Kernel: Send + Sync {
+    /// The size of the pages that slots and dirty bitmaps consist of: the host's.
+    fn page_bytes(&self) -> u64 {
+        // SAFETY: the call asks for a number.
+        let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        u64::try_from(bytes).unwrap_or(0)
+    }
+
     /// `KVM_CHECK_EXTENSION` on the VM; 0 for what it does not have.
     fn check_extension(&self, cap: u32) -> u32;
 

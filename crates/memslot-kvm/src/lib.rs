@@ -43,12 +43,14 @@
 //! |---|---|
 //! | split, merge | none: the kernel's slots cover the same frames with the same memory |
 //! | grow, plug a block | one create for what is new |
-//! | `LOG_DIRTY_PAGES` on or off | one flags-only call for each slot of the kernel's |
+//! | `LOG_DIRTY_PAGES` on or off | one flags-only call for each slot of the kernel's, if it concerns all of it |
 //! | move | one move, where the new place is free of slots that go in the same change |
-//! | shrink, read-only, another backing | the slots of the kernel's that it touches are deleted, what is to stay is created again |
+//! | shrink, read-only, another backing, logging of a part | the slots of the kernel's that it touches are deleted, what is to stay is created again |
 //!
 //! With [`Options::max_pages`] a large slot is cut into several of the kernel's, at multiples of that size, so that
 //! blocks of it come and go (as `virtio-mem` does) without a touch of the rest.
+//! Slots of the kernel's that were cut for such a change are not joined again when the table's are: a table that makes
+//! single pages read-only and writable again, one after the other, ends with a slot of the kernel's for each.
 //! Ids of the kernel's slots are the lowest free ones ([`SlotIds`]); [`KvmSlots::slots`] lists them.
 //!
 //! # Nothing half-done
@@ -63,7 +65,8 @@
 //!
 //! Where a guest could see the gap between a delete and a create, or where a slot that is logged goes and a write
 //! could come between the last look at its dirty bitmap and its end, the ioctls run inside
-//! [`Vcpus::while_paused`]. Everything else pauses nobody.
+//! [`Vcpus::while_paused`]. Everything else pauses nobody: also where an ioctl fails and those before it are undone, so
+//! that memory that was to go is missing for a moment, and then back.
 //!
 //! # Dirty pages
 //!
@@ -73,9 +76,11 @@
 //!
 //! # What it does not do
 //!
+//! Manual protection and rings are the VM's as a whole: with several tables on one VM, use neither.
+//!
 //! It makes no VM and maps no memory. It does not look at slots that somebody else programs into the same VM:
-//! give those ids of their own with [`Options::ids`]. Slots without host memory ([`Backing::Device`]
-//! (memslot::Backing::Device)) are not programmed: their accesses exit to the VMM as MMIO.
+//! give those ids of their own with [`Options::ids`]. Slots without host memory
+//! ([`Backing::Device`](memslot::Backing::Device)) are not programmed: their accesses exit to the VMM as MMIO.
 
 #[cfg(target_os = "linux")]
 mod dirty;

@@ -48,6 +48,16 @@ impl Step {
         std::iter::once(one).chain(other).map(|slot| (slot.address_space, slot.gfns))
     }
 
+    /// The slot whose dirty bitmap goes with this step. (Where a slot stays and just its flag goes, nobody wants its bits.)
+    pub(crate) fn drops_bitmap(&self) -> Option<&KvmSlot> {
+        let slot = match self {
+            Self::Delete(slot) => slot,
+            Self::Move { from, to } if !to.logs() => from,
+            _ => return None,
+        };
+        slot.logs().then_some(slot)
+    }
+
     /// What comes first.
     const fn order(&self) -> u8 {
         match self {
@@ -82,9 +92,9 @@ impl std::fmt::Display for Step {
 #[derive(Default, Debug)]
 pub(crate) struct Plan {
     pub(crate) steps: Vec<Step>,
-    /// Frames that have memory before and after lie bare in between.
+    /// Frames that have memory before and after are without in between.
     pub(crate) leaves_gap: bool,
-    /// A slot goes that the kernel logs.
+    /// A dirty bitmap of the kernel's goes.
     pub(crate) ends_log: bool,
     /// So the vCPUs have to stand still.
     pub(crate) needs_pause: bool,
@@ -109,7 +119,7 @@ pub(crate) fn join(places: &mut Vec<Place>) {
 }
 
 /// Makes the plan for the frames of `places`. Ids of new slots are taken; [`Plan::settle_ids`] gives back what was not
-/// used. The plan is empty at first, and its memory is used again.
+/// used, before the next plan is made. The plan is empty at first, and its memory is used again.
 pub(crate) fn plan(
     programmed: &mut Programmed,
     after: &View,
@@ -154,11 +164,14 @@ fn fill(
     }
     if !going.is_empty() {
         let moved = find_moves(&mut plan.steps, going, coming);
-        plan.leaves_gap = coming.iter().any(|slot| first_overlapping(going, slot).is_some());
+        // The kernel takes a slot that moves out before it puts it in again.
+        let moves_over_itself =
+            |step: &Step| matches!(step, Step::Move { from, to } if from.gfns.overlaps(&to.gfns));
+        plan.leaves_gap = coming.iter().any(|slot| first_overlapping(going, slot).is_some())
+            || plan.steps.iter().any(moves_over_itself);
         let mut moved = moved.into_iter();
         going.retain(|_| moved.next() != Some(true));
     }
-    plan.ends_log = going.iter().any(KvmSlot::logs);
     for slot in &*going {
         if let Some(ids) = programmed.ids(slot.address_space) {
             ids.free(slot.id.into());
@@ -180,6 +193,7 @@ fn fill(
         };
         plan.steps.push(Step::Create(KvmSlot { id, ..*slot }));
     }
+    plan.ends_log = plan.steps.iter().any(|step| step.drops_bitmap().is_some());
     if plan.steps.len() > 1 {
         // Stable: each kind stays in the order of the frames.
         plan.steps.sort_by_key(Step::order);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use memslot::rules::{KVM_MEM_GUEST_MEMFD, UserMemoryRegion, UserMemoryRegion2};
-use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, PageSize, SlotFlags};
+use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, HvaRange, PageSize, SlotFlags};
 
 use crate::ids::SlotIds;
 
@@ -45,6 +45,11 @@ impl KvmSlot {
     /// What stands behind one of its frames.
     pub(crate) fn backing_at(&self, gfn: Gfn) -> Option<Backing> {
         self.backing.advanced(self.page_size.bytes_of(gfn.offset_from(self.gfns.start())?)?)
+    }
+
+    /// The host addresses behind it.
+    pub(crate) fn hvas(&self) -> Option<HvaRange> {
+        HvaRange::with_len(self.backing.hva()?, self.page_size.bytes_of(self.gfns.len())?)
     }
 
     /// The argument that makes this slot, or changes one with its id into it.

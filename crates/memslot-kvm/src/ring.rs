@@ -14,14 +14,16 @@ use crate::kernel::Kernel;
 use crate::slots::KvmSlots;
 use crate::steps::State;
 
+/// So often the kernel is asked to reset what was read, before that counts as an error. Once is enough where no signal
+/// comes.
+const RESETS: u32 = 1000;
+
 /// The rings that the kernel fills, if it does.
 #[derive(Default)]
 pub(crate) struct Rings {
     /// Entries of a ring; 0 where there are none.
     entries: u32,
     readers: Vec<RingReader<RingMemory>>,
-    /// Entries were read that the kernel has not reset yet.
-    reset_due: bool,
 }
 
 impl Rings {
@@ -31,17 +33,24 @@ impl Rings {
 }
 
 impl<K: Kernel + 'static> KvmSlots<K> {
-    /// Has the kernel keep dirty rings of `entries` entries (a power of two from 256 on) instead of bitmaps. Before the first vCPU is
-    /// made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs.
+    /// Has the kernel keep dirty rings of `entries` entries instead of bitmaps: a power of two, a page of them at least,
+    /// and more than the processor needs for itself (1024 is enough everywhere with pages of 4 KiB). Before the first
+    /// vCPU is made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs.
+    ///
+    /// All entries are read here, and those of slots that are not this table's are lost: rings are for a VM whose slots
+    /// are all of one table.
     ///
     /// A vCPU whose ring is full leaves the guest with `KVM_EXIT_DIRTY_RING_FULL`; [`fetch`](Self::fetch) makes room.
     ///
     /// # Errors
-    /// The kernel's, and [`DirtyError::NoLog`].
+    /// The kernel's, [`DirtyError::NoLog`] and [`DirtyError::RingsAndManualProtect`].
     pub fn enable_rings(&self, entries: u32) -> Result<(), DirtyError> {
         let mut state = self.shared.state();
         if state.log.is_none() {
             return Err(DirtyError::NoLog);
+        }
+        if state.manual_protect {
+            return Err(DirtyError::RingsAndManualProtect);
         }
         let kernel = &self.shared.kernel;
         // On x86 both are the same; elsewhere only the second is there.
@@ -93,12 +102,15 @@ impl State {
                 }
             }
         }
-        self.rings.reset_due |= pages > 0;
-        if self.rings.reset_due {
+        // A page that is read before its entry is reset may be written again unnoticed. A signal makes the kernel stop
+        // early, and that is no error to it.
+        for _ in 0..RESETS {
+            if self.rings.readers.iter().all(RingReader::is_reset) {
+                return Ok(pages);
+            }
             kernel.reset_dirty_rings()?;
-            self.rings.reset_due = false;
         }
-        Ok(pages)
+        Err(io::ErrorKind::Interrupted.into())
     }
 }
 

@@ -6,12 +6,14 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_CAP_MULTI_ADDRESS_SPACE, KVM_CAP_NR_MEMSLOTS};
-use memslot::{AddressSpaceId, Gfn, GfnRange, Listener, ListenerError, PieceKind, SlotTable, Update, View};
+use memslot::{
+    AddressSpaceId, Gfn, GfnRange, Listener, ListenerError, PieceKind, SlotTable, Snapshot, Update, View,
+};
 
 use crate::error::{AttachError, KvmError};
 use crate::ids::SlotIds;
 use crate::kernel::Kernel;
-use crate::plan::{Place, Plan, plan};
+use crate::plan::{Place, Plan, Step, plan};
 use crate::programmed::{KvmSlot, Programmed};
 use crate::ring::Rings;
 use crate::steps::State;
@@ -86,7 +88,15 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     /// The guest reads the host memory of every slot of the table, and writes that of every slot that is not
     /// read-only, from when the slot is created until its delete (or the table's drop, and the VM's) has returned:
     /// it must be memory of the VMM's that may be used so, mapped all the time.
+    ///
+    /// Nobody else programs slots with the same ids ([`Options::ids`]) into the VM, another `KvmSlots` included: the
+    /// kernel writes as many dirty bits as its slot has pages, and reads a call about an id that it knows as a change.
     pub unsafe fn attach(table: &mut SlotTable, kernel: K, options: Options) -> Result<Self, AttachError> {
+        let (ours, kernels) = (table.view().page_size().bytes(), kernel.page_bytes());
+        if ours != kernels {
+            // The kernel would write a bit for each of its pages, wherever there are more of them.
+            return Err(AttachError::PageSize { table: ours, kernel: kernels });
+        }
         let most = kernel.check_extension(KVM_CAP_NR_MEMSLOTS);
         let spaces =
             u8::try_from(kernel.check_extension(KVM_CAP_MULTI_ADDRESS_SPACE)).unwrap_or(u8::MAX).max(1);
@@ -107,8 +117,13 @@ impl<K: Kernel + 'static> KvmSlots<K> {
             vcpus: Mutex::new(Box::new(NotRunning)),
             state: Mutex::new(state),
         });
-        let mut follower =
-            Follower { shared: Arc::clone(&shared), plan: Plan::default(), places: Vec::new() };
+        let mut follower = Follower {
+            shared: Arc::clone(&shared),
+            plan: Plan::default(),
+            places: Vec::new(),
+            put_right: Vec::new(),
+            kept: Vec::new(),
+        };
         let all = GfnRange::new(Gfn::new(0), Gfn::new(u64::MAX)).unwrap_or_default();
         follower.places.extend(table.view().address_spaces().map(|space| (space, all)));
         follower.plan(table.view())?;
@@ -169,6 +184,10 @@ struct Follower<K> {
     shared: Arc<Shared<K>>,
     plan: Plan,
     places: Vec<Place>,
+    /// What was out of step before the change.
+    put_right: Vec<Place>,
+    /// Versions whose slots the kernel may still have, though the table has not: their memory has to stay.
+    kept: Vec<Snapshot>,
 }
 
 impl<K: Kernel> Follower<K> {
@@ -180,6 +199,8 @@ impl<K: Kernel> Follower<K> {
         }
         let mut state = self.shared.state();
         self.places.extend_from_slice(&state.out_of_step);
+        // Those of the plan before, which may not have come to be, however it ended.
+        self.plan.settle_ids(&mut state.programmed);
         self.plan.clear();
         plan(&mut state.programmed, after, &mut self.places, options, &mut self.plan)?;
         self.plan.needs_pause = self.plan.leaves_gap || (self.plan.ends_log && state.log.is_some());
@@ -187,13 +208,41 @@ impl<K: Kernel> Follower<K> {
     }
 
     fn issue(&mut self) -> Result<(), KvmError> {
-        let Self { shared, plan, .. } = self;
-        with_vcpus(shared, plan, |state| {
+        let Self { shared, plan, put_right, .. } = self;
+        put_right.clear();
+        let under_way = UnderWay { shared, plan };
+        let result = with_vcpus(shared, plan, |state| {
             state.issue(&shared.kernel, plan)?;
-            state.out_of_step.clear();
+            put_right.append(&mut state.out_of_step);
             Ok(())
-        })
-        .unwrap_or(Err(KvmError::NotPaused))
+        });
+        under_way.ends();
+        result.unwrap_or(Err(KvmError::NotPaused))
+    }
+
+    /// The kernel may have kept slots of a version that the table takes back.
+    fn keep(&mut self, after: Option<Snapshot>) {
+        if !self.shared.state().out_of_step.is_empty() {
+            self.kept.extend(after);
+        }
+    }
+}
+
+/// A plan that is being carried out. A panic may end that anywhere: then nobody knows what the kernel has there.
+struct UnderWay<'f, K> {
+    shared: &'f Shared<K>,
+    plan: &'f Plan,
+}
+
+impl<K> UnderWay<'_, K> {
+    fn ends(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl<K> Drop for UnderWay<'_, K> {
+    fn drop(&mut self) {
+        self.shared.state().out_of_step.extend(self.plan.steps.iter().flat_map(Step::places));
     }
 }
 
@@ -230,27 +279,33 @@ impl<K: Kernel> Listener for Follower<K> {
         Ok(self.plan(update.after)?)
     }
 
-    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+    fn commit(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
         let result = self.issue();
         if result.is_err() {
-            self.plan.settle_ids(&mut self.shared.state().programmed);
+            self.keep(update.snapshot());
         }
         Ok(result?)
     }
 
-    fn undo(&mut self, _: &Update<'_>) {
-        let Self { shared, plan, .. } = self;
+    fn undo(&mut self, update: &Update<'_>) {
+        let Self { shared, plan, put_right, .. } = self;
+        let under_way = UnderWay { shared, plan };
         let mut take_back = |state: &mut State| {
             state.take_back(&shared.kernel, &plan.steps);
-            plan.settle_ids(&mut state.programmed);
+            state.out_of_step.append(put_right);
+            state.mark_where_it_was(&plan.steps, update.before);
         };
         // The vCPUs do not matter more than being in step.
         if with_vcpus(shared, plan, &mut take_back).is_none() {
             take_back(&mut shared.state());
         }
+        under_way.ends();
+        self.keep(update.snapshot());
     }
 
-    fn abort(&mut self, _: &Update<'_>) {
-        self.plan.settle_ids(&mut self.shared.state().programmed);
+    fn settled(&mut self, _: &Update<'_>) {
+        if self.shared.state().out_of_step.is_empty() {
+            self.kept.clear();
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Issuing planned ioctls, and taking them back.
 
+use memslot::View;
 use memslot::dirty::DirtyLog;
 
 use crate::error::KvmError;
@@ -22,7 +23,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Issues all steps, or none: when one fails, those before it are taken back. Ids are still to be settled then.
+    /// Issues all steps, or none: when one fails, those before it are taken back.
     pub(crate) fn issue<K: Kernel>(&mut self, kernel: &K, plan: &Plan) -> Result<(), KvmError> {
         for (done, step) in plan.steps.iter().enumerate() {
             if let Err(error) = self.step(kernel, step) {
@@ -43,6 +44,23 @@ impl State {
         }
     }
 
+    /// Steps were taken back when the log had already gone back to the version before: bits that were fetched since lie
+    /// where the memory was meanwhile. Where it is again, all of it counts as dirty.
+    pub(crate) fn mark_where_it_was(&self, steps: &[Step], before: &View) {
+        let Some(log) = &self.log else { return };
+        for step in steps {
+            let (Step::Create(slot) | Step::Move { to: slot, .. }) = step else { continue };
+            let Some(hvas) = slot.hvas().filter(|_| slot.logs()) else { continue };
+            for hit in before.slots_at_hva(slot.address_space, hvas) {
+                let first = hit.gfns.start();
+                let was_here = slot.backing_at(first).and_then(|backing| backing.hva());
+                if was_here != hit.slot.hva_of(first) {
+                    log.mark_range(slot.address_space, hit.gfns);
+                }
+            }
+        }
+    }
+
     /// Whether a slot that should have gone has the id or the frames of the one that this step makes.
     fn is_in_the_way(&self, step: &Step) -> bool {
         let (new, old) = match step {
@@ -56,11 +74,11 @@ impl State {
     }
 
     fn step<K: Kernel>(&mut self, kernel: &K, step: &Step) -> std::io::Result<()> {
+        if let Some(slot) = step.drops_bitmap() {
+            self.fetch(kernel, slot);
+        }
         let argument = match step {
-            Step::Delete(slot) => {
-                self.fetch(kernel, slot);
-                slot.removal()
-            }
+            Step::Delete(slot) => slot.removal(),
             Step::Move { to, .. } | Step::Flags { to, .. } | Step::Create(to) => to.region(),
         };
         // SAFETY: whoever attached to the table has vouched for the memory of its slots.
@@ -79,7 +97,7 @@ impl State {
 
     /// Fetches the dirty bits of a slot that is about to go. Where the kernel does not tell, all its pages are dirty.
     fn fetch<K: Kernel>(&mut self, kernel: &K, slot: &KvmSlot) {
-        let Some(log) = self.log.clone().filter(|_| slot.logs()) else { return };
+        let Some(log) = self.log.clone() else { return };
         let fetched = if self.rings.is_enabled() {
             self.collect_rings(kernel, &log).is_ok()
         } else {

@@ -5,7 +5,7 @@
 //! there.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{
     KVM_MEM_GUEST_MEMFD, KVMIO, kvm_clear_dirty_log, kvm_dirty_log, kvm_enable_cap,
@@ -35,9 +35,12 @@ impl Vm {
     /// # Errors
     /// Of duplicating the descriptor.
     pub fn of(vm: &impl AsRawFd) -> io::Result<Self> {
-        // SAFETY: the descriptor is open for as long as `vm` is borrowed, which is longer than the copy takes.
-        let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
-        Ok(Self(vm.try_clone_to_owned()?))
+        // A number is as good as `AsRawFd` goes: whether it is a descriptor, the kernel tells.
+        // SAFETY: the call touches no memory.
+        let copy = unsafe { libc::fcntl(vm.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0) };
+        check(copy)?;
+        // SAFETY: a new descriptor, which nobody else knows of.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(copy) }))
     }
 }
 
@@ -107,10 +110,13 @@ impl Kernel for Vm {
     }
 
     fn clear_dirty_log(&self, slot: u32, first_page: u64, pages: u32, words: &[u64]) -> io::Result<()> {
+        if (words.len() as u64) < u64::from(pages).div_ceil(64) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let mut argument = kvm_clear_dirty_log { slot, num_pages: pages, first_page, ..Default::default() };
-        debug_assert!(words.len() as u64 * 64 >= u64::from(pages));
         argument.__bindgen_anon_1.dirty_bitmap = words.as_ptr().cast_mut().cast();
-        // SAFETY: the kernel reads a `kvm_clear_dirty_log` and a bit for each of `pages` pages behind its pointer.
+        // SAFETY: the kernel reads a `kvm_clear_dirty_log` and a bit for each of `pages` pages behind its pointer, where
+        // there are as many.
         check(unsafe { ioctl_with_mut_ref(&self.0, KVM_CLEAR_DIRTY_LOG(), &mut argument) })
     }
 

@@ -1,11 +1,4 @@
 //! What a change of the tables owes: one flush, and the tables that it took out.
-//!
-//! A [`Flush`] is made by an operation and [discharged](Flush::discharge) once, with one flush for the union of what it
-//! and all that were [merged](Flush::merge) into it have changed. Until then the tables that were taken
-//! out exist, and other operations on the same frames owe a flush as well.
-//!
-//! A flush that is dropped is not forgotten: its tables are kept, and the next one that is discharged covers it. As this
-//! leaves processors with old translations for an unknown time, it panics where debug assertions are on.
 
 use memslot::GfnRange;
 
@@ -16,7 +9,15 @@ use crate::nested::shared::hull;
 use crate::nested::{DirtyMode, Mmu};
 use crate::sync::Ordering;
 
-/// An obligation. See the [module documentation](self).
+/// An obligation: one flush, and the tables that were taken out.
+///
+/// It is [discharged](Self::discharge) once, with one flush for the union of what it and all that were
+/// [merged](Self::merge) into it have changed. Until then the tables exist, and other operations on the same frames
+/// owe a flush as well.
+///
+/// One that is dropped is not forgotten: its tables are kept, and the next flush that is discharged covers it. As
+/// this leaves processors with old translations for an unknown time, it panics where debug assertions are on (with
+/// `std`).
 #[must_use = "processors use old translations until this is discharged"]
 pub struct Flush<'m, F: Format, H: Host> {
     mmu: &'m Mmu<F, H>,

@@ -4,8 +4,8 @@
 //! map, the pool that guests get their memory from, and an interrupt to the other processors. In a process it is
 //! [`UserHost`](crate::user::UserHost).
 //!
-//! The tables call the host from the fault path and from range operations, some with a lock held: none of these functions
-//! may call back into the tables that call it.
+//! The tables call the host from the fault path and from range operations, some with a lock held: none of these
+//! functions may call back into the tables that call it.
 
 use core::fmt;
 use core::ptr::NonNull;
@@ -51,8 +51,8 @@ impl fmt::Debug for Pfn {
 /// Hands out frames for page tables, and reaches them.
 ///
 /// # Safety
-/// Until it is freed, a table that was allocated belongs to the caller alone (and to the processors that walk it), and
-/// [`reach`](Self::reach) returns the same valid pointer to it, from any thread.
+/// Until it is freed, a table that was allocated belongs to the caller alone (and to the processors that walk it),
+/// and [`reach`](Self::reach) returns the same valid pointer to it, from any thread.
 pub unsafe trait TableMemory {
     /// `tables` tables side by side, aligned to their size together, all entries 0. `None` if there is no memory.
     ///
@@ -110,8 +110,8 @@ pub trait Frames {
     fn frame(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Answer, Self::Error>;
 }
 
-/// Which translations a flush is about: an address space identifier, a virtual machine identifier, an EPT pointer. The
-/// meaning is the host's.
+/// Which translations a flush is about: an address space identifier, a virtual machine identifier, an EPT pointer.
+/// The meaning is the host's.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Context(pub u64);
 

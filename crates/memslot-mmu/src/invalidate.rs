@@ -2,13 +2,13 @@
 //!
 //! Two things keep a fault from installing what is no longer true:
 //!
-//! * **What has changed already** it notices by itself: every change of what a fault would find (slots, frames) also changes
-//!   *every entry* it is about, those that are empty, too. A fault reads its entry first, then looks up what to put
-//!   there, and installs with a compare-exchange against just what it has read. So the entry is the token, one per
-//!   range, and a change elsewhere disturbs nobody.
+//! * **What has changed already** it notices by itself: every change of what a fault would find (slots, frames) also
+//!   changes *every entry* it is about, those that are empty, too. A fault reads its entry first, then looks up what
+//!   to put there, and installs with a compare-exchange against just what it has read. So the entry is the token, one
+//!   per range, and a change elsewhere disturbs nobody.
 //! * **What is changing right now** is listed here. A host that moves pages [begins](crate::Mmu::invalidate_hva) an
-//!   invalidation, changes its own tables, and ends it. In between a fault must not ask for the frame, as the answer may
-//!   still be the old one; it has [`Retry`](crate::Fault::Retry).
+//!   invalidation, changes its own tables, and ends it. In between a fault must not ask for the frame, as the answer
+//!   may still be the old one; it has [`Retry`](crate::Fault::Retry).
 //!
 //! An invalidation is a value, [`Invalidation`], which says itself what it covers: no lookup is done at its end that
 //! could differ from that at its start, and none can end twice. Nobody waits for invalidations: a slot
@@ -103,7 +103,8 @@ impl<F: Format, H: Host> Drop for Invalidation<'_, F, H> {
 
 impl<F: Format, H: Host> Mmu<F, H> {
     /// Begins to invalidate host memory: when this returns, no processor has a translation to it (flushed already),
-    /// and until the result is dropped no fault makes one. Slots are found through the hva index; aliases are all found.
+    /// and until the result is dropped no fault makes one. Slots are found through the hva index; aliases are all
+    /// found.
     ///
     /// ```
     /// # use memslot::*;
@@ -142,7 +143,8 @@ impl<F: Format, H: Host> Mmu<F, H> {
         Ok(invalidation)
     }
 
-    /// As [`invalidate_hva`](Self::invalidate_hva), for memory that has no host address, or that is named by its frames.
+    /// As [`invalidate_hva`](Self::invalidate_hva), for memory that has no host address, or that is named by its
+    /// frames.
     ///
     /// # Errors
     /// [`OutOfMemory`]; nothing was invalidated.

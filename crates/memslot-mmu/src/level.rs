@@ -111,7 +111,8 @@ impl Level {
         Self(self.0 + 1)
     }
 
-    /// The first frame behind those that a table tree of so many levels reaches, its root being `tables` side by side.
+    /// The first frame behind those that a table tree of so many levels reaches, its root being `tables` side by
+    /// side.
     pub(crate) const fn end_of(levels: u8, tables: usize) -> u64 {
         (tables as u64) << (TABLE_BITS * levels as u32)
     }

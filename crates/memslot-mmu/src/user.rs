@@ -1,5 +1,5 @@
-//! A host in the memory of a process: for tests, benchmarks and simulators, whose "processors" are threads that walk the
-//! tables themselves.
+//! A host in the memory of a process: for tests, benchmarks and simulators, whose "processors" are threads that walk
+//! the tables themselves.
 //!
 //! The frame number of a table is its address divided by 4096. Behind guest memory are "frames" whose
 //! number is the host address divided by 4096, contiguous through the whole slot; [`UserHost::set_run`] breaks them

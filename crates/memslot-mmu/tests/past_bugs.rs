@@ -1,5 +1,5 @@
-//! Bugs that KVM's page tables have had, and races that they must win, each as a test that fails where the same mistake is
-//! made here.
+//! Bugs that KVM's page tables have had, and races that they must win, each as a test that fails where the same
+//! mistake is made here.
 //!
 //! Numbers are the rows of the project's list of past bugs. Races are played in one thread: the host runs the
 //! other side in the middle of a fault, after the slot was looked up and before anything is installed. Of the rows on
@@ -343,7 +343,8 @@ fn row_44_work_under_the_lock_is_bounded<F: Format>(dirty: DirtyMode) {
         assert_eq!(guest.read(5), Fault::AlreadyMapped);
         mmu.zap(range(1 << 15, 1)).discharge();
     }
-    assert!(steps >= (1 << 15) / 100, "{steps}");
+    // Entry by entry, or a few copies of tables at a time.
+    assert!(steps >= 8, "{steps}");
     operation.finish().discharge();
     let writable = guest.leaves().values().filter(|leaf| leaf.write).count();
     assert_eq!(writable, 0);

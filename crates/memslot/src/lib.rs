@@ -37,6 +37,6 @@ pub use error::{LimitsError, OutOfMemory, Reason, TransactionError};
 pub use listener::{Listener, ListenerError, Piece, PieceKind, SlotChange, Update};
 pub use slot::{AddressSpaceId, Backing, MAX_PAGES_PER_SLOT, MAX_SLOTS, Slot, SlotFlags, SlotId, SlotSpec};
 pub use table::{
-    AttachmentKey, Guard, Handle, HvaHit, Limits, MAX_ADDRESS_SPACES, MAX_ATTACHMENTS, Pinned, Reader,
-    SlotPiece, SlotTable, Snapshot, Stats, Transaction, Translation, View,
+    AttachmentKey, Guard, Handle, Holder, HvaHit, Limits, MAX_ADDRESS_SPACES, MAX_ATTACHMENTS, Pinned,
+    Reader, SlotPiece, SlotTable, Snapshot, Stats, Transaction, Translation, View,
 };

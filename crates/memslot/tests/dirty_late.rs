@@ -292,6 +292,48 @@ fn a_write_through_a_version_that_is_taken_back_is_not_lost() {
     }
 }
 
+/// Brings the marks of a late writer, or of a kernel that is asked while its slots change; and refuses the change.
+#[derive(Clone)]
+struct Late(Arc<Mutex<Option<DirtyLog>>>);
+
+impl Listener for Late {
+    fn name(&self) -> &str {
+        "late"
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        for log in self.0.lock().unwrap().iter() {
+            log.mark(RAM, Gfn::new(0x101));
+            log.mark(RAM, Gfn::new(0x203));
+        }
+        Err("refused".into())
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
+}
+
+/// A slot moves to where another one was, and is taken back before the log has heard of it: marks of the version
+/// before, which came late, are of both slots.
+#[test]
+fn a_late_mark_where_another_slot_was_to_come_is_not_lost() {
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    table.create(slot(0, 0x100, 16)).unwrap();
+    table.create(slot(1, 0x200, 16)).unwrap();
+    let late = Late(Arc::default());
+    table.add_listener(Box::new(late.clone())).unwrap();
+    let log = DirtyLog::attach(&mut table).unwrap();
+    *late.0.lock().unwrap() = Some(log.clone());
+    let consumer = log.consumer().unwrap();
+    let swap = table.transaction(|tx| {
+        tx.move_to(RAM, SlotId::new(0), Gfn::new(0x200))?;
+        tx.move_to(RAM, SlotId::new(1), Gfn::new(0x100))
+    });
+    assert!(swap.is_err());
+    let found = take(&consumer);
+    let is_there = |gfn| found.iter().any(|&(first, pages)| (first..first + pages).contains(&gfn));
+    assert!(is_there(0x101) && is_there(0x203), "{found:x?}");
+}
+
 /// The same with a writer whose version is older still: where the memory is now, it learns from the version that is
 /// taken back.
 #[test]

@@ -1,13 +1,14 @@
 //! The kernel's dirty bits on their way through changes of the table.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 
 use memslot::dirty::{Consumer, DirtyLog};
 use memslot::*;
 use memslot_kvm::Options;
 
 use crate::common::MODEL_HVA as HVA;
-use crate::common::{PAGE, RAM, Random, random_op, spec};
+use crate::common::{RAM, Random, random_op, spec};
 use crate::fake::{Writers, frames};
 use crate::{FRAMES, Rig};
 
@@ -125,6 +126,28 @@ fn who_asks_gets_the_pages_of_a_slot_that_went() {
     assert_eq!(pages, [(9, 1), (15, 1)]);
 }
 
+/// The kernel drops the bitmap of a slot that moves and is not logged any more; it does both in one call.
+#[test]
+fn who_asks_gets_the_pages_of_a_slot_that_is_not_logged_where_it_went() {
+    let mut rig = Rig::new(200, Options::default());
+    let log = rig.slots.dirty_log(&mut rig.table).unwrap();
+    let consumer = log.consumer_keeping_removed().unwrap();
+    rig.table.create(spec(0, 8, 8, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    assert!(rig.fake.write(9));
+    rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: vec![15], obey: true });
+    rig.table
+        .transaction(|tx| {
+            tx.move_to(RAM, SlotId::new(0), Gfn::new(30))?;
+            tx.set_flags(RAM, SlotId::new(0), SlotFlags::empty())
+        })
+        .unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("create", 1), ("move", 1)], 1));
+    let removed = consumer.take_removed().unwrap();
+    let pages: Vec<_> =
+        removed.iter().flat_map(|removed| removed.runs()).map(|run| (run.start().get(), run.len())).collect();
+    assert_eq!(pages, [(9, 1), (15, 1)]);
+}
+
 #[test]
 fn where_the_kernel_does_not_tell_all_is_dirty() {
     let mut rig = Rig::new(200, Options::default());
@@ -162,5 +185,56 @@ fn manual_protection_clears_what_was_taken_and_nothing_else() {
     assert_eq!(rig.fake.inner().dirty[&0], BTreeSet::new());
     // One call each, however many runs.
     assert_eq!(rig.calls(), [("clear", 2)]);
-    assert_eq!(PAGE, 4096);
+}
+
+/// Pages that count as dirty at first are armed when their bits are cleared, and with rings no bits ever are.
+#[test]
+fn rings_and_manual_protection_exclude_each_other() {
+    let excluded = "dirty rings and manual dirty log protection exclude each other";
+    let mut rig = Rig::new(200, Options::default());
+    let (log, _) = with_log(&mut rig);
+    rig.slots.enable_rings(1024).unwrap();
+    for initially_set in [false, true] {
+        assert_eq!(rig.slots.enable_manual_protect(initially_set).unwrap_err().to_string(), excluded);
+    }
+    assert!(!log.initially_set());
+
+    let mut rig = Rig::new(200, Options::default());
+    with_log(&mut rig);
+    rig.slots.enable_manual_protect(true).unwrap();
+    assert_eq!(rig.slots.enable_rings(1024).unwrap_err().to_string(), excluded);
+}
+
+/// A slot moves to where another one goes, which takes a delete and a create, and is then taken back: the bits that
+/// were fetched meanwhile belong to the slots as they are again.
+#[test]
+fn a_change_that_is_taken_back_loses_no_write() {
+    for fails_in_kernel in [true, false] {
+        let mut rig = Rig::new(200, Options::default());
+        let (_, consumer) = with_log(&mut rig);
+        rig.table.create(spec(0, 10, 8, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+        rig.table.create(spec(1, 20, 8, HVA + (1 << 30), SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+        assert!(rig.fake.write(11) && rig.fake.write(23));
+        if fails_in_kernel {
+            rig.fake.inner().fail_in = Some(2);
+            rig.fake.inner().failures = 1;
+        } else {
+            rig.refuse.store(true, Ordering::Relaxed);
+        }
+        // Before the change this is a page of slot 1, and before it is taken back one of slot 0.
+        rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: vec![25], obey: true });
+        rig.table
+            .transaction(|tx| {
+                tx.delete(RAM, SlotId::new(1))?;
+                tx.move_to(RAM, SlotId::new(0), Gfn::new(20))
+            })
+            .unwrap_err();
+        let mut expected = BTreeSet::from([11, 23, 25]);
+        if !fails_in_kernel {
+            expected.insert(15);
+        }
+        let found = harvested(&rig, &consumer);
+        assert!(expected.is_subset(&found), "{fails_in_kernel}: {expected:?} of {found:?}");
+        assert_eq!(harvested(&rig, &consumer), BTreeSet::new());
+    }
 }

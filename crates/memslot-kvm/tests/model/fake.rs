@@ -10,7 +10,7 @@ use memslot::rules::{Change, Errno, GuestMemfdFiles, Rules, UserMemoryRegion2};
 use memslot::*;
 use memslot_kvm::{Kernel, Vcpus};
 
-use crate::common::RAM;
+use crate::common::{PAGE, RAM};
 
 /// What a guest sees at a frame: the memory behind it, and whether it may write.
 pub(crate) type Frame = (Backing, bool);
@@ -102,6 +102,10 @@ pub(crate) fn frames(view: &View) -> Frames {
 }
 
 impl Kernel for Fake {
+    fn page_bytes(&self) -> u64 {
+        PAGE
+    }
+
     fn check_extension(&self, cap: u32) -> u32 {
         match cap {
             KVM_CAP_NR_MEMSLOTS => self.slots,
@@ -125,6 +129,7 @@ impl Kernel for Fake {
             Some(0) | None => {}
             Some(left) => inner.fail_in = Some(left - 1),
         }
+        let before = inner.table.snapshot();
         let change = Rules::default()
             .set_user_memory_region2(&mut inner.table, region, &mut Files)
             .map_err(|refusal| {
@@ -145,6 +150,13 @@ impl Kernel for Fake {
             inner.dirty.remove(&id);
         }
         if !inner.paused {
+            if change == Change::Move {
+                // The kernel takes the slot out before it puts it in again.
+                let mut without = frames(&before);
+                let gone = before.slot(RAM, SlotId::new(id)).unwrap().gfns();
+                without.retain(|&gfn, _| !gone.contains(Gfn::new(gfn)));
+                inner.seen.push(without);
+            }
             let frames = frames(inner.table.view());
             inner.seen.push(frames);
         }

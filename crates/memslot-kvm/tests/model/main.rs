@@ -7,11 +7,12 @@ mod dirty;
 mod fake;
 
 use std::num::NonZeroU64;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use memslot::*;
-use memslot_kvm::{KvmSlots, Options};
+use memslot_kvm::{KvmSlots, Options, Vcpus};
 
 use crate::common::{MODEL_HVA as HVA, PAGE, RAM, Random, random_op, spec};
 use crate::fake::{Fake, Frames, Writers, frames};
@@ -197,8 +198,10 @@ fn only_changes_that_leave_a_gap_pause() {
     rig.table.create(spec(1, 50, 10, HVA + 50 * PAGE, SlotFlags::empty())).unwrap();
     rig.table.set_flags(RAM, SlotId::new(0), SlotFlags::LOG_DIRTY_PAGES).unwrap();
     rig.table.move_to(RAM, SlotId::new(1), Gfn::new(70)).unwrap();
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("create", 2), ("flags", 1), ("move", 1)], 0));
+    // Half of its frames have memory before and after, and the kernel takes the slot out in between.
     rig.table.move_to(RAM, SlotId::new(1), Gfn::new(75)).unwrap();
-    assert_eq!(rig.calls(), [("create", 2), ("flags", 1), ("move", 2)]);
+    assert_eq!((rig.calls(), rig.pauses()), (vec![("move", 1)], 1));
     rig.table.delete(RAM, SlotId::new(1)).unwrap();
     assert_eq!((rig.calls(), rig.pauses()), (vec![("delete", 1)], 0));
 
@@ -335,4 +338,162 @@ fn attaching_programs_what_is_there() {
     let slots = unsafe { KvmSlots::attach(&mut table, fake.clone(), Options::default()) }.unwrap();
     assert_eq!(slots.slots().len(), 5);
     assert_eq!(frames(fake.inner().table.view()), frames(table.view()));
+}
+
+/// The kernel writes a dirty bit for each of its own pages: with larger ones in the table it would write past the end.
+#[test]
+fn a_table_with_other_pages_than_the_hosts() {
+    let limits = Limits { page_size: PageSize::K64, ..Limits::default() };
+    let mut table = SlotTable::new(limits).unwrap();
+    // SAFETY: the kernel is a model, which touches no memory.
+    let refused = unsafe { KvmSlots::attach(&mut table, Fake::new(200), Options::default()) };
+    let error = refused.map(|_| ()).unwrap_err().to_string();
+    assert_eq!(error, "the table has pages of 65536 bytes, and KVM's are of 4096 bytes here");
+}
+
+/// A change puts right what is out of step, and is taken back by another listener: then it is out of step again.
+#[test]
+fn what_is_put_right_by_a_change_that_is_taken_back() {
+    let mut rig = Rig::new(200, Options::default());
+    rig.table.create(spec(0, 0, 16, HVA, SlotFlags::empty())).unwrap();
+    // The create fails, and so does the one that would undo the delete.
+    rig.fake.inner().fail_in = Some(1);
+    rig.fake.inner().failures = 2;
+    rig.table.set_flags(RAM, SlotId::new(0), SlotFlags::READONLY).unwrap_err();
+    rig.fake.inner().fail_in = None;
+    assert!(!rig.slots.is_in_step());
+    rig.refuse.store(true, Ordering::Relaxed);
+    rig.table.create(spec(1, 50, 4, HVA, SlotFlags::empty())).unwrap_err();
+    rig.refuse.store(false, Ordering::Relaxed);
+    assert_eq!(rig.slots.is_in_step(), frames(rig.fake.inner().table.view()) == frames(rig.table.view()));
+    rig.table.create(spec(1, 50, 4, HVA, SlotFlags::empty())).unwrap();
+    rig.check();
+    assert!(rig.slots.is_in_step());
+}
+
+/// vCPUs that fall over before the change, or after it.
+struct Panicking {
+    works_first: bool,
+}
+
+impl Vcpus for Panicking {
+    fn while_paused(&mut self, work: &mut dyn FnMut()) {
+        if self.works_first {
+            work();
+        }
+        panic!("as the test wants it");
+    }
+}
+
+#[test]
+fn a_panic_in_the_middle_is_put_right_later() {
+    for works_first in [false, true] {
+        let mut rig = Rig::new(200, Options { max_pages: None, ids: Some(0..3) });
+        rig.table.create(spec(0, 0, 16, HVA, SlotFlags::empty())).unwrap();
+        rig.slots.set_vcpus(Panicking { works_first });
+        let change = |table: &mut SlotTable| {
+            table.transaction(|tx| {
+                tx.split(RAM, SlotId::new(0), Gfn::new(8), SlotId::new(1))?;
+                tx.set_read_only(RAM, SlotId::new(1), true)
+            })
+        };
+        catch_unwind(AssertUnwindSafe(|| change(&mut rig.table))).unwrap_err();
+        let same = frames(rig.fake.inner().table.view()) == frames(rig.table.view());
+        assert!(same || !rig.slots.is_in_step(), "{works_first}");
+        rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: Vec::new(), obey: true });
+        // Ids that were taken for what did not come to be are free again.
+        rig.table.create(spec(2, 50, 4, HVA, SlotFlags::empty())).unwrap();
+        rig.check();
+        assert!(rig.slots.is_in_step());
+    }
+}
+
+/// Panics while it prepares, after the ids were taken.
+struct PanickingListener(Arc<AtomicBool>);
+
+impl Listener for PanickingListener {
+    fn name(&self) -> &str {
+        "panicking"
+    }
+
+    fn prepare(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        assert!(!self.0.load(Ordering::Relaxed), "as the test wants it");
+        Ok(())
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        Ok(())
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
+}
+
+#[test]
+fn a_listener_that_panics_costs_no_ids() {
+    let mut rig = Rig::new(200, Options { max_pages: None, ids: Some(0..1) });
+    let panics = Arc::new(AtomicBool::new(true));
+    rig.table.add_listener(Box::new(PanickingListener(Arc::clone(&panics)))).unwrap();
+    let ram = spec(0, 0, 16, HVA, SlotFlags::empty());
+    catch_unwind(AssertUnwindSafe(|| rig.table.create(ram))).unwrap_err();
+    panics.store(false, Ordering::Relaxed);
+    rig.table.create(ram).unwrap();
+    rig.check();
+}
+
+/// Has each version carry what its memory would be.
+struct Carrier(AttachmentKey<u64>, Arc<Mutex<Vec<Weak<u64>>>>);
+
+impl Listener for Carrier {
+    fn name(&self) -> &str {
+        "carrier"
+    }
+
+    fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        let memory = Arc::new(update.after.generation());
+        self.1.lock().unwrap().push(Arc::downgrade(&memory));
+        update.attach(self.0, memory);
+        Ok(())
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        Ok(())
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
+}
+
+/// A slot that was created for a change that failed, and cannot be deleted: the guest still gets at its memory.
+#[test]
+fn memory_stays_as_long_as_the_kernel_may_have_it() {
+    let mut rig = Rig::new(200, Options::default());
+    let (key, versions) = (rig.table.attachment_key().unwrap(), Arc::default());
+    rig.table.add_listener(Box::new(Carrier(key, Arc::clone(&versions)))).unwrap();
+    let lives = |table: &mut SlotTable, version: usize| {
+        table.reclaim();
+        versions.lock().unwrap()[version].upgrade().is_some()
+    };
+    let fail = |rig: &mut Rig, failures| {
+        rig.fake.inner().fail_in = Some(1);
+        rig.fake.inner().failures = failures;
+        rig.table
+            .transaction(|tx| {
+                tx.create(spec(0, 0, 4, HVA, SlotFlags::empty()))?;
+                tx.create(spec(1, 10, 4, HVA, SlotFlags::empty()))
+            })
+            .unwrap_err();
+        rig.fake.inner().fail_in = None;
+    };
+    fail(&mut rig, 1);
+    assert!(rig.slots.is_in_step() && !lives(&mut rig.table, 0));
+    fail(&mut rig, 2);
+    assert!(!rig.slots.is_in_step() && lives(&mut rig.table, 1));
+    assert_eq!(rig.fake.inner().table.view().len(RAM), 1);
+    // Put right by a change that is taken back, and that cannot be taken back.
+    rig.refuse.store(true, Ordering::Relaxed);
+    rig.table.create(spec(5, 50, 4, HVA, SlotFlags::empty())).unwrap_err();
+    rig.refuse.store(false, Ordering::Relaxed);
+    assert!(!rig.slots.is_in_step() && lives(&mut rig.table, 1));
+    rig.table.create(spec(5, 50, 4, HVA, SlotFlags::empty())).unwrap();
+    assert!(rig.slots.is_in_step() && !lives(&mut rig.table, 1));
+    rig.check();
 }

@@ -9,8 +9,8 @@
 //! └────┴──────────┴──────┴────────────────────────┴──┴──┴──┴──┴──┴──┴─────┴──┴──┴──┘
 //! ```
 //!
-//! * An entry is present if any of R, W and X is set; W without R is a misconfiguration, so a page that can be written
-//!   can be read.
+//! * An entry is present if any of R, W and X is set; W without R is a misconfiguration, so a page that can be
+//!   written can be read.
 //! * The memory type is in the leaf itself, and combined with the guest's page attribute table (bit 6, "ignore PAT",
 //!   stays clear).
 //! * Accessed and dirty bits exist if EPTP bit 6 enables them. Entries that lead to tables are made with A set, so

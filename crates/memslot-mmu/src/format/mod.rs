@@ -13,24 +13,26 @@
 //!
 //! Two things are ours and mean nothing to the processor. An **empty** entry carries a *nonce*, the number of the
 //! change that emptied it, so that an entry that was emptied twice differs; this is how a fault notices that it was
-//! overtaken (see the documentation of [`nested`](crate::nested)). With [`Format::STALE`] it also says that a processor may
-//! still have the translation it had. And a **leaf** has [`Format::MAY_WRITE`]: the host and the slot allow writing,
-//! so if the processor may not write, then only because writes are to be noticed.
+//! overtaken (see the documentation of [`nested`](crate::nested)). With [`Format::STALE`] it also says that a
+//! processor may still have the translation it had. And a **leaf** has [`Format::MAY_WRITE`]: the host and the slot
+//! allow writing, so if the processor may not write, then only because writes are to be noticed.
 //!
 //! # Another format
 //!
-//! Is one file beside `npt.rs`, with a type that implements [`Format`], and a table of hand-computed entries for its tests:
+//! Is one file beside `npt.rs`, with a type that implements [`Format`], and a table of hand-computed entries for its
+//! tests:
 //!
 //! * **RISC-V Sv48x4** (`hgatp`): `LEVELS` 4, `ROOT_TABLES` 4 (the root has 2048 entries in 16 KiB), `WRITE` bit 2,
-//!   `ACCESSED` bit 6, `DIRTY` bit 7 (0 for both where `Svadu` is missing), `MAY_WRITE` and `STALE` in the software bits 8 and
-//!   9; an entry is a table if it is valid and has none of R, W, X. U must be set in leaves. Page numbers start
-//!   at bit 10.
+//!   `ACCESSED` bit 6, `DIRTY` bit 7 (0 for both where `Svadu` is missing), `MAY_WRITE` and `STALE` in the software
+//!   bits 8 and 9; an entry is a table if it is valid and has none of R, W, X. U must be set in leaves. Page numbers
+//!   start at bit 10.
 //! * **arm64 stage 2**, 4 KiB granule: `LEVELS` 4 (the architecture counts from 0 at the root; level 1 here is its
-//!   level 3), `ROOT_TABLES` the number of concatenated tables that `VTCR_EL2.SL0` asks for. A leaf of level 1 has bits `11`, of
-//!   others `01`; `S2AP[1]` is `WRITE`, `AF` is `ACCESSED`. With `VTCR_EL2.HD`, a page is writable-clean by `DBM` and dirty
-//!   by `S2AP[1]`, so dirty is not a bit beside write: leave `DIRTY` 0 and use write protection. Its *break before make* rule holds
-//!   wherever a translation is replaced by an empty entry and flushed before the next fault installs another; it does
-//!   not hold for [splitting and collapsing](crate::nested) large pages, which need `FEAT_BBM` level 2.
+//!   level 3), `ROOT_TABLES` the number of concatenated tables that `VTCR_EL2.SL0` asks for. A leaf of level 1 has
+//!   bits `11`, of others `01`; `S2AP[1]` is `WRITE`, `AF` is `ACCESSED`. With `VTCR_EL2.HD`, a page is
+//!   writable-clean by `DBM` and dirty by `S2AP[1]`, so dirty is not a bit beside write: leave `DIRTY` 0 and use
+//!   write protection. Its *break before make* rule is not kept: a fault may fill an entry before the
+//!   flush of what was there, and [splitting and collapsing](crate::nested) replace a page by a table. That needs
+//!   `FEAT_BBM` level 2, or a flush in those places first.
 
 mod ept;
 mod npt;
@@ -94,8 +96,8 @@ pub trait Format: Copy + Send + Sync + 'static {
     /// An entry that leads to a table, allowing everything.
     fn table(table: Pfn) -> u64;
 
-    /// An entry that maps the page at `pfn`, which is aligned to its size. Neither accessed nor dirty; `access` allows reading at least,
-    /// and `WRITE` in it makes the page writable at once.
+    /// An entry that maps the page at `pfn`, which is aligned to its size. Neither accessed nor dirty; `access`
+    /// allows reading at least, and `WRITE` in it makes the page writable at once.
     fn leaf(pfn: Pfn, level: Level, access: Access, memory: MemoryType) -> u64;
 
     /// An entry that maps nothing. Different nonces make different entries, up to the bits that there are; nonce 0
@@ -123,7 +125,8 @@ pub trait Format: Copy + Send + Sync + 'static {
         Self::is_present(entry) && !Self::is_table(entry, level)
     }
 
-    /// The same leaf, a level below: the first of the pages that it is split into, with its accessed, dirty and software bits.
+    /// The same leaf, a level below: the first of the pages that it is split into, with its accessed, dirty and
+    /// software bits.
     #[inline]
     fn split(entry: u64, level: Level) -> u64 {
         let below =

@@ -1,8 +1,9 @@
 //! Aging: which pages the guest has used lately.
 //!
-//! Clears accessed bits, one compare-exchange each, beside everything else and without the lock. A bit that is
-//! lost to a race belongs to a page that is just being zapped or used. No flush is owed, as in KVM: until its translation
-//! goes by itself a processor may use a page without setting the bit again, and the page looks a little older than it is.
+//! Clears accessed bits, one compare-exchange each, beside everything else and without the lock. A bit that is lost
+//! to a race belongs to a page that is just being zapped or used. No flush is owed, as in KVM: until its translation
+//! goes by itself a processor may use a page without setting the bit again, and the page looks a little older than it
+//! is.
 
 use memslot::GfnRange;
 

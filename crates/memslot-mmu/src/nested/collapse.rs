@@ -1,8 +1,8 @@
 //! Collapsing: small pages become a large one again when nobody needs them small.
 //!
 //! A table whose pages are all there, contiguous, aligned and alike is replaced by one large page. One that has
-//! holes, but whose pages are right for a large one, is zapped, so that the next fault can make one. The host is not asked: this runs
-//! with the lock held, and the host may be waiting for an invalidation.
+//! holes, but whose pages are right for a large one, is zapped, so that the next fault can make one. The host is not
+//! asked: this runs with the lock held, and the host may be waiting for an invalidation.
 
 use memslot::{AddressSpaceId, Gfn, GfnRange, SlotFlags, View};
 

@@ -17,7 +17,8 @@ use memslot::OutOfMemory;
 
 use crate::sync::{AtomicU64, Ordering, fence};
 
-/// Where a walker announces: 0 outside, else twice the epoch plus 1. Alone in its cache lines (processors fetch pairs).
+/// Where a walker announces: 0 outside, else twice the epoch plus 1. Alone in its cache lines (processors fetch
+/// pairs).
 #[repr(align(128))]
 pub(crate) struct Cell(AtomicU64);
 

@@ -269,11 +269,13 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         let writable = may_write && (is_write || !is_logged || shared.uses_dirty_bits());
 
         let mut level = limit.level.min(place.level);
-        let backed = slot.gfns().intersect(&frame.run).unwrap_or_default();
-        while level > Level::K4
-            && !(is_aligned(level, wish.gfn, frame.pfn.get()) && is_within(level, wish.gfn, backed))
-        {
-            level = level.down();
+        if level > Level::K4 {
+            let backed = backed(slot, frame);
+            while level > Level::K4
+                && !(is_aligned(level, wish.gfn, frame.pfn.get()) && is_within(level, wish.gfn, backed))
+            {
+                level = level.down();
+            }
         }
         let tables = Path::tables(place.level, level);
         if tables > cache.len() {
@@ -293,15 +295,14 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         if is_write && writable {
             leaf |= F::DIRTY;
         }
-        let pages;
-        if tables == 0 {
+        let pages = if tables == 0 {
             if !place.replace(leaf) {
                 return Ok(None);
             }
-            pages = level.pages() - within;
+            level.pages() - within
         } else {
             let count = if limit.neighbours && wish.end - wish.gfn > 1 {
-                Self::count(wish, level, backed)
+                Self::count(wish, level, backed(slot, frame))
             } else {
                 1
             };
@@ -310,8 +311,8 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
             if !path.link(shared, cache, place.entry, place.seen) {
                 return Ok(None);
             }
-            pages = count as u64 * level.pages() - within;
-        }
+            count as u64 * level.pages() - within
+        };
         if writable {
             let first = wish.gfn - within;
             self.granted(published, is_logged && is_write, range(first, first + within + pages));
@@ -397,13 +398,13 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
 
     #[cold]
     fn mark_what_is_logged_now(&self, gfns: GfnRange) {
-        let view = &self.published().view;
-        for piece in view.slots_in(self.shared.space(), gfns) {
-            if self.shared.is_logged(piece.slot) {
-                self.shared.mark(piece.gfns);
-            }
-        }
+        self.shared.mark_logged(&self.published().view, gfns);
     }
+}
+
+/// The frames of the slot that are contiguous in the host.
+fn backed(slot: &Slot, frame: &Frame) -> GfnRange {
+    slot.gfns().intersect(&frame.run).unwrap_or_default()
 }
 
 /// The frames of the page of this size that has `gfn`.

@@ -55,7 +55,8 @@ impl<F: Format, H: Host> Follower<F, H> {
         self.mmu.shared.lock().publish(next);
     }
 
-    /// Brings the tables after the version that was just published. `moved` finds how much further a slot's memory is now.
+    /// Brings the tables after the version that was just published. `moved` finds how much further a slot's memory is
+    /// now.
     fn follow(&self, update: &Update<'_>, forwards: bool) {
         let mmu = &self.mmu;
         let mut flush = mmu.nothing_owed();

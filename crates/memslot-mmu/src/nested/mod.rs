@@ -11,41 +11,44 @@
 //!
 //! # The protocol
 //!
-//! **1. An entry is the token of its range.** A fault walks down to the entry that is in its way and remembers its value,
-//! *then* looks at the slots, *then* asks for the frame, and installs with one compare-exchange against the
-//! remembered value. Whatever makes a fault's findings untrue (a slot deleted, moved or made read-only, memory invalidated)
-//! happens in this order: first the change becomes visible, then **every entry of the range is changed, empty ones
-//! too**: each gets the nonce of the operation, which is never used twice. So a fault that has looked at the old state fails
-//! to install, and a fault that installs has looked at a state that holds. Nobody waits, and a change
-//! elsewhere changes no entry here. Missing tables are built aside, leaf included, and linked by that one exchange.
+//! **1. An entry is the token of its range.** A fault walks down to the entry that is in its way and remembers its
+//! value, *then* looks at the slots, *then* asks for the frame, and installs with one compare-exchange against the
+//! remembered value. Whatever makes a fault's findings untrue (a slot deleted, moved or made read-only, memory
+//! invalidated) happens in this order: first the change becomes visible, then **every entry of the range is changed,
+//! empty ones too**: each gets the nonce of the operation, which is never used twice. So a fault that has looked at
+//! the old state fails to install, and a fault that installs has looked at a state that holds. Nobody waits, and a
+//! change elsewhere changes no entry here. Missing tables are built aside, leaf included, and linked by that one
+//! exchange.
 //!
-//! **2. Write access given by mistake is noticed.** Starting the dirty log changes no empty entries, as a
-//! writable page in a logged slot is not wrong, only to be marked: after a fault has granted write access, it looks
-//! whether the slots have changed meanwhile, and marks what it granted if that is logged now. Either it sees the change, or whoever
-//! starts the log sees the writable entry.
+//! **2. Write access given by mistake is noticed.** Starting the dirty log changes no empty entries, as a writable
+//! page in a logged slot is not wrong, only to be marked: after a fault has granted write access, it looks whether
+//! the slots have changed meanwhile, and marks what it granted if that is logged now. Either it sees the change, or
+//! whoever starts the log sees the writable entry.
 //!
-//! **3. Write access comes back by itself only to pages that were never denied it.** A leaf with `MAY_WRITE` becomes writable
-//! by one compare-exchange, which proves that the slot is not read-only and the host allows it: whoever takes
-//! either away clears the bit first. Any other leaf is emptied (with a nonce of its own) and faulted in anew.
+//! **3. Write access comes back by itself only to pages that were never denied it.** A leaf with `MAY_WRITE` becomes
+//! writable by one compare-exchange, which proves that the slot is not read-only and the host allows it: whoever
+//! takes either away clears the bit first. Any other leaf is emptied (with a nonce of its own) and faulted in anew.
 //!
-//! **4. Tables are taken out, flushed, awaited, freed.** Taking out a table is one exchange in the entry above it, whatever the table
-//! holds. A processor may go on through it until it is flushed; a fault may even install something in it meanwhile, which is
-//! gone with the flush. After the flush the table waits until every walker that was inside has left ([epochs](crate)), and
-//! only then is it freed, with all that is below it. No walker reads a freed table, and none waits.
+//! **4. Tables are taken out, flushed, awaited, freed.** Taking out a table is one exchange in the entry above it,
+//! whatever the table holds. A processor may go on through it until it is flushed; a fault may even install something
+//! in it meanwhile, which is gone with the flush. After the flush the table waits until every walker that was inside
+//! has left ([epochs](crate)), and only then is it freed, with all that is below it. No walker reads a freed table,
+//! and none waits.
 //!
-//! **5. What one owes, others pay.** Between an operation's change and its flush, processors use what the tables no longer
-//! say. Another operation that finds its range empty already must not believe that nobody uses it: if
-//! a flush is owed somewhere in its range, it owes one, too. An empty entry that a fault left (3.) says so by itself (`STALE`).
+//! **5. What one owes, others pay.** Between an operation's change and its flush, processors use what the tables no
+//! longer say. Another operation that finds its range empty already must not believe that nobody uses it: if a flush
+//! is owed somewhere in its range, it owes one, too. An empty entry that a fault left (3.) says so by itself
+//! (`STALE`).
 //!
-//! **6. Operations exclude each other, faults exclude nobody.** Range operations have one lock between them, for bounded steps;
-//! it protects them from *collapsing*, which replaces a table that another might be working in. What faults and the dirty log do needs no
-//! more than the compare-exchange of single entries.
+//! **6. Operations exclude each other, faults exclude nobody.** Range operations have one lock between them, for
+//! bounded steps; it protects them from *collapsing*, which replaces a table that another might be working in. What
+//! faults and the dirty log do needs no more than the compare-exchange of single entries.
 //!
 //! # Dirty pages
 //!
-//! With [`DirtyMode::WriteProtect`], a page of a logged slot is writable only while it is marked; it is marked
-//! right after write access was granted, before the fault returns. With [`DirtyMode::Hardware`] all pages may be writable, and
-//! the processor's dirty bits are collected before a harvest. In both, pages of a logged slot are 4 KiB as far as
+//! With [`DirtyMode::WriteProtect`], a page of a logged slot is writable only while it is marked; it is marked right
+//! after write access was granted, before the fault returns. With [`DirtyMode::Hardware`] all pages may be writable,
+//! and the processor's dirty bits are collected before a harvest. In both, pages of a logged slot are 4 KiB as far as
 //! they are writable; large ones are write-protected and split when they are written.
 
 pub(crate) mod age;
@@ -86,7 +89,8 @@ pub enum DirtyMode {
     /// Pages are write-protected; the fault of the first write marks them.
     #[default]
     WriteProtect,
-    /// The processor sets dirty bits, which are [collected](crate::DirtyRearm::collect). Fewer faults, more to look through.
+    /// The processor sets dirty bits, which are [collected](crate::DirtyRearm::collect). Fewer faults, more to look
+    /// through.
     Hardware,
 }
 

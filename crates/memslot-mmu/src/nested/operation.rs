@@ -1,13 +1,10 @@
 //! Range operations: in steps, or at once.
-//!
-//! An [`Operation`] goes over its frames in steps of so many entries; between two steps nothing is locked, and whatever
-//! happens meanwhile, the result is that of one step. It owes one flush for all its steps.
 
-use memslot::{Gfn, GfnRange};
+use memslot::{Gfn, GfnRange, View};
 
 use super::collapse::Collapse;
 use super::cursor::Cursor;
-use super::protect::{Protect, Take};
+use super::protect::{Protect, ProtectByCopy, Take};
 use super::shared::{State, hull};
 use super::split::Split;
 use super::zap::{Cut, Zap};
@@ -57,7 +54,9 @@ impl From<Work> for Task {
     }
 }
 
-/// An operation under way. See the [module documentation](self).
+/// An operation under way: it goes over its frames in steps of so many entries, and owes one flush for all of them.
+///
+/// Between two steps nothing is locked, and whatever happens meanwhile, the result is that of one step.
 ///
 /// ```
 /// # use memslot::*;
@@ -81,7 +80,14 @@ pub struct Operation<'m, F: Format, H: Host> {
     at: u64,
     nonce: u64,
     flush: Flush<'m, F, H>,
+    /// For copies of tables.
+    spare: Drained<'m, F, H>,
+    /// How many more copies may be made.
+    copies: usize,
 }
+
+/// How many tables an operation copies at most (4 MiB, for 2 GiB of guest memory): the old ones exist until its flush.
+const COPIES: usize = 1024;
 
 /// How many entries an operation looks at while it holds the lock, if nobody says otherwise.
 const STEP: usize = 1 << 14;
@@ -104,6 +110,8 @@ impl<F: Format, H: Host> Mmu<F, H> {
             at: start,
             nonce: self.shared.nonce(),
             flush: self.nothing_owed(),
+            spare: Drained { mmu: self, cache: Cache::new() },
+            copies: if self.shared.uses_dirty_bits() { 0 } else { COPIES },
         }
     }
 
@@ -177,6 +185,15 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
         if self.at >= self.end {
             return false;
         }
+        if self.task == Task::Protect(Take::Writing) && self.copies > 0 && self.spare.cache.len() == 0 {
+            // Without tables it works, too.
+            let _ = self.spare.cache.top_up(&self.mmu.shared, 0);
+            self.copies = if self.spare.cache.len() == 0 {
+                0
+            } else {
+                self.copies.saturating_sub(self.spare.cache.len())
+            };
+        }
         let mut locked = self.mmu.shared.lock();
         let (pin, state) = locked.pin();
         let changed = self.visit(&pin, state, entries.max(1));
@@ -222,6 +239,7 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
         let graves = &mut state.graves;
         let tables = &mut self.flush.owed.tables;
         let (nonce, start, end) = (self.nonce, self.start, self.end);
+        let view: &View = &pin.published().view;
         let mut cursor = Cursor::new(pin, start, end, budget);
         let take = match self.task {
             Task::Zap | Task::ZapMoved(_) => {
@@ -229,12 +247,12 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
                     Task::ZapMoved(further) => Some((range(start, end), further)),
                     _ => None,
                 };
-                let mut zap = Zap { shared, graves, tables, nonce, moved, changed: None };
+                let mut zap = Zap { shared, view, graves, tables, nonce, moved, changed: None };
                 self.at = cursor.run(self.at, &mut zap);
                 return zap.changed;
             }
             Task::Cut => {
-                let zap = Zap { shared, graves, tables, nonce, moved: None, changed: None };
+                let zap = Zap { shared, view, graves, tables, nonce, moved: None, changed: None };
                 let mut cut = Cut { zap, border: start };
                 self.at = cursor.run(self.at, &mut cut);
                 return cut.zap.changed;
@@ -243,7 +261,7 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
                 let mut collapse = Collapse::<F> {
                     graves,
                     tables,
-                    view: &pin.published().view,
+                    view,
                     space: shared.space(),
                     largest: shared.config.largest.min(F::LARGEST),
                     nonce,
@@ -255,7 +273,13 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
             }
             Task::Protect(take) => take,
         };
-        if take == Take::WritingForGood {
+        let cache = &mut self.spare.cache;
+        if take == Take::Writing && cache.len() > 0 {
+            let entries = Protect::new(take, nonce);
+            let mut protect = ProtectByCopy::<F, H> { entries, shared, graves, tables, cache };
+            self.at = cursor.run(self.at, &mut protect);
+            protect.entries.changed
+        } else if take == Take::WritingForGood {
             let mut protect = Protect::<F, true>::new(take, nonce);
             self.at = cursor.run(self.at, &mut protect);
             protect.changed

@@ -1,13 +1,26 @@
 //! Taking access away from pages that stay mapped: for the dirty log, and for slots that become read-only.
+//!
+//! A compare-exchange for each entry is what this costs, and most of what starting the dirty log costs. So a table that
+//! is in the range as a whole is replaced by a protected *copy*, with one exchange in the entry above it: what faults
+//! do in the old table meanwhile is lost, and faults again, as in any table that was taken out (see
+//! [`nested`](super), 4). A copy would lose dirty bits that the processor sets meanwhile, so this is for write
+//! protection only.
+
+use core::marker::PhantomData;
 
 use memslot::GfnRange;
 
+use super::Shared;
 use super::cursor::{At, Next, Visit};
+use super::graves::{Chain, Graves};
 use super::shared::hull;
+use super::zap::bury;
+use crate::cache::Cache;
 use crate::format::Format;
+use crate::host::{Host, Pfn};
 use crate::invalidate::range;
-use crate::level::Level;
-use core::marker::PhantomData;
+use crate::level::{ENTRIES, Level, Table};
+use crate::sync::Ordering;
 
 /// What is taken away from a leaf.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -70,6 +83,63 @@ impl<F: Format, const EMPTIES: bool> Visit for Protect<F, EMPTIES> {
         if taken & !F::MAY_WRITE != 0 {
             self.changed = Some(hull(self.changed, range(at.base, at.end())));
         }
+        Next::Done
+    }
+}
+
+/// Write protection by copies of tables.
+pub(crate) struct ProtectByCopy<'a, F: Format, H: Host> {
+    pub(crate) entries: Protect<F, false>,
+    pub(crate) shared: &'a Shared<F, H>,
+    pub(crate) graves: &'a mut Graves,
+    pub(crate) tables: &'a mut Chain,
+    /// Tables for copies.
+    pub(crate) cache: &'a mut Cache,
+}
+
+/// With fewer writable pages, a table is not worth a copy.
+const WORTH_A_COPY: usize = ENTRIES / 32;
+
+impl<F: Format, H: Host> ProtectByCopy<'_, F, H> {
+    fn copy(&self, table: &Table, frame: Pfn) {
+        let copy = self.cache.table(self.shared, frame);
+        for (from, to) in table.0.iter().zip(&copy.0) {
+            let entry = from.load(Ordering::SeqCst);
+            let taken = if F::is_present(entry) { F::WRITE } else { 0 };
+            to.store(entry & !taken, Ordering::Relaxed);
+        }
+    }
+}
+
+impl<F: Format, H: Host> Visit for ProtectByCopy<'_, F, H> {
+    #[inline]
+    fn leaf(&mut self, at: &At<'_>) -> Next {
+        self.entries.leaf(at)
+    }
+
+    fn table(&mut self, at: &At<'_>, table: &Table) -> Next {
+        if at.level > Level::M2 || !at.whole {
+            return Next::Below;
+        }
+        let entries = table.0.iter().map(|entry| entry.load(Ordering::SeqCst));
+        let writable = entries.filter(|&entry| F::is_present(entry) && entry & F::WRITE != 0);
+        match writable.take(WORTH_A_COPY.max(1)).count() {
+            0 => return Next::Done,
+            few if few < WORTH_A_COPY => return Next::Below,
+            _ => {}
+        }
+        if self.cache.len() == 0 {
+            return Next::Stop;
+        }
+        let frame = self.cache.peek(0);
+        self.copy(table, frame);
+        if !at.replace(F::table(frame)) {
+            self.cache.clean(self.shared, frame);
+            return Next::Again;
+        }
+        self.cache.take(1);
+        bury::<F>(self.graves, self.tables, at);
+        self.entries.changed = Some(hull(self.entries.changed, range(at.base, at.end())));
         Next::Done
     }
 }

@@ -83,8 +83,8 @@ impl<F: Format, H: Host> Visit for Collect<'_, F, H> {
 }
 
 impl<F: Format, H: Host> DirtyRearm<F, H> {
-    /// With [`DirtyMode::Hardware`](crate::DirtyMode::Hardware), marks the pages of logged slots whose dirty bits are set. To
-    /// be called before each harvest; with write protection there is nothing to do.
+    /// With [`DirtyMode::Hardware`](crate::DirtyMode::Hardware), marks the pages of logged slots whose dirty bits are
+    /// set. To be called before each harvest; with write protection there is nothing to do.
     ///
     /// What is zapped at the same time is marked when its flush is discharged.
     pub fn collect(&mut self) {

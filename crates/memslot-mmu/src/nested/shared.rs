@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 
-use memslot::{AddressSpaceId, GfnRange, OutOfMemory, Slot, SlotFlags, Snapshot};
+use memslot::{AddressSpaceId, GfnRange, OutOfMemory, Slot, SlotFlags, Snapshot, View};
 
 use super::epoch::{Cell, Cells, Epoch};
 use super::graves::{Chain, Grave, Graves};
@@ -150,35 +150,49 @@ impl<F: Format, H: Host> Shared<F, H> {
         }
     }
 
+    /// Marks those frames as dirty whose slots are logged in this version.
+    pub(crate) fn mark_logged(&self, view: &View, gfns: GfnRange) {
+        for piece in view.slots_in(self.space(), gfns).filter(|piece| self.is_logged(piece.slot)) {
+            self.mark(piece.gfns);
+        }
+    }
+
     /// The current version of the slots, to be kept.
     pub(crate) fn current_view(&self) -> Snapshot {
         self.lock().view().view.clone()
     }
 
+    /// A table for a cache.
+    ///
+    /// Every call frees up to two tables that wait, so that no more of them wait than are in use.
     pub(crate) fn allocate_table(&self) -> Result<Pfn, TableError> {
         let limit = self.config.tables;
-        {
+        for budget in [2, usize::MAX] {
             let mut locked = self.lock();
+            locked.reclaim(budget);
             if locked.tables >= limit {
-                // Perhaps some wait for nobody.
-                locked.reclaim(usize::MAX);
-            }
-            if locked.tables >= limit {
-                return Err(TableError::Limit { limit });
+                continue;
             }
             let tables = locked.tables + 1;
             locked.graves.reserve(tables)?;
             locked.tables = tables;
-        }
-        let table = self.host.allocate(1);
-        if table.is_none() {
+            drop(locked);
+            let table = self.host.allocate(1);
+            if table.is_some() {
+                return table.ok_or(TableError::OutOfMemory);
+            }
             self.lock().tables -= 1;
         }
-        table.ok_or(TableError::OutOfMemory)
+        if self.lock().tables >= limit {
+            Err(TableError::Limit { limit })
+        } else {
+            Err(TableError::OutOfMemory)
+        }
     }
 
     /// # Safety
-    /// From [`allocate_table`](Self::allocate_table), and never linked, or taken out, flushed and left by every walker.
+    /// From [`allocate_table`](Self::allocate_table), and never linked, or taken out, flushed and left by every
+    /// walker.
     pub(crate) unsafe fn free_table(&self, table: Pfn) {
         self.lock().tables -= 1;
         // SAFETY: passed on.

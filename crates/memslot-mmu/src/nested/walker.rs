@@ -63,9 +63,8 @@ impl<F: Format, H: Host> Walker<F, H> {
         &self.mmu
     }
 
-    /// A processor could not do this access: maps the page, or says what else to do. After
-    /// [`Mapped`](Fault::Mapped), [`AlreadyMapped`](Fault::AlreadyMapped) and [`Retry`](Fault::Retry), the guest goes on
-    /// and tries again.
+    /// A processor could not do this access: maps the page, or says what else to do. After [`Mapped`](Fault::Mapped),
+    /// [`AlreadyMapped`](Fault::AlreadyMapped) and [`Retry`](Fault::Retry), the guest goes on and tries again.
     ///
     /// A page that is written in a logged slot is marked in the dirty log when this returns.
     ///
@@ -116,7 +115,7 @@ impl<F: Format, H: Host> Walker<F, H> {
         Ok(Prefaulted { rest: crate::invalidate::range(gfn, end), last })
     }
 
-    #[cfg(loom)]
+    #[cfg(all(test, loom))]
     pub(super) fn top_up(&mut self) {
         self.cache.top_up(&self.mmu.shared, 1).expect("there is memory");
     }

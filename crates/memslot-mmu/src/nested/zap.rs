@@ -1,10 +1,10 @@
 //! Zapping: a range maps nothing afterwards, and what was on its way into it does not arrive.
 //!
-//! Tables that lie in the range as a whole are taken out with one exchange, whatever is in them; so the time
-//! it takes depends on what is mapped along the edges, and not on the size of the range. Tables along the edges that are
-//! empty afterwards are taken out, too.
+//! Tables that lie in the range as a whole are taken out with one exchange, whatever is in them; so the time it takes
+//! depends on what is mapped along the edges, and not on the size of the range. Tables along the edges that are empty
+//! afterwards are taken out, too.
 
-use memslot::GfnRange;
+use memslot::{GfnRange, View};
 
 use super::Shared;
 use super::cursor::{At, Next, Visit};
@@ -20,10 +20,13 @@ use core::ops::DerefMut;
 /// See the [module documentation](self).
 pub(crate) struct Zap<'a, F: Format, H: Host> {
     pub(crate) shared: &'a Shared<F, H>,
+    /// The current version of the slots.
+    pub(crate) view: &'a View,
     pub(crate) graves: &'a mut Graves,
     pub(crate) tables: &'a mut Chain,
     pub(crate) nonce: u64,
-    /// For memory that is at other frames now: those it was at, and how much further it is. What has been written is marked there.
+    /// For memory that is at other frames now: those it was at, and how much further it is. What has been written is
+    /// marked there.
     pub(crate) moved: Option<(GfnRange, u64)>,
     /// What has changed.
     pub(crate) changed: Option<GfnRange>,
@@ -81,7 +84,7 @@ impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
                 self.shared.mark(range(start.wrapping_add(further), end.wrapping_add(further)));
             }
         } else if uses_dirty_bits && at.seen & F::DIRTY != 0 {
-            self.shared.mark(gfns);
+            self.shared.mark_logged(self.view, gfns);
         }
         Next::Done
     }
@@ -101,8 +104,8 @@ impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
     }
 }
 
-/// Zaps a large page that reaches across its own first frame in the range: the range is the first frame behind a border
-/// that no page may cross. Faults that are about to make such a page are turned away.
+/// Zaps a large page that reaches across its own first frame in the range: the range is the first frame behind a
+/// border that no page may cross. Faults that are about to make such a page are turned away.
 pub(crate) struct Cut<'a, F: Format, H: Host> {
     pub(crate) zap: Zap<'a, F, H>,
     pub(crate) border: u64,
@@ -127,20 +130,20 @@ impl<F: Format, H: Host, G: DerefMut<Target = State>> Locked<'_, F, H, G> {
         state.graves.for_each(tables, |grave| {
             // SAFETY: taken out, and freed under the lock only, which is held.
             let table = unsafe { pin.shared.host.reach(grave.table).as_ref() };
-            collect(pin.shared, table, grave.level, grave.base);
+            collect(pin.shared, &pin.published().view, table, grave.level, grave.base);
         });
     }
 }
 
-fn collect<F: Format, H: Host>(shared: &Shared<F, H>, table: &Table, level: Level, base: u64) {
+fn collect<F: Format, H: Host>(shared: &Shared<F, H>, view: &View, table: &Table, level: Level, base: u64) {
     for (entry, base) in table.0.iter().zip((0..).map(|i| base + i * level.pages())) {
         let entry = entry.load(Ordering::SeqCst);
         if F::is_table(entry, level) {
             // SAFETY: as above: what is below a table that was taken out is freed after it.
             let below = unsafe { shared.host.reach(F::pfn(entry, level)).as_ref() };
-            collect(shared, below, level.down(), base);
+            collect(shared, view, below, level.down(), base);
         } else if F::is_present(entry) && entry & F::DIRTY != 0 {
-            shared.mark(range(base, base + level.pages()));
+            shared.mark_logged(view, range(base, base + level.pages()));
         }
     }
 }

@@ -1,4 +1,5 @@
 //! What several test programs share: a host with processors that cache translations, and a walker of its own.
+#![allow(clippy::needless_pass_by_value, reason = "tests make values for one call")]
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses a part of it")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -154,18 +155,11 @@ impl Frames for TestHost {
             {
                 // Neighbours of pages that have moved are not contiguous with them.
                 let (start, end) = (frame.run.start().get(), frame.run.end().get());
-                let at =
-                    |page: u64| (gfn.get() as i64 + page as i64 - (hva.get() >> 12) as i64).max(0) as u64;
-                let start = if *first < page {
-                    start.max(at(*state.moved.range(..page).next_back().unwrap().0) + 1)
-                } else {
-                    start
-                };
-                let end = if *last > page {
-                    end.min(at(*state.moved.range(page..).next().unwrap().0))
-                } else {
-                    end
-                };
+                let at = |other: u64| (gfn.get() + other).saturating_sub(page);
+                let below = state.moved.range(..page).next_back().filter(|_| *first < page);
+                let above = state.moved.range(page..).next().filter(|_| *last > page);
+                let start = below.map_or(start, |(&other, _)| start.max(at(other) + 1));
+                let end = above.map_or(end, |(&other, _)| end.min(at(other)));
                 frame.run = GfnRange::new(Gfn::new(start), Gfn::new(end)).unwrap();
             }
             frame.access.set(Access::WRITE, !state.read_only.contains(&page));
@@ -299,6 +293,8 @@ pub fn hvas(start: u64, bytes: u64) -> HvaRange {
 fn bits<F: Format>() -> (u64, u64, u64, u64) {
     match F::NAME {
         "NPT" => (1, 2, 1 << 5, 1 << 6),
+        // Without accessed and dirty bits in EPTP the processor leaves both alone.
+        "EPT" if F::ACCESSED == 0 => (7, 2, 0, 0),
         "EPT" => (7, 2, 1 << 8, 1 << 9),
         other => panic!("{other}"),
     }
@@ -363,7 +359,7 @@ pub fn processor<F: Format>(mmu: &Mmu<F, TestHost>, gfn: u64, is_write: bool) ->
     loop {
         // SAFETY: as in `read_table`.
         let entries = unsafe { mmu.host().reach(Pfn::new(table)).as_ref() };
-        let entry = &entries.0[(gfn >> (9 * (level - 1))) as usize & 511];
+        let entry = &entries.0[usize::try_from(gfn >> (9 * (level - 1)) & 511).unwrap()];
         let seen = entry.load(Ordering::SeqCst);
         if seen & present == 0 || (is_write && seen & write == 0) {
             return false;

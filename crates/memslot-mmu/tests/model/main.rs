@@ -1,7 +1,7 @@
 //! Random programs of faults, range operations and changes of slots, against a naive model.
 //!
-//! After every operation the tables are read back by a walker of the test's own and must be what the model says, page by
-//! page; whatever a processor has cached must be what the tables say, as far as flushes are not owed; and what was
+//! After every operation the tables are read back by a walker of the test's own and must be what the model says, page
+//! by page; whatever a processor has cached must be what the tables say, as far as flushes are not owed; and what was
 //! written in a logged slot must be in the next harvest.
 #![allow(missing_docs, reason = "tests")]
 

@@ -27,6 +27,8 @@
 //! and is never lost. The turn, not the chunk's address, is compared because a chunk comes back: it belongs to its
 //! place for ever and waits there, empty, so that a late marker touches nothing that is somebody else's.
 //!
+//! A mark of what is marked already need not be an exchange, where takers make a heavy fence: see `fence.rs`.
+//!
 //! A marker that makes a place FULL counts no turn. What was marked in the chunk before is covered.
 //!
 //! # Without memory
@@ -37,6 +39,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ptr::{self, NonNull};
+use core::sync::atomic::compiler_fence;
 
 use super::chunk::{Chunk, PAGES, try_box, words_of};
 use super::place::{Held, Place};
@@ -67,6 +70,8 @@ pub(super) struct Bitmap {
     root: AtomicPtr<u8>,
     /// Somebody could not find out where a mark belongs.
     everything: AtomicBool,
+    /// Whether takers make a heavy fence, so that marks may leave alone what is marked: see `fence.rs`.
+    leaves: AtomicBool,
     /// Bytes of all nodes and chunks.
     bytes: AtomicUsize,
 }
@@ -78,6 +83,7 @@ impl Bitmap {
         Self {
             root: AtomicPtr::new(ptr::null_mut()),
             everything: AtomicBool::new(false),
+            leaves: AtomicBool::new(false),
             bytes: AtomicUsize::new(0),
         }
     }
@@ -160,27 +166,47 @@ impl Bitmap {
         Ok(())
     }
 
+    /// Whether marks may leave alone what is marked already. Whoever asks for it makes heavy fences.
+    pub(super) fn set_leaves(&self, leaves: bool) {
+        self.leaves.store(leaves, Ordering::SeqCst);
+    }
+
+    #[inline]
+    pub(super) fn leaves(&self) -> bool {
+        self.leaves.load(Ordering::Relaxed)
+    }
+
+    /// The light half of the fence, in front of all looks of a mark. Returns whether what is marked may be left alone.
+    #[inline]
+    fn light_fence(&self) -> bool {
+        let leaves = self.leaves();
+        compiler_fence(Ordering::SeqCst);
+        leaves
+    }
+
     /// Marks one page.
     #[inline]
     pub(super) fn mark(&self, gfn: u64) {
-        if !self.directory(gfn).is_some_and(|directory| directory.mark(gfn)) {
-            self.mark_slowly(gfn, gfn + 1);
+        let leave = self.light_fence();
+        if !self.directory(gfn).is_some_and(|directory| directory.mark(gfn, leave)) {
+            self.mark_slowly(gfn, gfn + 1, leave);
         }
     }
 
     /// Marks the pages of a range, a word or more at a time.
     pub(super) fn mark_range(&self, gfns: GfnRange) {
+        let leave = self.light_fence();
         let (from, to) = (gfns.start().get(), gfns.end().get());
         // Most ranges lie in one chunk, which is there.
         let chunk = self.directory(from).filter(|_| from < to && from | (PAGES - 1) >= to - 1);
         match chunk {
-            Some(directory) => directory.mark_range(from, to, &self.bytes),
-            None => self.mark_slowly(from, to),
+            Some(directory) => directory.mark_range(from, to, leave, &self.bytes),
+            None => self.mark_slowly(from, to, leave),
         }
     }
 
     #[inline(never)]
-    fn mark_slowly(&self, from: u64, to: u64) {
+    fn mark_slowly(&self, from: u64, to: u64, leave: bool) {
         let mut at = from;
         while at < to {
             let Some(directory) = self.directory(at) else {
@@ -192,7 +218,7 @@ impl Bitmap {
                 continue;
             };
             let end = (at | (PAGES - 1)).saturating_add(1).min(to);
-            directory.mark_range(at, end, &self.bytes);
+            directory.mark_range(at, end, leave, &self.bytes);
             at = end;
         }
     }
@@ -246,7 +272,7 @@ impl Bitmap {
     /// As [`give_back`](Self::give_back).
     pub(super) unsafe fn restore(&self, number: u64, held: Held) {
         for run in super::runs::Runs::new(&[(number, held)], 0, u64::MAX) {
-            self.mark_slowly(run.0, run.1);
+            self.mark_slowly(run.0, run.1, false);
         }
         // SAFETY: passed on.
         unsafe { self.give_back(number, held) };
@@ -389,9 +415,9 @@ impl Directory {
 
     /// Marks a page where there is a chunk; returns whether there is.
     #[inline]
-    fn mark(&self, gfn: u64) -> bool {
+    fn mark(&self, gfn: u64, leave: bool) -> bool {
         let at = way_of_place(gfn);
-        let marked = self.places[at].mark_bit(word_of(gfn), 1 << (gfn % 64));
+        let marked = self.places[at].mark_bit(word_of(gfn), 1 << (gfn % 64), leave);
         if marked {
             self.announce(at);
         }
@@ -400,9 +426,9 @@ impl Directory {
 
     /// Marks the pages `[from, to)`, which lie in one place.
     #[inline]
-    fn mark_range(&self, from: u64, to: u64, bytes: &AtomicUsize) {
+    fn mark_range(&self, from: u64, to: u64, leave: bool, bytes: &AtomicUsize) {
         let (at, start) = (way_of_place(from), from & !(PAGES - 1));
-        self.places[at].mark(from - start, to - start, bytes);
+        self.places[at].mark(from - start, to - start, leave, bytes);
         self.announce(at);
     }
 

@@ -39,14 +39,21 @@ impl Chunk {
         Ok(NonNull::from(Box::leak(try_box(Self::new())?)))
     }
 
-    /// Sets bits of a word, for everybody to see.
+    /// Sets bits of a word, for everybody to see. With `leave` they are left alone where they are set: see `fence.rs`.
     #[inline]
-    pub(super) fn mark(&self, word: usize, bits: u64) {
-        // Nothing is loaded beside an atomic exchange: so before it, what is looked at after it.
-        prefetch(NonNull::from(&self.summary).cast(), 0..1);
-        self.words[word].fetch_or(bits, Ordering::SeqCst);
+    pub(super) fn mark(&self, word: usize, bits: u64, leave: bool) {
+        if !(leave && self.has(word, bits)) {
+            // Nothing is loaded beside an atomic exchange: so before it, what is looked at after it.
+            prefetch(NonNull::from(&self.summary).cast(), 0..1);
+            self.words[word].fetch_or(bits, Ordering::SeqCst);
+        }
         fence_for_loom();
         self.announce(word / 64, 1 << (word % 64));
+    }
+
+    #[inline]
+    fn has(&self, word: usize, bits: u64) -> bool {
+        !self.words[word].load(Ordering::SeqCst) & bits == 0
     }
 
     #[inline]
@@ -57,19 +64,25 @@ impl Chunk {
     }
 
     /// Sets the bits of the pages `[from, to)`, a word at a time. A word is written also where all its bits are set
-    /// already: so whoever takes them later sees what the caller wrote before.
-    pub(super) fn mark_range(&self, from: u64, to: u64) {
+    /// already: so whoever takes them later sees what the caller wrote before. With `leave` that is seen to: see
+    /// `fence.rs`.
+    pub(super) fn mark_range(&self, from: u64, to: u64, leave: bool) {
+        let set = |word: usize, bits| {
+            if !(leave && self.has(word, bits)) {
+                self.words[word].fetch_or(bits, Ordering::SeqCst);
+            }
+        };
         #[expect(clippy::cast_possible_truncation, reason = "up to WORDS")]
         let (first, end) = ((from.div_ceil(64)) as usize, (to / 64) as usize);
         if first <= end {
             // The whole words, and what is left at both edges.
-            self.words[first..end].iter().for_each(|word| _ = word.fetch_or(u64::MAX, Ordering::SeqCst));
+            (first..end).for_each(|word| set(word, u64::MAX));
             for (word, bits) in words_of(from, 64 * first as u64).chain(words_of(64 * end as u64, to)) {
-                self.words[word].fetch_or(bits, Ordering::SeqCst);
+                set(word, bits);
             }
         } else {
             for (word, bits) in words_of(from, to) {
-                self.words[word].fetch_or(bits, Ordering::SeqCst);
+                set(word, bits);
             }
         }
         fence_for_loom();

@@ -156,32 +156,38 @@ impl Consumer {
         let Some(bitmap) = shared.spaces.get(usize::from(space.get())) else { return Ok(0) };
         spread_everything(shared, &state.current);
         let start = gfns.start().get();
-        let mut taken = Cleared { bitmap, first: start, words: Vec::new() };
+        let mut taken = Cleared { bitmap, first: start, words: Vec::new(), fresh: Vec::new() };
         taken.words.try_reserve_exact(mask.len()).map_err(|_| OutOfMemory)?;
-        let mut armed = false;
+        taken.fresh.try_reserve_exact(mask.len()).map_err(|_| OutOfMemory)?;
         for (at, &bits) in mask.iter().enumerate() {
             let first = start + 64 * at as u64;
             let bits = u64::from_le(bits) & up_to(gfns.end().get() - first);
             taken.words.push(0);
-            // The word may lie across two of the bitmap's.
-            let shift = first % 64;
-            let (low, high) = (bits << shift, (bits >> 1) >> (63 - shift));
-            for (word, bits) in [(first - shift, low), ((first - shift).wrapping_add(64), high)] {
+            taken.fresh.push(0);
+            for (word, bits) in aligned(first, bits) {
                 let bits = if bits == 0 { 0 } else { bits & !unsettled_bits(&state.unsettled, space, word) };
                 if bits == 0 {
                     continue;
                 }
                 // SAFETY: we have the lock.
                 let (fresh, all) = unsafe { take_word(bitmap, &mut state, self.number, space, word, bits)? };
-                taken.words[at] |= if word <= first { all >> shift } else { (all << 1) << (63 - shift) };
-                if fresh != 0 && R::NEEDED {
-                    armed = true;
-                    rearm_word(rearm, space, word, fresh).map_err(HarvestError::Rearm)?;
-                }
+                let shift = first % 64;
+                let of_mask =
+                    |bits: u64| if word <= first { bits >> shift } else { (bits << 1) << (63 - shift) };
+                taken.words[at] |= of_mask(all);
+                taken.fresh[at] |= of_mask(fresh);
             }
         }
-        if armed {
-            rearm.flush().map_err(HarvestError::Rearm)?;
+        if taken.fresh.iter().any(|&bits| bits != 0) {
+            shared.heavy_fence();
+            if R::NEEDED {
+                let words = (0u64..).zip(&taken.fresh);
+                let words = words.flat_map(|(at, &bits)| aligned(start + 64 * at, bits));
+                for (word, bits) in words.filter(|&(_, bits)| bits != 0) {
+                    rearm_word(rearm, space, word, bits).map_err(HarvestError::Rearm)?;
+                }
+                rearm.flush().map_err(HarvestError::Rearm)?;
+            }
         }
         // Not put back: they are clean.
         let words = core::mem::take(&mut taken.words);
@@ -202,6 +208,10 @@ impl Consumer {
         let mut removed = Vec::new();
         removed.try_reserve_exact(kept.removed.len()).map_err(|_| OutOfMemory)?;
         removed.extend(kept.removed.drain(..).map(|bits| Removed { log: self.log.clone(), bits }));
+        if !removed.is_empty() {
+            // When the slots went, their bits were taken without.
+            self.log.shared.heavy_fence();
+        }
         Ok(removed)
     }
 
@@ -321,6 +331,8 @@ struct Cleared<'a> {
     bitmap: &'a Bitmap,
     first: u64,
     words: Vec<u64>,
+    /// Those of them that were in the bitmap.
+    fresh: Vec<u64>,
 }
 
 impl Drop for Cleared<'_> {
@@ -354,6 +366,11 @@ unsafe fn take<R: Rearm>(
             let back = |number, held| shared.spaces[space].restore(number, held);
             leave(&shared.spaces[space], &state.unsettled, space, &mut fresh[space], back)?;
         }
+    }
+    if fresh.iter().any(|chunks| !chunks.is_empty()) {
+        shared.heavy_fence();
+    }
+    for space in spaces.clone() {
         if R::NEEDED {
             let id = AddressSpaceId::new(u8::try_from(space).unwrap_or(u8::MAX));
             for chunk in fresh[space].chunks(1) {
@@ -503,6 +520,12 @@ fn unaligned(gfn: u64, word: impl Fn(u64) -> u64) -> u64 {
         0 => word(gfn),
         shift => word(gfn) >> shift | word(gfn.wrapping_add(64)) << (64 - shift),
     }
+}
+
+/// The same 64 bits from `gfn` on, as parts of the two words that start at multiples of 64; the second may be empty.
+fn aligned(gfn: u64, bits: u64) -> [(u64, u64); 2] {
+    let shift = gfn % 64;
+    [(gfn - shift, bits << shift), ((gfn - shift).wrapping_add(64), (bits >> 1) >> (63 - shift))]
 }
 
 /// The lowest `pages` bits.

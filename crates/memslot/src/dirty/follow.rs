@@ -111,7 +111,10 @@ impl Follower {
 
 impl Follower {
     /// A change that was published is taken back: what was marked where memory had moved goes to where it is again.
-    fn bring_back(&self, shared: &Shared, state: &mut State, update: &Update<'_>) {
+    ///
+    /// Where the log had not heard of the change, marks of late writers of the version before are among them: those count
+    /// for the slot that it logs there, too. (Otherwise they have been taken as such already.)
+    fn bring_back(&self, shared: &Shared, state: &mut State, update: &Update<'_>, had_heard: bool) {
         // Whoever marks through that version later finds out by itself: see `mark_through`.
         shared.withdrawn.store(update.after.generation(), Ordering::SeqCst);
         fence(Ordering::SeqCst);
@@ -144,6 +147,10 @@ impl Follower {
         }
         for (from, bits) in back {
             bits.copy(shared, state, bits.gfns, from);
+            let before = update.before.slots_in(bits.space, bits.gfns);
+            for piece in before.filter(|piece| !had_heard && logs(piece.slot)) {
+                bits.copy(shared, state, piece.gfns, piece.gfns);
+            }
             bits.forget(shared);
         }
     }
@@ -201,7 +208,7 @@ impl Listener for Follower {
                 }
             }
         }
-        self.bring_back(shared, &mut state, update);
+        self.bring_back(shared, &mut state, update, true);
         if let Some(previous) = self.previous.take() {
             state.current = previous;
         }
@@ -224,7 +231,7 @@ impl Listener for Follower {
         let mut state = self.shared.state.lock();
         // Another listener may have failed to commit: readers have seen the new version all the same.
         if update.snapshot().is_some() {
-            self.bring_back(&self.shared, &mut state, update);
+            self.bring_back(&self.shared, &mut state, update, false);
         }
         for taken in self.taken.drain(..) {
             taken.bits.restore(&self.shared, &mut state);

@@ -12,6 +12,8 @@
 //! * **Harvesting** ([`Consumer::harvest`]) takes bits, has their pages re-armed, asks for one flush, in this order,
 //!   and yields a [`Harvest`]: a value that is iterated as runs or copied as words, and then committed. One that
 //!   is dropped puts its bits back. Each [`Consumer`] has its own epoch: what one has taken, the others still see.
+//! * **Marks of what is dirty already only look**, with [`DirtyLog::attach_with_fence`]: on Linux `membarrier` makes that
+//!   sound. Without it every mark is an atomic exchange.
 //! * **Clean memory costs nothing**: bits are made when they are first set, in chunks of 32768 pages, and two
 //!   levels of summaries tell which chunks and words have any.
 //! * **Too much, never too little**: without memory for bits, all pages of a chunk, or of all slots, count as
@@ -24,6 +26,7 @@
 mod bitmap;
 mod chunk;
 mod consumer;
+mod fence;
 mod follow;
 mod harvest;
 pub mod kvm;
@@ -35,6 +38,9 @@ mod runs;
 mod set;
 
 pub use self::consumer::{Consumer, HarvestError, Removed};
+#[cfg(all(feature = "membarrier", target_os = "linux"))]
+pub use self::fence::Membarrier;
+pub use self::fence::{FenceRefused, HeavyFence};
 pub use self::harvest::{Harvest, Run, Span};
 pub use self::log::{BitmapError, DirtyLog};
 pub use self::rearm::{Rearm, SoftwareOnly};

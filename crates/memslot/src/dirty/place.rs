@@ -76,28 +76,29 @@ impl Place {
         Self { active: nothing(), turn: AtomicUsize::new(0), idle: nothing() }
     }
 
-    /// Marks a page where there is a chunk. Returns whether there is, and the mark certain to be seen.
+    /// Marks a page where there is a chunk. Returns whether there is, and the mark certain to be seen. With `leave`, what
+    /// is marked is left alone: see `fence.rs`.
     #[inline]
-    pub(super) fn mark_bit(&self, word: usize, bit: u64) -> bool {
+    pub(super) fn mark_bit(&self, word: usize, bit: u64, leave: bool) -> bool {
         let turn = self.turn.load(Ordering::Acquire);
-        let active = self.active.load(Ordering::Acquire);
+        let active = self.active.load(Ordering::SeqCst);
         if active.is_null() || active == FULL {
-            return false;
+            return leave && active == FULL;
         }
         // SAFETY: chunks are freed with the bitmap.
-        unsafe { &*active }.mark(word, bit);
+        unsafe { &*active }.mark(word, bit, leave);
         fence_for_loom();
         self.turn.load(Ordering::SeqCst) == turn
     }
 
-    /// Marks the pages `[from, to)` of the place.
-    pub(super) fn mark(&self, from: u64, to: u64, bytes: &AtomicUsize) {
+    /// Marks the pages `[from, to)` of the place; `leave` as in [`mark_bit`](Self::mark_bit).
+    pub(super) fn mark(&self, from: u64, to: u64, leave: bool, bytes: &AtomicUsize) {
         loop {
             let turn = self.turn.load(Ordering::Acquire);
-            let active = self.active.load(Ordering::Acquire);
+            let active = self.active.load(Ordering::SeqCst);
             if active == FULL {
                 // An exchange, though nothing changes: whoever takes the place later sees what the caller wrote.
-                if self.replace(active, FULL) {
+                if leave || self.replace(active, FULL) {
                     return;
                 }
             } else if to - from == PAGES {
@@ -109,7 +110,7 @@ impl Place {
                 }
             } else if let Some(chunk) = NonNull::new(active) {
                 // SAFETY: chunks are freed with the bitmap.
-                unsafe { chunk.as_ref() }.mark_range(from, to);
+                unsafe { chunk.as_ref() }.mark_range(from, to, leave);
                 fence_for_loom();
                 if self.turn.load(Ordering::SeqCst) == turn {
                     return;

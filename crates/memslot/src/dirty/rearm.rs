@@ -7,8 +7,8 @@ use crate::slot::AddressSpaceId;
 
 /// Makes writes to pages noticed again, by write protection or by clearing hardware dirty bits.
 ///
-/// The log calls it in the order that loses nothing: it takes bits, has all their pages re-armed, and asks for
-/// **one** flush. What was written before the flush is on a page that is reported already; what is written after
+/// The log calls it in the order that loses nothing: it takes bits, makes the [`HeavyFence`](super::HeavyFence) that it
+/// was given, has all their pages re-armed, and asks for **one** flush. What was written before the flush is on a page that is reported already; what is written after
 /// it faults, or sets the dirty bit, and is marked for the next harvest.
 pub trait Rearm {
     /// What can go wrong.

@@ -57,8 +57,20 @@ impl IdIndex {
         id: u32,
         slot: Option<Slot>,
     ) -> Result<(), OutOfMemory> {
-        // SAFETY: passed on; the root is the writer's own.
-        unsafe { set(arena, &raw mut self.root, u64::from(id), slot) }
+        let key = u64::from(id);
+        // SAFETY: passed on; the root is the writer's own. What stands above a private leaf is private, too.
+        unsafe {
+            // A leaf that this transaction has touched before needs no second way down.
+            if arena.private > 0 && slot.is_some() {
+                let leaf: Option<Leaf> = self.root.walk(key);
+                let own = |leaf: &Leaf| leaf.header().number == key >> LEAF_SHIFT && arena.is_private(*leaf);
+                if let Some(leaf) = leaf.filter(own) {
+                    leaf.items_mut()[way_in_leaf(key)] = slot;
+                    return Ok(());
+                }
+            }
+            set(arena, &raw mut self.root, key, slot)
+        }
     }
 
     /// Frees every private node: the change did not come to be.

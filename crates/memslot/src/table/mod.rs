@@ -44,7 +44,7 @@ use core::ptr::NonNull;
 
 pub(crate) use self::attachment::Attachments;
 pub use self::attachment::{AttachmentKey, MAX_ATTACHMENTS};
-pub use self::reader::{Guard, Handle, Pinned, Reader, Snapshot};
+pub use self::reader::{Guard, Handle, Holder, Pinned, Reader, Snapshot};
 pub use self::transaction::Transaction;
 pub use self::view::{HvaHit, SlotPiece, Translation, View};
 
@@ -59,8 +59,11 @@ use crate::slot::{AddressSpaceId, MAX_PAGES_PER_SLOT, MAX_SLOTS, SlotFlags, Slot
 /// The most address spaces a table can have.
 pub const MAX_ADDRESS_SPACES: usize = 4;
 
-/// After this many generations the writer looks for versions that nobody holds any more.
-const RECLAIM_EVERY: u32 = 16;
+/// After this many generations the writer looks for versions that nobody holds any more …
+const RECLAIM_EVERY: usize = 16;
+/// … or sooner: this many nodes left behind count as a generation, so that a large transaction finds the memory of
+/// the one before it, and not new memory.
+const NODES_A_GENERATION: usize = 16;
 
 /// What a table may hold. Nothing is allocated for a limit; the default is KVM's on x86-64.
 ///
@@ -109,7 +112,7 @@ struct Writer {
     arena: Arena,
     lists: Lists,
     pieces: Vec<Piece>,
-    until_reclaim: u32,
+    until_reclaim: usize,
 }
 
 type Shared = Owner<View, Writer>;
@@ -247,7 +250,7 @@ impl SlotTable {
         let mut next = unsafe { &owner.current().payload }.fork(writer.arena.stamp);
         next.attachments.set(key, value);
         let generation = writer.publish(owner, next);
-        writer.count_down(owner);
+        writer.reclaim_if_due(owner);
         Ok(generation)
     }
 
@@ -355,7 +358,7 @@ impl SlotTable {
             }
             committed
         };
-        writer.count_down(owner);
+        writer.reclaim_if_due(owner);
         committed.map(|()| generation)
     }
 }
@@ -383,6 +386,8 @@ impl Writer {
 
     fn publish(&mut self, owner: &Shared, next: View) -> u64 {
         let generation = next.generation;
+        let generations = 1 + self.arena.dead.len() / NODES_A_GENERATION;
+        self.until_reclaim = self.until_reclaim.saturating_sub(generations);
         self.versions.publish(owner, next, generation, &mut self.arena.dead);
         self.arena.stamp = generation.wrapping_add(1);
         generation
@@ -403,8 +408,7 @@ impl Writer {
     }
 
     /// Reclaims every few generations.
-    fn count_down(&mut self, owner: &Shared) {
-        self.until_reclaim -= 1;
+    fn reclaim_if_due(&mut self, owner: &Shared) {
         if self.until_reclaim == 0 {
             self.reclaim(owner);
         }

@@ -144,13 +144,11 @@ impl<H: Copy, T: Copy> NodePtr<H, T> {
         unsafe { core::slice::from_raw_parts_mut(self.items_ptr(), usize::from(self.head().len)) }
     }
 
-    /// Replaces the header.
-    ///
     /// # Safety
-    /// The node is alive and private, and nothing else refers to it.
-    pub(super) unsafe fn set_header(self, header: H) {
-        // SAFETY: the node is private to the writer.
-        unsafe { self.raw.add(Self::HEADER_AT).cast().write(header) };
+    /// The node is alive and private, and nothing else refers to its header during `'a`.
+    pub(super) unsafe fn header_mut<'a>(self) -> &'a mut H {
+        // SAFETY: the caller is the writer and the node is private to it.
+        unsafe { self.raw.add(Self::HEADER_AT).cast().as_mut() }
     }
 
     /// How many items fit.
@@ -177,6 +175,23 @@ impl<H: Copy, T: Copy> NodePtr<H, T> {
             let place = self.items_ptr().add(at);
             core::ptr::copy(place, place.add(1), len - at);
             place.write(item);
+        }
+    }
+
+    /// Appends items. There is room for them.
+    ///
+    /// # Safety
+    /// The node is alive and private, and nothing else refers to it; `items` lies outside of it.
+    pub(super) unsafe fn append_items(self, items: &[T]) {
+        // SAFETY: the node is private; the check keeps the copy inside of it.
+        unsafe {
+            let head: &mut Head = self.raw.cast().as_mut();
+            let len = usize::from(head.len);
+            assert!(len + items.len() <= self.capacity(), "the items fit into the node");
+            core::ptr::copy_nonoverlapping(items.as_ptr(), self.items_ptr().add(len), items.len());
+            #[expect(clippy::cast_possible_truncation, reason = "a node's items fit into 16 bits")]
+            let more = items.len() as u16;
+            head.len += more;
         }
     }
 
@@ -630,6 +645,67 @@ impl Arena {
         self.private -= 1;
         // SAFETY: passed on.
         unsafe { self.pool.free(AnyNode(node.raw())) };
+    }
+
+    /// Whether a private node has room for one more item.
+    ///
+    /// # Safety
+    /// The node is alive.
+    pub(super) unsafe fn has_room<H: Copy, T: Copy>(&self, node: NodePtr<H, T>) -> bool {
+        // SAFETY: passed on.
+        unsafe { self.is_private(node) && node.items().len() < node.capacity() }
+    }
+
+    /// Puts an item before the one at `at`: in the node itself if it is private and has room, else in a copy
+    /// that has, in whose favour the node is discarded. The caller links the result at once.
+    ///
+    /// # Safety
+    /// The node is alive and belongs to the working version.
+    pub(super) unsafe fn with_item<H: Copy, T: Copy>(
+        &mut self,
+        node: NodePtr<H, T>,
+        at: usize,
+        item: T,
+    ) -> Result<NodePtr<H, T>, OutOfMemory> {
+        // SAFETY: passed on; a node is written only if it is private; the copy is another node.
+        unsafe {
+            if self.has_room(node) {
+                node.insert_item(at, item);
+                return Ok(node);
+            }
+            self.reserve_dead(1)?;
+            let items = node.items();
+            let copy = self.alloc(*node.header(), &items[..at], items.len() + 1)?;
+            copy.append_items(&[item]);
+            copy.append_items(&items[at..]);
+            self.discard(node);
+            Ok(copy)
+        }
+    }
+
+    /// Takes the item at `at` out, of the node itself if it is private, else of a copy, in whose favour the node
+    /// is discarded. The caller links the result at once.
+    ///
+    /// # Safety
+    /// The node is alive and belongs to the working version.
+    pub(super) unsafe fn without_item<H: Copy, T: Copy>(
+        &mut self,
+        node: NodePtr<H, T>,
+        at: usize,
+    ) -> Result<NodePtr<H, T>, OutOfMemory> {
+        // SAFETY: passed on; a node is written only if it is private; the copy is another node.
+        unsafe {
+            if self.is_private(node) {
+                node.remove_item(at);
+                return Ok(node);
+            }
+            self.reserve_dead(1)?;
+            let items = node.items();
+            let copy = self.alloc(*node.header(), &items[..at], items.len() - 1)?;
+            copy.append_items(&items[at + 1..]);
+            self.discard(node);
+            Ok(copy)
+        }
     }
 
     /// Makes sure that every private node could be put on the list of the dead.

@@ -8,11 +8,13 @@
 //! An entry is one word: the address of a node, which is a multiple of 64, and in its low six bits what that
 //! node is: [`LEAF`], or the shift of an inner node. So a step of the walk is a shift, a mask and one load.
 
+use core::ops::Range;
 use core::ptr::{self, NonNull};
 
 use super::node::{Arena, NodePtr};
 use super::search::settled;
 use crate::error::OutOfMemory;
+use crate::prefetch::prefetch;
 
 /// Ways out of an inner node.
 pub(super) const WAYS: usize = 64;
@@ -63,6 +65,13 @@ impl Entry {
     #[inline]
     pub(super) fn is_inner(self) -> bool {
         !self.0.is_null() && self.0.addr() & TAG != LEAF
+    }
+
+    /// Asks the processor to fetch some cache lines of the node, if there is one.
+    pub(super) fn prefetch(self, lines: Range<usize>) {
+        if let Some(node) = NonNull::new(self.0.map_addr(|address| address & !TAG)) {
+            prefetch(node, lines);
+        }
     }
 
     /// What the entry is. `H` and `T` are the leaf's shape; the index that owns the tree knows it.

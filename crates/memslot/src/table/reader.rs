@@ -114,7 +114,7 @@ impl Reader {
     /// Holds the current version with all of this reader: the result borrows nothing.
     ///
     /// As quick as [`pin`](Self::pin). Who needs guards often keeps readers in stock and gets each back with
-    /// [`Guard::into_reader`].
+    /// [`Guard::into_reader`], or makes guards of [`Holder`]s.
     ///
     /// ```
     /// use memslot::{Limits, SlotTable};
@@ -130,6 +130,12 @@ impl Reader {
         let mut seat = self.seat;
         let version = seat.enter();
         Guard { seat, version }
+    }
+
+    /// A reader that holds versions in place.
+    #[must_use]
+    pub fn into_holder(self) -> Holder {
+        Holder { seat: self.seat }
     }
 
     /// Whether this is a reader of the table that `handle` is of.
@@ -249,6 +255,54 @@ impl Guard {
     #[must_use]
     pub fn reads(&self, handle: &Handle) -> bool {
         self.seat.owner().same(&handle.shared)
+    }
+}
+
+/// A reader for those who make guards of their own: it holds a version in place, and says where it is.
+///
+/// A [`Guard`] that is taken and given back moves with its reader each time. Who keeps readers in a stock, and the
+/// stock in boxes, need not move anything.
+///
+/// ```
+/// use memslot::{Limits, SlotTable};
+/// let table = SlotTable::new(Limits::default())?;
+/// let mut holder = table.reader()?.into_holder();
+/// for _ in 0..3 {
+///     let view = holder.hold();
+///     // SAFETY: the holder holds the version until it is told to let go.
+///     assert_eq!(unsafe { view.as_ref() }.generation(), 0);
+///     holder.release();
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Holder {
+    seat: Seat<View, Writer>,
+}
+
+// SAFETY: shared, a holder gives access to what it has announced, which it alone changes, and to the seat's owner.
+unsafe impl Sync for Holder {}
+
+impl Holder {
+    /// Holds the current version, instead of any other. The view stays until the next call, until
+    /// [`release`](Self::release), or until the holder is dropped.
+    #[inline]
+    pub fn hold(&mut self) -> NonNull<View> {
+        let version = self.seat.enter();
+        // SAFETY: the version is announced.
+        NonNull::from(unsafe { &version.as_ref().payload })
+    }
+
+    /// Lets go of the version.
+    #[inline]
+    pub fn release(&mut self) {
+        self.seat.leave();
+    }
+
+    /// The version that is held, to be kept apart from the holder.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<Snapshot> {
+        // SAFETY: the version is announced, and belongs to the seat's owner.
+        Some(Snapshot { held: unsafe { Held::new(self.seat.owner(), self.seat.announced()?) } })
     }
 }
 

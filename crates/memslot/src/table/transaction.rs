@@ -6,10 +6,14 @@
 //! the difference between the two id indexes: first every slot that goes is taken out, then every slot that
 //! comes is put in, and only there is overlap an error. So two slots may change places in one transaction, and
 //! a slot that is created and deleted again costs nothing.
+//!
+//! Several changes are sorted for each index, so that neighbours in it go down its tree together. Of several
+//! overlaps, the one to report is that of the first change in the order of ids; a sorted batch may meet another
+//! one first. So a batch that meets any is undone, and what it did is done again one by one.
 
 use alloc::vec::Vec;
 
-use super::gfn_index::Failure;
+use super::gfn_index::{Failure, GfnIndex, Piece};
 use super::hva_index::Interval;
 use super::node::Arena;
 use super::view::View;
@@ -32,17 +36,29 @@ pub(super) struct Lists {
     touched: Vec<Touch>,
     pub(super) changes: Vec<SlotChange>,
     operations: Vec<usize>,
+    pieces: Vec<Piece>,
+    merged: Vec<Piece>,
+    intervals: Vec<Interval>,
 }
 
 impl Lists {
     pub(super) const fn new() -> Self {
-        Self { touched: Vec::new(), changes: Vec::new(), operations: Vec::new() }
+        Self {
+            touched: Vec::new(),
+            changes: Vec::new(),
+            operations: Vec::new(),
+            pieces: Vec::new(),
+            merged: Vec::new(),
+            intervals: Vec::new(),
+        }
     }
 
     pub(super) fn bytes(&self) -> usize {
         self.touched.capacity() * size_of::<Touch>()
             + self.changes.capacity() * size_of::<SlotChange>()
             + self.operations.capacity() * size_of::<usize>()
+            + (self.pieces.capacity() + self.merged.capacity()) * size_of::<Piece>()
+            + self.intervals.capacity() * size_of::<Interval>()
     }
 }
 
@@ -286,19 +302,22 @@ impl<'t> Transaction<'t> {
         if self.lists.changes.is_empty() {
             return Ok(None);
         }
-        for i in 0..self.lists.changes.len() {
-            self.take_out(self.lists.changes[i])?;
-        }
-        for i in 0..self.lists.changes.len() {
-            self.put_in(self.lists.changes[i])
-                .map_err(|reason| TransactionError { operation: Some(self.lists.operations[i]), reason })?;
+        self.count();
+        let mut from = 0;
+        while let Some(first) = self.lists.changes.get(from) {
+            let space = space_of(first);
+            let same = self.lists.changes[from..].iter().take_while(|change| space_of(change) == space);
+            let to = from + same.count();
+            self.change_gfns(space, from, to)?;
+            self.change_hvas(space, from, to)?;
+            from = to;
         }
         self.done = true;
         Ok(Some(self.working.fork(self.working.generation)))
     }
 
     fn list_changes(&mut self) -> Result<(), OutOfMemory> {
-        let Lists { touched, changes, operations } = self.lists;
+        let Lists { touched, changes, operations, .. } = self.lists;
         if touched.len() > 1 {
             // Of several touches of one slot, the last one stays.
             touched.sort_unstable();
@@ -319,47 +338,156 @@ impl<'t> Transaction<'t> {
         Ok(())
     }
 
-    fn take_out(&mut self, change: SlotChange) -> Result<(), OutOfMemory> {
-        let Some(old) = change.old else { return Ok(()) };
-        let space = &mut self.working.spaces[usize::from(old.address_space().get())];
-        space.slots -= 1;
-        self.working.pages -= old.pages();
+    /// Brings the numbers of slots and pages up to date.
+    fn count(&mut self) {
+        for change in &self.lists.changes {
+            if let Some(old) = change.old {
+                self.working.spaces[space_of(change)].slots -= 1;
+                self.working.pages -= old.pages();
+            }
+            if let Some(new) = change.new {
+                self.working.spaces[space_of(change)].slots += 1;
+                self.working.pages += new.pages();
+            }
+        }
+    }
+
+    /// Makes the changes `from..to`, which are of one address space, in its gfn index.
+    fn change_gfns(&mut self, space: usize, from: usize, to: usize) -> Result<(), TransactionError> {
+        let Lists { changes, operations, pieces, merged, .. } = &mut *self.lists;
+        let (changes, operations) = (&changes[from..to], &operations[from..to]);
+        let working = &mut self.working.spaces[space];
+        if changes.len() > 1 {
+            // SAFETY: the index belongs to the working version.
+            match unsafe { change_all(&mut working.gfns, self.arena, changes, pieces, merged) } {
+                Ok(()) => return Ok(()),
+                Err(Failure::OutOfMemory) => return Err(OutOfMemory.into()),
+                Err(Failure::Overlap(_)) => {}
+            }
+            // SAFETY: the index belongs to the working version, and what it was is not used again. The transaction
+            // will fail, so it does no harm that the dead are listed twice.
+            unsafe { working.gfns.abandon(self.arena) };
+            working.gfns = self.base.spaces[space].gfns;
+        }
+        let ids = working.ids;
         // SAFETY: the indexes belong to the working version.
         unsafe {
-            if change.new.is_none_or(|new| old.gfns() != new.gfns()) {
-                space.gfns.remove(self.arena, &old).map_err(|_| OutOfMemory)?;
+            for old in changes.iter().filter_map(SlotChange::leaving) {
+                working.gfns.remove(self.arena, old).map_err(|_| OutOfMemory)?;
             }
-            let leaves = change.new.is_none_or(|new| old.hvas() != new.hvas());
-            if let Some(interval) = Interval::of(&old).filter(|_| leaves) {
-                space.hvas.remove(self.arena, interval)?;
+            for (change, &operation) in changes.iter().zip(operations) {
+                let Some(new) = &change.new else { continue };
+                let result = if change.arriving().is_some() {
+                    working.gfns.insert(self.arena, new)
+                } else {
+                    working.gfns.replace(self.arena, new)
+                };
+                result.map_err(|failure| {
+                    let reason = match failure {
+                        Failure::OutOfMemory => Reason::OutOfMemory,
+                        Failure::Overlap(other) => {
+                            Reason::Overlap { slot: *new, with: ids.find(other).copied().unwrap_or(*new) }
+                        }
+                    };
+                    TransactionError::at(operation, reason)
+                })?;
             }
         }
         Ok(())
     }
 
-    fn put_in(&mut self, change: SlotChange) -> Result<(), Reason> {
-        let Some(new) = change.new else { return Ok(()) };
-        let space = &mut self.working.spaces[usize::from(new.address_space().get())];
-        space.slots += 1;
-        self.working.pages += new.pages();
-        // SAFETY: the indexes belong to the working version.
-        unsafe {
-            if change.old.is_some_and(|old| old.gfns() == new.gfns()) {
-                space.gfns.replace(self.arena, &new).map_err(|_| Reason::OutOfMemory)?;
-            } else {
-                space.gfns.insert(self.arena, &new).map_err(|failure| match failure {
-                    Failure::OutOfMemory => Reason::OutOfMemory,
-                    Failure::Overlap(other) => {
-                        Reason::Overlap { slot: new, with: space.ids.find(other).copied().unwrap_or(new) }
-                    }
-                })?;
+    /// Makes the changes `from..to`, which are of one address space, in its hva index.
+    fn change_hvas(&mut self, space: usize, from: usize, to: usize) -> Result<(), OutOfMemory> {
+        let Lists { changes, intervals, .. } = &mut *self.lists;
+        let hvas = &mut self.working.spaces[space].hvas;
+        let moving = || changes[from..to].iter().filter(|change| change.hvas_change());
+        if let &[change] = &changes[from..to] {
+            if !change.hvas_change() {
+                return Ok(());
             }
-            let comes = change.old.is_none_or(|old| old.hvas() != new.hvas());
-            if let Some(interval) = Interval::of(&new).filter(|_| comes) {
-                space.hvas.insert(self.arena, interval).map_err(|_| Reason::OutOfMemory)?;
+            // SAFETY: the index belongs to the working version.
+            unsafe {
+                if let Some(old) = change.old.as_ref().and_then(Interval::of) {
+                    hvas.remove(self.arena, old)?;
+                }
+                if let Some(new) = change.new.as_ref().and_then(Interval::of) {
+                    hvas.insert(self.arena, &[new])?;
+                }
+            }
+            return Ok(());
+        }
+        intervals.clear();
+        intervals.try_reserve(to - from).map_err(|_| OutOfMemory)?;
+        intervals.extend(moving().filter_map(|change| Interval::of(change.old.as_ref()?)));
+        intervals.sort_unstable_by_key(Interval::key);
+        for &old in intervals.iter() {
+            // SAFETY: the index belongs to the working version.
+            unsafe { hvas.remove(self.arena, old)? };
+        }
+        intervals.clear();
+        intervals.extend(moving().filter_map(|change| Interval::of(change.new.as_ref()?)));
+        intervals.sort_unstable_by_key(Interval::key);
+        // SAFETY: the index belongs to the working version.
+        unsafe { hvas.insert(self.arena, intervals) }
+    }
+}
+
+/// The address space of a change: its slots, before and after, have the same.
+fn space_of(change: &SlotChange) -> usize {
+    let slot = change.old.as_ref().or(change.new.as_ref());
+    slot.map_or(0, |slot| usize::from(slot.address_space().get()))
+}
+
+/// Makes all changes in a gfn index, sorted. Where slots overlap, the index is left with some of the changes.
+///
+/// # Safety
+/// The index belongs to the working version, whose stamp is the arena's.
+unsafe fn change_all(
+    gfns: &mut GfnIndex,
+    arena: &mut Arena,
+    changes: &[SlotChange],
+    pieces: &mut Vec<Piece>,
+    merged: &mut Vec<Piece>,
+) -> Result<(), Failure> {
+    pieces.clear();
+    pieces.try_reserve(changes.len()).map_err(|_| OutOfMemory)?;
+    pieces.extend(changes.iter().filter_map(SlotChange::leaving).map(Piece::of));
+    // SAFETY: passed on.
+    unsafe {
+        gfns.remove_all(arena, pieces)?;
+        for change in changes {
+            if let Some(new) = change.new.as_ref().filter(|_| change.arriving().is_none()) {
+                gfns.replace(arena, new)?;
             }
         }
-        Ok(())
+        pieces.clear();
+        pieces.extend(changes.iter().filter_map(SlotChange::arriving).map(Piece::of));
+        gfns.insert_all(arena, pieces, merged)
+    }
+}
+
+impl SlotChange {
+    /// Whether the slot is before and after at the same gfns.
+    fn stays(&self) -> bool {
+        matches!((&self.old, &self.new), (Some(old), Some(new)) if old.gfns() == new.gfns())
+    }
+
+    /// The slot that goes from where it was.
+    fn leaving(&self) -> Option<&Slot> {
+        self.old.as_ref().filter(|_| !self.stays())
+    }
+
+    /// The slot that comes to where it was not.
+    fn arriving(&self) -> Option<&Slot> {
+        self.new.as_ref().filter(|_| !self.stays())
+    }
+
+    /// Whether the hva index says something else afterwards.
+    fn hvas_change(&self) -> bool {
+        match (&self.old, &self.new) {
+            (Some(old), Some(new)) => old.hvas() != new.hvas(),
+            _ => true,
+        }
     }
 }
 

@@ -130,7 +130,7 @@ impl<P, W> Owner<P, W> {
         while let Some(free) = NonNull::new(cell) {
             // SAFETY: cells are freed with what is shared, never before.
             let free_ref = unsafe { free.as_ref() };
-            if !free_ref.taken.swap(true, Ordering::Acquire) {
+            if !free_ref.taken.load(Ordering::Relaxed) && !free_ref.taken.swap(true, Ordering::Acquire) {
                 return Ok(Seat { owner: self.clone(), cell: free });
             }
             cell = free_ref.next;
@@ -193,6 +193,11 @@ impl<P, W> Seat<P, W> {
             }
             seen = now;
         }
+    }
+
+    /// The version that is announced. Only the seat changes that.
+    pub(super) fn announced(&self) -> Option<NonNull<Version<P>>> {
+        NonNull::new(self.cell().announced.load(Ordering::Relaxed))
     }
 
     /// Takes the announcement back.

@@ -12,7 +12,9 @@ mod program;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 
-use memslot::dirty::{BitmapError, Consumer, DirtyLog, Harvest, HarvestError, Rearm, Span};
+use memslot::dirty::{
+    BitmapError, Consumer, DirtyLog, FenceRefused, Harvest, HarvestError, HeavyFence, Rearm, Span,
+};
 use memslot::{
     AddressSpaceId, Gfn, GfnRange, Gpa, Limits, Listener, ListenerError, PageSize, SlotFlags, SlotTable,
     Update, View,
@@ -129,6 +131,14 @@ impl Rearm for Recording {
     }
 }
 
+struct NoFence;
+
+impl HeavyFence for NoFence {
+    fn fence(&self) -> Result<(), FenceRefused> {
+        Ok(())
+    }
+}
+
 struct World {
     table: SlotTable,
     log: DirtyLog,
@@ -147,12 +157,17 @@ fn gfns(range: GfnRange) -> std::ops::Range<u64> {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(fenced: bool) -> Self {
         let mut table = SlotTable::new(Limits { address_spaces: SPACES, ..Limits::default() }).unwrap();
         let orders = Arc::<Mutex<Orders>>::default();
         let around = |is_first| Box::new(Around { orders: Arc::clone(&orders), is_first });
         table.add_listener(around(true)).unwrap();
-        let log = DirtyLog::attach(&mut table).unwrap();
+        let log = match fenced {
+            // One thread needs no fence; what marks leave alone is what is tried here.
+            true => DirtyLog::attach_with_fence(&mut table, Box::new(NoFence)),
+            false => DirtyLog::attach(&mut table),
+        };
+        let log = log.unwrap();
         table.add_listener(around(false)).unwrap();
         orders.lock().unwrap().log = Some(log.clone());
         let consumers = vec![log.consumer().unwrap(), log.consumer_keeping_removed().unwrap()];
@@ -397,8 +412,8 @@ proptest! {
     #![proptest_config(common::cases(300))]
 
     #[test]
-    fn a_log_is_a_set_of_pages(steps in proptest::collection::vec(step(), 1..40)) {
-        let mut world = World::new();
+    fn a_log_is_a_set_of_pages(steps in proptest::collection::vec(step(), 1..40), fenced in any::<bool>()) {
+        let mut world = World::new(fenced);
         for step in &steps {
             world.run(step);
             world.check();

@@ -52,6 +52,30 @@ fn each_call_is_about_one_slot() {
     assert_eq!(mmu.calls, [(0, 0x10f, 0x110), (0, 0x110, 0x111), (1, 0x111, 0x112)]);
 }
 
+/// A reset that is stopped has not reset what was collected, and the reader can tell.
+#[test]
+fn a_reader_knows_when_its_entries_are_reset() {
+    let table = table();
+    let (mut ring, mut reader) = ring();
+    let mut mmu = Recording::default();
+    for _ in 0..2 * ENTRIES / 3 {
+        assert!(reader.is_reset());
+        (0..3).for_each(|page| push(&mut ring, slot(&table, 0), page));
+        assert!(reader.is_reset(), "pushed, not collected");
+        assert_eq!(reader.collect().count(), 3);
+        assert!(!reader.is_reset());
+        let mut steps = 0;
+        let mut stop = || {
+            steps += 1;
+            steps > 2
+        };
+        assert_eq!(ring.reset(table.view(), &mut mmu, &mut stop).unwrap().entries, 2);
+        assert!(!reader.is_reset());
+        assert_eq!(ring.reset(table.view(), &mut mmu, || false).unwrap().entries, 1);
+    }
+    assert!(reader.is_reset());
+}
+
 /// One thread writes, another one reads, and both go round the ring many times.
 #[test]
 fn a_reader_in_another_thread_sees_every_page_once_and_in_order() {

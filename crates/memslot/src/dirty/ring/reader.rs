@@ -73,6 +73,18 @@ impl<M: AsRef<[Entry]>> RingReader<M> {
         self.position
     }
 
+    /// Whether every entry that was collected has been reset. Until then their pages can be written unnoticed, so they
+    /// are not to be read yet.
+    ///
+    /// `KVM_RESET_DIRTY_RINGS` stops early, without an error, when a signal comes (Linux 6.16 and later).
+    #[must_use]
+    pub fn is_reset(&self) -> bool {
+        // They are reset in order; and the last one before the first collect has no flags.
+        let last = self.position.wrapping_sub(1) & (self.entries - 1);
+        let entry = self.memory.as_ref().get(last as usize);
+        entry.is_none_or(|entry| entry.flags.load(Ordering::Acquire) & RESET == 0)
+    }
+
     /// The dirty pages in the order of their writes. Each is marked as read when the iterator yields it, so the
     /// iterator can be dropped at any time; one never yields more pages than the ring has entries.
     pub fn collect(&mut self) -> impl Iterator<Item = DirtyPage> {

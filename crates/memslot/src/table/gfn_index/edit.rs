@@ -3,7 +3,7 @@
 use super::super::node::Arena;
 use super::super::radix::{Entry, Inner, WAYS, WIDE, Way, common_shift, region_last, way_of};
 use super::Failure;
-use super::leaf::{Change, Kind, LeafHeader, Mapping, Piece, Pieces, alloc_leaf, edit_in_place, fits};
+use super::leaf::{Change, Kind, LeafHeader, Mapping, Piece, Pieces, alloc_leaf, edit_leaf, fits};
 use crate::error::OutOfMemory;
 
 /// Two neighbouring leaves become one when this many slots or fewer remain in both.
@@ -56,7 +56,8 @@ pub(super) unsafe fn edit_entry(
                 }
             }
             Way::Leaf(leaf) => {
-                if edit_in_place(arena, leaf, change)? {
+                if let Some(leaf) = edit_leaf(arena, leaf, change)? {
+                    *place = Entry::leaf(leaf);
                     return Ok(());
                 }
                 let mut pieces = Pieces::new();
@@ -253,17 +254,24 @@ pub(super) unsafe fn edit_ways(
         let ways = node.items().len();
         let first = way_of(change.piece.start.max(block.start), shift, ways);
         let last = way_of(change.piece.last().min(block.last), shift, ways);
+        // What has become less may fit into fewer leaves, and so may the first slot where there was none.
+        let may_join = |way: usize| match change.kind {
+            Kind::Insert => node.items()[way].is_nothing(),
+            Kind::Remove => true,
+            Kind::Replace => false,
+        };
+        let (join_first, join_last) = (may_join(first), last != first && may_join(last));
         let mut way = first;
         while way <= last {
             let (start, n) = run_of(node.items(), way);
             edit_run(arena, node, shift, (start, n), change)?;
             way = start + n;
         }
-        if change.kind != Kind::Replace {
+        if join_first {
             join_around(arena, node, first)?;
-            if last != first {
-                join_around(arena, node, last)?;
-            }
+        }
+        if join_last {
+            join_around(arena, node, last)?;
         }
         Ok(())
     }
@@ -284,10 +292,13 @@ pub(super) unsafe fn edit_run(
             let block = Block::of_ways(node.header().start, shift, first, 1);
             return edit_entry(arena, &raw mut node.items_mut()[first], block, change);
         }
-        let mut pieces = Pieces::new();
         let old = node.items()[first].way::<LeafHeader, Mapping>();
+        let mut pieces = Pieces::new();
         if let Way::Leaf(leaf) = old {
-            if edit_in_place(arena, leaf, change)? {
+            if let Some(edited) = edit_leaf(arena, leaf, change)? {
+                if edited != leaf {
+                    node.items_mut()[first..first + n].fill(Entry::leaf(edited));
+                }
                 return Ok(());
             }
             pieces.append(leaf);

@@ -101,7 +101,7 @@ pub(super) type Leaf = NodePtr<LeafHeader, Mapping>;
 
 /// A slot on its way from one leaf to another: as [`Mapping`], but with its own start.
 #[derive(Clone, Copy)]
-pub(super) struct Piece {
+pub(in crate::table) struct Piece {
     pub(super) start: u64,
     pub(super) delta: u64,
     pub(super) pages: u32,
@@ -109,13 +109,13 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    pub(super) fn of(slot: &Slot) -> Self {
+    pub(in crate::table) fn of(slot: &Slot) -> Self {
         let start = slot.base_gfn().get();
         let delta = slot.address().wrapping_sub(start << slot.page_size().shift());
         Self { start, delta, pages: slot.pages32(), label: Label::of(slot) }
     }
 
-    fn from_leaf(header: &LeafHeader, at: usize, mapping: &Mapping) -> Self {
+    pub(super) fn from_leaf(header: &LeafHeader, at: usize, mapping: &Mapping) -> Self {
         let from = header.from(at);
         Self {
             start: header.base + u64::from(from),
@@ -214,19 +214,31 @@ pub(super) enum Kind {
     Replace,
 }
 
-/// Changes a private leaf where it stands, if it has room and its base stays. Returns whether it did.
+/// Changes a leaf without unpacking it: where it stands if it is private and has room, else in a copy. Returns the
+/// leaf that the caller links in the old one's place at once, or `None`, with nothing done, where the change
+/// needs another number of leaves than one, finds nothing to change, or is rare.
 ///
 /// # Safety
 /// The leaf is alive and belongs to the working version.
-pub(super) unsafe fn edit_in_place(arena: &Arena, leaf: Leaf, change: &Change) -> Result<bool, Failure> {
-    // SAFETY: the leaf is written only if it is private, and after the last use of what was read of it.
+pub(super) unsafe fn edit_leaf(
+    arena: &mut Arena,
+    leaf: Leaf,
+    change: &Change,
+) -> Result<Option<Leaf>, Failure> {
+    let piece = change.piece;
+    // SAFETY: a leaf is written only once it is private, and after the last use of what was read of it.
     unsafe {
-        let (mut header, mappings) = (*leaf.header(), leaf.items());
-        let piece = change.piece;
-        if piece.start < header.base || !header.reaches(piece.last()) || !arena.is_private(leaf) {
-            return Ok(false);
+        let (header, mappings) = (leaf.header(), leaf.items());
+        if piece.start < header.base {
+            return match change.kind {
+                Kind::Insert => insert_first(arena, leaf, piece),
+                Kind::Remove | Kind::Replace => Ok(None),
+            };
         }
-        let (new_key, new) = piece.to_leaf(&header);
+        if !header.reaches(piece.last()) {
+            return Ok(None);
+        }
+        let (new_key, new) = piece.to_leaf(header);
         let from = new.end - piece.pages;
         // At least 1: the first slot starts at the base.
         let at = header.keys.not_above(new_key);
@@ -239,22 +251,69 @@ pub(super) unsafe fn edit_in_place(arena: &Arena, leaf: Leaf, change: &Change) -
                 if let Some(after) = mappings.get(at).filter(|_| header.from(at) < new.end) {
                     return Err(Failure::Overlap(after.label.id()));
                 }
-                if mappings.len() == LEAF_SLOTS.min(leaf.capacity()) {
-                    return Ok(false);
+                if mappings.len() == LEAF_SLOTS {
+                    return Ok(None);
                 }
-                header.keys.insert(at, new_key);
-                leaf.insert_item(at, new);
+                let leaf = arena.with_item(leaf, at, new)?;
+                leaf.header_mut().keys.insert(at, new_key);
+                Ok(Some(leaf))
             }
-            _ if header.keys.0[at - 1] != new_key => return Ok(false),
-            Kind::Remove if at == 1 => return Ok(false),
+            _ if header.keys.0[at - 1] != new_key => Ok(None),
+            Kind::Remove if mappings.len() == 1 || (at == 1 && header.reach == 0) => Ok(None),
             Kind::Remove => {
-                header.keys.remove(at - 1, key(NO_OFFSET));
-                leaf.remove_item(at - 1);
+                let leaf = arena.without_item(leaf, at - 1)?;
+                leaf.header_mut().keys.remove(at - 1, key(NO_OFFSET));
+                if at == 1 {
+                    rebase(leaf);
+                }
+                Ok(Some(leaf))
             }
-            Kind::Replace => leaf.items_mut()[at - 1] = new,
+            Kind::Replace => {
+                let leaf = arena.privately(leaf)?;
+                leaf.items_mut()[at - 1] = new;
+                Ok(Some(leaf))
+            }
         }
-        leaf.set_header(header);
-        Ok(true)
+    }
+}
+
+/// As [`edit_leaf`] with a slot that starts before the leaf's first one.
+///
+/// # Safety
+/// As [`edit_leaf`].
+unsafe fn insert_first(arena: &mut Arena, leaf: Leaf, piece: Piece) -> Result<Option<Leaf>, Failure> {
+    // SAFETY: as in `edit_leaf`.
+    unsafe {
+        let (header, mappings) = (leaf.header(), leaf.items());
+        if piece.last() >= header.base {
+            return Err(Failure::Overlap(mappings[0].label.id()));
+        }
+        let last = header.base + u64::from(mappings[mappings.len() - 1].end) - 1;
+        let grown = LeafHeader::new(piece.start, last);
+        if mappings.len() == LEAF_SLOTS || header.reach == 0 || !grown.reaches(last) || grown.reach == 0 {
+            return Ok(None);
+        }
+        let (new_key, new) = piece.to_leaf(&grown);
+        let leaf = arena.with_item(leaf, 0, new)?;
+        leaf.header_mut().keys.insert(0, new_key);
+        rebase(leaf);
+        leaf.items_mut()[0] = new;
+        Ok(Some(leaf))
+    }
+}
+
+/// Makes the first key the base. The keys stay, so the leaf must not lie across a multiple of 2^32, before or after.
+///
+/// # Safety
+/// The leaf is private.
+unsafe fn rebase(leaf: Leaf) {
+    // SAFETY: passed on.
+    let (header, mappings) = unsafe { (leaf.header_mut(), leaf.items_mut()) };
+    let (old, new) = (low(header.base), offset(header.keys.0[0]));
+    header.base = header.base - u64::from(old) + u64::from(new);
+    header.reach = NO_OFFSET - new;
+    for mapping in mappings {
+        mapping.end = mapping.end.wrapping_add(old).wrapping_sub(new);
     }
 }
 

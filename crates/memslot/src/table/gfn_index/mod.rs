@@ -20,16 +20,22 @@
 //!
 //! [`GfnIndex::insert`] and [`GfnIndex::remove`] work from the root down: a published node is copied and the
 //! copy linked in its place before the next step, so that every new node can be reached from the working root
-//! when a later allocation fails, and [`GfnIndex::abandon`] finds it.
+//! when a later allocation fails, and [`GfnIndex::abandon`] finds it. [`GfnIndex::insert_all`] takes a sorted batch
+//! down together (`bulk.rs`).
 
+mod bulk;
 mod edit;
 mod leaf;
 mod walk;
 
+pub(super) use self::leaf::Piece;
 pub(super) use self::walk::Walk;
 
+use alloc::vec::Vec;
+
+use self::bulk::insert_batch;
 use self::edit::{Block, edit_entry, free_private};
-use self::leaf::{Change, Kind, Label, Leaf, Mapping, NO_OFFSET, Piece, low};
+use self::leaf::{Change, Kind, Label, Leaf, Mapping, NO_OFFSET, low};
 use super::node::Arena;
 use super::radix::{Entry, Way};
 use super::search::{FEW, key};
@@ -192,6 +198,47 @@ impl GfnIndex {
     pub(super) unsafe fn remove(&mut self, arena: &mut Arena, slot: &Slot) -> Result<(), Failure> {
         // SAFETY: passed on.
         unsafe { self.edit(arena, slot, Kind::Remove) }
+    }
+
+    /// Adds slots, and sorts the list. Where two overlap, or one meets another that is there, the index is left with
+    /// some of them.
+    ///
+    /// # Errors
+    /// [`Failure::Overlap`]; not necessarily with the slot that [`insert`](Self::insert)ing one by one would name.
+    ///
+    /// # Safety
+    /// As [`insert`](Self::insert).
+    pub(super) unsafe fn insert_all(
+        &mut self,
+        arena: &mut Arena,
+        batch: &mut [Piece],
+        merged: &mut Vec<Piece>,
+    ) -> Result<(), Failure> {
+        batch.sort_unstable_by_key(|piece| piece.start);
+        if let Some(two) = batch.windows(2).find(|two| two[0].last() >= two[1].start) {
+            return Err(Failure::Overlap(two[0].label.id()));
+        }
+        // SAFETY: passed on; the root is the writer's own.
+        unsafe { insert_batch(arena, &raw mut self.root, Block::ALL, batch, merged) }
+    }
+
+    /// Removes slots that are there, and sorts the list.
+    ///
+    /// # Safety
+    /// As [`insert`](Self::insert).
+    pub(super) unsafe fn remove_all(
+        &mut self,
+        arena: &mut Arena,
+        batch: &mut [Piece],
+    ) -> Result<(), Failure> {
+        // Neighbours in the index one after the other: what the last one has touched is at hand.
+        batch.sort_unstable_by_key(|piece| piece.start);
+        batch.iter().try_for_each(|&piece| {
+            // SAFETY: passed on; the root is the writer's own.
+            unsafe {
+                edit_entry(arena, &raw mut self.root, Block::ALL, &Change { piece, kind: Kind::Remove })
+            }
+        })
     }
 
     /// Puts a slot in the place of one with the same gfns.

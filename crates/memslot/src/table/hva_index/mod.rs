@@ -11,7 +11,9 @@
 //!
 //! All numbers here are host *pages*. Nodes are copied before they are changed, from the root down, and the
 //! copy is linked before the next step (see `gfn_index` for why). A full child is split on the way down, so
-//! that its parent always has room; what becomes small is merged on the way up.
+//! that its parent always has room, unless a neighbour can take some of its items: nodes are fuller that way, which
+//! saves memory and, at tens of thousands of slots, a level. What becomes small is merged on the way up. A sorted
+//! run of intervals goes down together: a node takes those that belong below it until it is full.
 
 mod edit;
 mod node;
@@ -36,27 +38,35 @@ pub(super) struct HvaIndex {
 impl HvaIndex {
     pub(super) const EMPTY: Self = Self { root: None };
 
-    /// Adds an interval that is not there.
+    /// Adds intervals that are not there, in ascending order of (start, id).
     ///
     /// # Safety
     /// The index belongs to the writer's working version, whose stamp is the arena's.
-    pub(super) unsafe fn insert(&mut self, arena: &mut Arena, new: Interval) -> Result<(), OutOfMemory> {
+    pub(super) unsafe fn insert(
+        &mut self,
+        arena: &mut Arena,
+        mut run: &[Interval],
+    ) -> Result<(), OutOfMemory> {
         // SAFETY: the root is the writer's own; what it names belongs to the working version.
         unsafe {
-            let Some(root) = self.root else {
-                self.root = Some(alloc_leaf(arena, &[new])?.raw());
-                return Ok(());
-            };
-            let mut child = Node::of(root).as_child();
-            if Node::of(root).len() == FAN_OUT || !fits(child, new) {
-                let level = Leaf::from_raw(root).head().level + 1;
-                let parent = alloc_inner(arena, &[child], level)?;
-                self.root = Some(parent.raw());
-                child = Node::Inner(parent).as_child();
+            while let Some(&new) = run.first() {
+                let Some(root) = self.root else {
+                    self.root = Some(alloc_leaf(arena, &[new])?.raw());
+                    run = &run[1..];
+                    continue;
+                };
+                let mut child = Node::of(root).as_child();
+                if Node::of(root).len() == FAN_OUT || !fits(child, new) {
+                    let level = Leaf::from_raw(root).head().level + 1;
+                    let parent = alloc_inner(arena, &[child], level)?;
+                    self.root = Some(parent.raw());
+                    child = Node::Inner(parent).as_child();
+                }
+                let result = insert(arena, &mut child, run);
+                self.root = Some(child.node);
+                run = &run[result?..];
             }
-            let result = insert(arena, &mut child, new);
-            self.root = Some(child.node);
-            result
+            Ok(())
         }
     }
 

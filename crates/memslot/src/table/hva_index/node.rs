@@ -25,7 +25,7 @@ impl Interval {
         Some(Self { start, pages: slot.pages32(), id: slot.id().get() })
     }
 
-    pub(super) fn key(&self) -> (u64, u32) {
+    pub(in crate::table) fn key(&self) -> (u64, u32) {
         (self.start, self.id)
     }
 
@@ -121,9 +121,7 @@ pub(super) unsafe fn set_child(inner: Inner, at: usize, child: Child) {
             let (children, len) = copy_of(inner.items());
             set_children(inner, &children[..len]);
         } else if (old.start, old.end) != (child.start, child.end) {
-            let mut bounds = *inner.header();
-            bounds.set(at, child.start, child.end);
-            inner.set_header(bounds);
+            inner.header_mut().set(at, child.start, child.end);
         }
     }
 }
@@ -189,7 +187,7 @@ pub(super) fn alloc_inner(arena: &mut Arena, children: &[Child], level: u8) -> R
 pub(super) unsafe fn set_children(inner: Inner, children: &[Child]) {
     // SAFETY: passed on.
     unsafe {
-        inner.set_header(Bounds::of(children.iter().map(|child| (child.start, child.end))));
+        *inner.header_mut() = Bounds::of(children.iter().map(|child| (child.start, child.end)));
         inner.set_items(children);
     }
 }
@@ -289,46 +287,59 @@ pub(super) fn place_in(bounds: &Bounds, ids: &[u32], item: &Interval) -> Option<
     Some((at, from))
 }
 
-/// Inserts into a private leaf that has room and whose base stays. Returns whether it did.
+/// Inserts into a leaf that is neither empty nor full, without unpacking it: where it stands if it is private and
+/// has room, else in a copy. Returns the leaf that the caller links in the old one's place at once, or `None`, with
+/// nothing done, where the item would be the first.
 ///
 /// # Safety
-/// The leaf is alive and belongs to the working version; it has less than [`FAN_OUT`] items.
-pub(super) unsafe fn insert_in_place(arena: &Arena, leaf: Leaf, new: Interval) -> bool {
-    // SAFETY: the leaf is written only if it is private, and after the last use of what was read of it.
+/// The leaf is alive and belongs to the working version.
+pub(super) unsafe fn insert_packed(
+    arena: &mut Arena,
+    leaf: Leaf,
+    new: Interval,
+) -> Result<Option<Leaf>, OutOfMemory> {
+    // SAFETY: a leaf is written only once it is private, and after the last use of what was read of it.
     unsafe {
-        let (mut bounds, ids) = (*leaf.header(), leaf.items());
-        match place_in(&bounds, ids, &new) {
-            // A new first item of the same start is fine: the base stays.
-            Some((at, from)) if arena.is_private(leaf) && ids.len() < leaf.capacity() => {
-                bounds.starts.insert(at, key(from));
-                bounds.ends.insert(at, key(from + new.pages));
-                leaf.insert_item(at, new.id);
-                leaf.set_header(bounds);
-                true
-            }
-            _ => false,
-        }
+        // A new first item of the same start is fine: the base stays.
+        let Some((at, from)) = place_in(leaf.header(), leaf.items(), &new) else { return Ok(None) };
+        let leaf = arena.with_item(leaf, at, new.id)?;
+        let bounds = leaf.header_mut();
+        bounds.starts.insert(at, key(from));
+        bounds.ends.insert(at, key(from + new.pages));
+        Ok(Some(leaf))
     }
 }
 
-/// Removes from a private leaf whose base stays. Returns whether it did.
+/// Removes from a leaf; otherwise as [`insert_packed`]. `None` where the item is the only one.
 ///
 /// # Safety
-/// As [`insert_in_place`].
-pub(super) unsafe fn remove_in_place(arena: &Arena, leaf: Leaf, old: Interval) -> bool {
+/// As [`insert_packed`].
+pub(super) unsafe fn remove_packed(
+    arena: &mut Arena,
+    leaf: Leaf,
+    old: Interval,
+) -> Result<Option<Leaf>, OutOfMemory> {
     // SAFETY: as above.
     unsafe {
-        let (mut bounds, ids) = (*leaf.header(), leaf.items());
-        match place_in(&bounds, ids, &old) {
-            Some((at, _)) if at > 0 && ids.get(at) == Some(&old.id) && arena.is_private(leaf) => {
-                bounds.starts.remove(at, key(u32::MAX));
-                bounds.ends.remove(at, key(0));
-                leaf.remove_item(at);
-                leaf.set_header(bounds);
-                true
+        let (bounds, ids) = (leaf.header(), leaf.items());
+        let at = match place_in(bounds, ids, &old) {
+            Some((at, _)) if ids.len() > 1 && ids.get(at) == Some(&old.id) => at,
+            _ => return Ok(None),
+        };
+        let leaf = arena.without_item(leaf, at)?;
+        let bounds = leaf.header_mut();
+        bounds.starts.remove(at, key(u32::MAX));
+        bounds.ends.remove(at, key(0));
+        if at == 0 {
+            // All bounds count from the first item's start.
+            let step = offset(bounds.starts.0[0]);
+            bounds.base += u64::from(step);
+            let len = leaf.items().len();
+            for key in bounds.starts.0[..len].iter_mut().chain(&mut bounds.ends.0[..len]) {
+                *key = key.wrapping_sub_unsigned(step);
             }
-            _ => false,
         }
+        Ok(Some(leaf))
     }
 }
 
