@@ -83,6 +83,14 @@ pub(crate) const fn index(value: u64) -> usize {
     value as usize
 }
 
+/// Stops this processor for good.
+pub(crate) fn sleep() -> ! {
+    loop {
+        // SAFETY: nothing wakes it that matters.
+        unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
+    }
+}
+
 /// Leaves QEMU (its device `isa-debug-exit`): its exit status is `2 * code + 1`.
 pub(crate) fn leave(code: u32) -> ! {
     loop {

@@ -8,11 +8,13 @@
 //! RAM is backed by pages of the pool, in this order. The windows are the machine's own addresses: the first megabyte's ROM, then ACPI's
 //! tables, interrupt controllers, timers. Nothing is in the hole.
 
+use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use memslot::dirty::DirtyLog;
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable,
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, Slot, SlotFlags, SlotId, SlotSpec, SlotTable,
     TransactionError,
 };
 use memslot_mmu::format::Access;
@@ -20,7 +22,7 @@ use memslot_mmu::{Config, DirtyMode, Fault, Level};
 
 use crate::cpu::index;
 use crate::options::Options;
-use crate::paging::{Host, Mmu, Walker};
+use crate::paging::{Host, Mmu, Walker, census};
 use crate::physical;
 use crate::pool;
 
@@ -48,6 +50,17 @@ pub(crate) struct FaultCounts {
     pub(crate) other: u64,
 }
 
+/// Whether the guest can go on after a fault.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Resolved {
+    /// It can.
+    Yes,
+    /// It tries again, and finds the same until what is changing there has changed.
+    Later,
+    /// There is nothing, or nothing that may be written.
+    Nothing,
+}
+
 /// See the [module documentation](self).
 pub(crate) struct Guest {
     pub(crate) table: SlotTable,
@@ -58,6 +71,8 @@ pub(crate) struct Guest {
     pub(crate) windows: Vec<GfnRange>,
     pub(crate) walker: Walker,
     pub(crate) faults: FaultCounts,
+    /// How many tables there were at first.
+    tables: usize,
 }
 
 /// Frames from an address up to another.
@@ -83,8 +98,8 @@ impl Guest {
         let mmu =
             Mmu::attach(&mut table, host, config).map_err(|_| "no memory for the guest's page tables")?;
         let walker = mmu.walker().map_err(|_| no_memory)?;
-        let faults = FaultCounts::default();
-        Ok(Self { table, log, mmu, host, ram: Vec::new(), windows: Vec::new(), walker, faults })
+        let (faults, tables) = (FaultCounts::default(), mmu.stats().tables);
+        Ok(Self { table, log, mmu, host, ram: Vec::new(), windows: Vec::new(), walker, faults, tables })
     }
 
     /// Gives it the memory of a PC: `bytes` of RAM, of which a quarter is high, and windows to the machine from `top` on.
@@ -120,32 +135,63 @@ impl Guest {
         Ok(())
     }
 
+    /// Takes all memory away again, and looks whether anything is left behind: page tables, or frames of the pool.
+    ///
+    /// # Errors
+    /// What is.
+    pub(crate) fn take_down(&mut self) -> Result<(), String> {
+        let ids: Vec<_> = self.table.view().slots(SPACE).map(Slot::id).collect();
+        let deleted = self.table.transaction(|tx| ids.iter().try_for_each(|&id| tx.delete(SPACE, id)));
+        deleted.map_err(|error| format!("slots could not be deleted: {error}"))?;
+        // The old walker has tables in reserve.
+        self.walker = self.mmu.walker().map_err(|_| "no memory")?;
+        self.mmu.reclaim();
+        let (tables, frames) = (self.mmu.stats().tables, self.host.table_frames());
+        if tables != self.tables || frames != self.tables {
+            return Err(format!(
+                "{tables} page tables are left in {frames} frames, at first there were {}",
+                self.tables
+            ));
+        }
+        let left = census(&self.mmu).pages;
+        if left != [0; 3] {
+            return Err(format!("{left:?} pages are mapped without a slot"));
+        }
+        if !self.host.pool().is_sound() {
+            return Err("a frame of the pool is lost, or in two places".into());
+        }
+        Ok(())
+    }
+
     /// How many pages of RAM it has.
     pub(crate) fn pages(&self) -> u64 {
         self.ram.iter().map(|ram| ram.gfns.len()).sum()
     }
 
-    /// Resolves a fault. `false` where nothing is to be mapped.
+    /// Resolves a fault, or says why not.
     ///
     /// # Errors
     /// For want of page tables.
-    pub(crate) fn fault(&mut self, gpa: Gpa, access: Access) -> Result<bool, &'static str> {
+    pub(crate) fn fault(&mut self, gpa: Gpa, access: Access) -> Result<Resolved, &'static str> {
         let counts = &mut self.faults;
         match self.walker.fault(gpa, access) {
             Ok(Fault::Mapped(level)) => counts.mapped[usize::from(level.get()) - 1] += 1,
             Ok(Fault::AlreadyMapped) => counts.already_mapped += 1,
-            Ok(Fault::Retry) => counts.retry += 1,
+            Ok(Fault::Retry) => {
+                counts.retry += 1;
+                return Ok(Resolved::Later);
+            }
             Ok(Fault::Mmio) => {
                 counts.mmio += 1;
-                return Ok(false);
+                return Ok(Resolved::Nothing);
             }
             Ok(_) => {
                 counts.other += 1;
-                return Ok(false);
+                return Ok(Resolved::Nothing);
             }
             Err(_) => return Err("no memory for a page table"),
         }
-        Ok(true)
+        Ok(Resolved::Yes)
     }
 
     /// The frame behind one of RAM, as the slots and the pool say.

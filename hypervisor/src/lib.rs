@@ -50,6 +50,7 @@ use self::linux::Boot;
 use self::options::{Options, Scenario};
 use self::paging::Host;
 use self::pool::{BLOCK, Pool, SPARE};
+pub use self::processors::Trampoline;
 use self::scenario::Turn;
 use self::start_info::StartInfo;
 use self::vcpu::Vcpu;
@@ -58,13 +59,16 @@ use self::vcpu::Vcpu;
 const HEAP: core::ops::Range<u64> = 8 << 20..40 << 20;
 const TABLES: core::ops::Range<u64> = 40 << 20..72 << 20;
 const POOL: u64 = 72 << 20;
+/// Pages of the pool that are no RAM at first: the last ones.
+const PLUGGED: u64 = 16 * BLOCK;
 
 /// Runs what the command line says, and leaves QEMU: with status 33 if it passed.
 ///
 /// # Safety
 /// Called once, on the boot processor, in the state that `entry.s` makes, with the address that EBX had.
-pub unsafe fn main(start_info: u64, heap: &Heap) -> ! {
+pub unsafe fn main(start_info: u64, heap: &Heap, trampoline: Trampoline) -> ! {
     console::start();
+    processors::TRAMPOLINE.call_once(|| trampoline);
     // SAFETY: nothing else is there: the image ends below, modules are at the top of memory.
     unsafe { heap.give(cpu::index(HEAP.start), cpu::index(HEAP.end)) };
     traps::install();
@@ -90,14 +94,15 @@ pub unsafe fn main(start_info: u64, heap: &Heap) -> ! {
 pub fn give_up(why: &dyn Display) -> ! {
     say!("memslot-hypervisor: {why}");
     report!("result {why}");
-    traps::stop()
+    cpu::leave(3)
 }
 
 fn run(info: &StartInfo) -> Result<(), String> {
     let options = Options::parse(info.command_line)
         .map_err(|word| alloc::format!("the command line's {word:?} makes no sense"))?;
     svm::enable()?;
-    let pages = (options.memory >> 12).next_multiple_of(BLOCK);
+    // Besides RAM there is some for what is plugged in later.
+    let pages = (options.memory >> 12).next_multiple_of(BLOCK) + PLUGGED;
     let copy = (POOL >> 12) + pages + SPARE;
     let end = match options.scenario {
         Scenario::Dirty => copy + pages,
@@ -114,10 +119,11 @@ fn run(info: &StartInfo) -> Result<(), String> {
     say!("memslot-hypervisor: {:?}, {} MiB for the guest", options.scenario, options.memory >> 20);
     let result = match options.scenario {
         Scenario::Trivial => scenario::trivial::run(&mut turn),
+        Scenario::Shootdown => scenario::shootdown::run(&mut turn),
         _ => linux(info, &options, &mut turn, copy),
     };
     summary::report(&turn);
-    result
+    result.and_then(|()| guest.take_down())
 }
 
 fn linux(info: &StartInfo, options: &Options, turn: &mut Turn<'_>, copy: u64) -> Result<(), String> {
@@ -144,6 +150,8 @@ fn linux(info: &StartInfo, options: &Options, turn: &mut Turn<'_>, copy: u64) ->
     turn.guest.add_memory(options.memory, top, flags).map_err(|error| alloc::format!("{error}"))?;
     let mut scenario: Box<dyn scenario::Scenario> = match options.scenario {
         Scenario::Dirty => Box::new(scenario::dirty::Dirty::new(turn.guest, copy, options.round, is_logged)?),
+        Scenario::Storm => Box::new(scenario::storm::Storm::new(turn.guest)),
+        Scenario::Hotplug => Box::new(scenario::hotplug::Hotplug::new(turn.guest)),
         _ => Box::new(scenario::boot::Boot),
     };
     linux::load(turn.guest, &boot)?;

@@ -4,9 +4,6 @@
 //! identity page tables and the address of the *zero page* in RSI: the image's own header, the memory map, and where
 //! initramfs, command line and ACPI's tables are.
 
-use memslot::Gpa;
-
-use crate::cpu::index;
 use crate::guest::Guest;
 use crate::svm::Segment;
 use crate::vcpu::Vcpu;
@@ -95,8 +92,8 @@ pub(crate) fn load(guest: &mut Guest, boot: &Boot<'_>) -> Result<(), &'static st
 
     // 4 GiB in pages of 2 MiB: the root, a table of 1 GiB entries, four of 2 MiB entries.
     let entry = |number: u64| match number {
-        0 => PAGE_TABLES + 0x1000 | 3,
-        512..516 => PAGE_TABLES + (number - 512 + 2) * 0x1000 | 3,
+        0 => PAGE_TABLES + 0x1003,
+        512..516 => PAGE_TABLES + (number - 512 + 2) * 0x1000 + 3,
         1024..3072 => (number - 1024) << 21 | 0x83,
         _ => 0,
     };
@@ -141,14 +138,6 @@ pub(crate) fn start(vcpu: &mut Vcpu, boot: &Boot<'_>) {
     save.ldtr = Segment { attributes: 0x82, ..save.tr };
     save.rip = boot.kernel.address + 0x200;
     vcpu.registers.rsi = ZERO_PAGE;
-}
-
-/// Reads a number from guest memory; for messages.
-pub(crate) fn peek(guest: &Guest, gpa: Gpa) -> Option<u64> {
-    let frame = guest.frame(memslot::Gfn::new(gpa.get() >> 12))?;
-    let at = (frame << 12) + (gpa.get() & 0xff8);
-    // SAFETY: a frame of the pool.
-    Some(u64::from_le_bytes(unsafe { crate::physical::bytes(at..at + 8) }[..index(8)].try_into().ok()?))
 }
 
 #[cfg(test)]

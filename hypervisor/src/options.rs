@@ -23,8 +23,6 @@ pub(crate) struct Options {
     pub(crate) dirty_bits: bool,
     /// How many timer interrupts lie between two rounds of a scenario.
     pub(crate) round: u64,
-    /// `false` leaves the flush of other processors out, to show that the test sees it.
-    pub(crate) flush: bool,
 }
 
 impl Options {
@@ -39,7 +37,6 @@ impl Options {
             large_pages: true,
             dirty_bits: false,
             round: 25,
-            flush: true,
         };
         for word in text.split_ascii_whitespace() {
             // QEMU may name the kernel in front.
@@ -57,8 +54,6 @@ impl Options {
                 ("rearm", "protect") => options.dirty_bits = false,
                 ("rearm", "bits") => options.dirty_bits = true,
                 ("round", _) => options.round = value.parse().map_err(|_| word)?,
-                ("flush", "yes") => options.flush = true,
-                ("flush", "no") => options.flush = false,
                 _ => return Err(word),
             }
         }

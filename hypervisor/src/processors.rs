@@ -14,9 +14,13 @@
 //!
 //! Both sides write first and look at the other's word then, in one order for all (sequential consistency), so one of them sees the other.
 
+use alloc::boxed::Box;
+use alloc::vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::apic;
+use spin::{Mutex, Once};
+
+use crate::{apic, cpu, physical};
 
 /// The most processors.
 pub(crate) const MAX: usize = 4;
@@ -36,6 +40,70 @@ static REQUEST: AtomicU64 = AtomicU64::new(0);
 static KICKS: AtomicU64 = AtomicU64::new(0);
 /// Whether processors inside the guest are left alone: to show what that does.
 static NEGLECT: AtomicBool = AtomicBool::new(false);
+
+/// How another processor is started: the code that is copied below 1 MiB, and the two words that it takes its stack and what it
+/// calls from.
+#[derive(Clone, Copy)]
+pub struct Trampoline {
+    /// The code.
+    pub code: &'static [u8],
+    /// Where the end of the stack is written to.
+    pub stack: *mut u64,
+    /// Where the function is written to.
+    pub entry: *mut u64,
+}
+
+// SAFETY: only `start` uses the pointers, one call at a time.
+unsafe impl Send for Trampoline {}
+// SAFETY: as above.
+unsafe impl Sync for Trampoline {}
+
+/// Set once, at the start.
+pub(crate) static TRAMPOLINE: Once<Trampoline> = Once::new();
+/// Where its code is copied to.
+const TRAMPOLINE_PAGE: u8 = 8;
+
+type Work = Box<dyn FnOnce() + Send>;
+static WORK: Mutex<Option<Work>> = Mutex::new(None);
+
+/// Has another processor, by the number of its interrupt controller, do some work and then sleep. Returns when it has begun.
+///
+/// # Errors
+/// It does not come.
+pub(crate) fn start(apic: u64, work: Work) -> Result<(), &'static str> {
+    let trampoline = TRAMPOLINE.get().ok_or("there is no code for other processors to start with")?;
+    *WORK.lock() = Some(work);
+    let stack = vec![0_u128; 8192].leak();
+    let entry = (begin as *const ()).addr() as u64;
+    // SAFETY: the words are for this, and the page below 1 MiB is free memory that nothing else is in.
+    unsafe {
+        trampoline.stack.write_volatile(stack.as_ptr_range().end.addr() as u64);
+        trampoline.entry.write_volatile(entry);
+        let to = physical::pointer::<u8>(u64::from(TRAMPOLINE_PAGE) << 12);
+        core::ptr::copy_nonoverlapping(trampoline.code.as_ptr(), to, trampoline.code.len());
+    }
+    let before = cpu::ticks();
+    apic::send_init(apic);
+    apic::send_startup(apic, TRAMPOLINE_PAGE);
+    while WORK.lock().is_some() {
+        core::hint::spin_loop();
+        if cpu::ticks() - before > 40_000_000_000 {
+            return Err("the other processor does not start (QEMU: -smp 2)");
+        }
+    }
+    Ok(())
+}
+
+/// Where another processor gets into Rust.
+extern "sysv64" fn begin() -> ! {
+    crate::traps::install();
+    apic::enable();
+    let work = WORK.lock().take();
+    if let Some(work) = work {
+        work();
+    }
+    cpu::sleep()
+}
 
 /// A processor, by its number.
 pub(crate) fn get(number: usize) -> &'static Processor {
@@ -86,10 +154,5 @@ impl Processor {
     pub(crate) fn leave(&self) {
         self.exits.fetch_add(1, Ordering::SeqCst);
         self.inside.store(false, Ordering::SeqCst);
-    }
-
-    /// Whether it is in the guest.
-    pub(crate) fn is_inside(&self) -> bool {
-        self.inside.load(Ordering::SeqCst)
     }
 }

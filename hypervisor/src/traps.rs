@@ -6,8 +6,6 @@
 use alloc::boxed::Box;
 use core::arch::{asm, global_asm};
 
-use crate::cpu;
-
 #[repr(C, align(16))]
 struct Stack([u8; 16384]);
 
@@ -85,11 +83,6 @@ extern "sysv64" fn trap(frame: &TrapFrame) -> ! {
         "exception {} (error code {:#x}) of the hypervisor at {:#x}, stack {:#x}, cr2 {fault_address:#x}",
         frame.vector, frame.error_code, frame.rip, frame.rsp
     ))
-}
-
-/// Stops this processor for good.
-pub(crate) fn stop() -> ! {
-    cpu::leave(3)
 }
 
 global_asm!(

@@ -18,7 +18,7 @@ use memslot::Gpa;
 use memslot_mmu::format::Access;
 
 use crate::cpu;
-use crate::processors::{self, Processor};
+use crate::processors::Processor;
 use crate::svm::{
     self, EVENT_ERROR_CODE, EVENT_VALID, Registers, V_IGNORE_TPR, V_IRQ, Vmcb, event, exit, intercept,
 };
@@ -248,15 +248,9 @@ impl Vcpu {
         }
     }
 
-    /// Has the guest take an exception instead of what it was about to do.
-    pub(crate) fn raise(&mut self, vector: u64, error_code: u64) {
-        self.vmcb.control.event =
-            EVENT_VALID | EVENT_ERROR_CODE | error_code << 32 | event::EXCEPTION << 8 | vector;
-    }
-
     /// What the guest writes to a port, if it writes.
     pub(crate) fn written(&self, port: Port) -> Option<u64> {
-        let value = self.vmcb.save.rax & (1 << (8 * u32::from(port.bytes))) - 1;
+        let value = self.vmcb.save.rax & ((1 << (8 * u32::from(port.bytes))) - 1);
         (!port.is_read).then_some(value)
     }
 
@@ -274,14 +268,4 @@ impl Vcpu {
         }
         self.vmcb.save.rip = port.next;
     }
-
-    /// The processor it runs on.
-    pub(crate) fn processor(&self) -> &'static Processor {
-        self.processor
-    }
-}
-
-/// Whether some processor is in the guest; for tests of the flush.
-pub(crate) fn is_inside(number: usize) -> bool {
-    processors::get(number).is_inside()
 }

@@ -1,10 +1,12 @@
 //! The guest's first and only program: fills most of RAM from several processes, checks every page, and turns the machine off.
 //!
 //! It needs no library and no other file. The kernel gives it the words of its command line that it does not know itself as
-//! environment: `MEMSLOT_ROUNDS` and `MEMSLOT_PERCENT` say how much is done, `MEMSLOT_HYPERVISOR=1` that somebody listens to calls.
+//! environment: `MEMSLOT_ROUNDS`, `MEMSLOT_PERCENT` and `MEMSLOT_HOTPLUG` say how much is done, `MEMSLOT_HYPERVISOR=1` that somebody listens to calls.
 #![no_std]
 #![no_main]
 
+#[path = "../guest_init/hotplug.rs"]
+mod hotplug;
 #[path = "../memory_functions.rs"]
 mod memory_functions;
 #[path = "../guest_init/system.rs"]
@@ -39,7 +41,8 @@ extern "sysv64" fn start(stack: *const usize) -> ! {
     }
     let rounds = environment.number(b"MEMSLOT_ROUNDS=", 2);
     let percent = environment.number(b"MEMSLOT_PERCENT=", 70);
-    let wrong = workload::run(rounds, percent);
+    let cycles = environment.number(b"MEMSLOT_HOTPLUG=", 0);
+    let wrong = workload::run(rounds, percent, || if cycles > 0 { hotplug::run(cycles) } else { 0 });
     let (seconds, hundredths) = system::uptime();
     let verdict = if wrong == 0 { "PASS" } else { "FAIL" };
     print!("memslot-init: {verdict}, {wrong} errors, after {seconds}.{hundredths:02} s\n");

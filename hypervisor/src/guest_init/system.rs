@@ -4,6 +4,7 @@ use core::arch::asm;
 use core::fmt::{self, Write};
 
 const WRITE: usize = 1;
+const OPEN: usize = 2;
 const MMAP: usize = 9;
 const MUNMAP: usize = 11;
 const MADVISE: usize = 28;
@@ -116,6 +117,20 @@ pub(crate) fn map(bytes: usize, large: bool) -> Option<&'static mut [u64]> {
         let start = usize::try_from(start).ok()?;
         system_call(MADVISE, [start, bytes, if large { 14 } else { 15 }, 0, 0, 0]);
         Some(core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(start), bytes / 8))
+    }
+}
+
+/// Physical memory, through `/dev/mem`, for ever.
+pub(crate) fn map_physical(start: usize, bytes: usize) -> Option<usize> {
+    const READ_WRITE: usize = 3;
+    const SHARED: usize = 1;
+    // `O_RDWR | O_SYNC`: not cached.
+    const FLAGS: usize = 0o4_010_002;
+    // SAFETY: the mapping is new.
+    unsafe {
+        let file = system_call(OPEN, [c"/dev/mem".as_ptr().addr(), FLAGS, 0, 0, 0, 0]);
+        let file = usize::try_from(file).ok()?;
+        usize::try_from(system_call(MMAP, [0, bytes, READ_WRITE, SHARED, file, start])).ok()
     }
 }
 

@@ -71,8 +71,8 @@ fn copy_on_write(bytes: usize) -> bool {
     children && check(memory, 1) == 0
 }
 
-/// Everything. Returns the number of errors.
-pub(crate) fn run(rounds: u64, percent: u64) -> u64 {
+/// Everything, and something else while the writers run. Returns the number of errors.
+pub(crate) fn run(rounds: u64, percent: u64, meanwhile: impl FnOnce() -> u64) -> u64 {
     let free = system::free_memory();
     let bytes = (free / 100 * usize::try_from(percent).unwrap_or(0) / WRITERS) & !0xfff;
     let mut wrong = 0;
@@ -80,6 +80,7 @@ pub(crate) fn run(rounds: u64, percent: u64) -> u64 {
     print!("memslot-init: {WRITERS} writers, {pages} pages, {rounds} rounds\n");
     let started = (0..WRITERS).filter(|&number| system::fork(|| writer(number, bytes, rounds))).count();
     wrong += (WRITERS - started) as u64;
+    wrong += meanwhile();
     for _ in 0..started {
         wrong += u64::from(!system::wait());
     }

@@ -5,6 +5,9 @@
 
 pub(crate) mod boot;
 pub(crate) mod dirty;
+pub(crate) mod hotplug;
+pub(crate) mod shootdown;
+pub(crate) mod storm;
 pub(crate) mod trivial;
 
 use alloc::format;
@@ -14,7 +17,7 @@ use memslot::Gpa;
 use memslot_mmu::format::Access;
 
 use crate::acpi;
-use crate::guest::Guest;
+use crate::guest::{Guest, Resolved};
 use crate::vcpu::{Exit, Vcpu};
 
 /// The guest calls with one of these in RAX: our own, nobody else's.
@@ -55,6 +58,12 @@ pub(crate) trait Scenario {
         Err(format!("the guest accesses {:#x}, where nothing is ({access:?}, rip {rip:#x})", gpa.get()))
     }
 
+    /// A fault is to be tried again. A guest that has interrupts off comes out for nothing else, so there will be no tick meanwhile.
+    fn later(&mut self, turn: &mut Turn<'_>) -> Result<(), String> {
+        let _ = turn;
+        Ok(())
+    }
+
     /// The guest has turned the machine off.
     fn end(&mut self, turn: &mut Turn<'_>) -> Result<(), String> {
         let _ = turn;
@@ -76,11 +85,11 @@ pub(crate) fn run(scenario: &mut dyn Scenario, turn: &mut Turn<'_>, power: u16) 
     }
     loop {
         match turn.vcpu.run() {
-            Exit::Fault { gpa, access } => {
-                if !turn.guest.fault(gpa, access)? {
-                    scenario.hole(turn, gpa, access)?;
-                }
-            }
+            Exit::Fault { gpa, access } => match turn.guest.fault(gpa, access)? {
+                Resolved::Yes => {}
+                Resolved::Later => scenario.later(turn)?,
+                Resolved::Nothing => scenario.hole(turn, gpa, access)?,
+            },
             Exit::Tick => {
                 ticks += 1;
                 if ticks % scenario.ticks().max(1) == 0 {

@@ -10,7 +10,7 @@ use memslot::{Backing, Gfn, Gpa, Hva, SlotFlags};
 use memslot_mmu::format::Access;
 
 use super::Turn;
-use crate::guest::{frames, spec};
+use crate::guest::{Resolved, frames, spec};
 use crate::pool;
 use crate::vcpu::Exit;
 
@@ -47,7 +47,7 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
     loop {
         match vcpu.run() {
             Exit::Fault { gpa, access } => {
-                if !guest.fault(gpa, access)? {
+                if guest.fault(gpa, access)? == Resolved::Nothing {
                     let is_right =
                         gpa == Gpa::new(0x5000) && access == Access::WRITE && vcpu.counts.calls == 1;
                     return if is_right { Ok(()) } else { Err(format!("{gpa} came out for {access:?}")) };

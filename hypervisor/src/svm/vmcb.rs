@@ -112,8 +112,12 @@ const _: () = {
 impl Vmcb {
     /// A new one, all zeros, for ever.
     pub(crate) fn leak() -> &'static mut Self {
-        // SAFETY: it consists of numbers, for which zero is a value.
-        Box::leak(unsafe { Box::<Self>::new_zeroed().assume_init() })
+        let mut block = Box::<Self>::new_uninit();
+        // SAFETY: the memory is the block's, and it consists of numbers, for which zero is a value.
+        Box::leak(unsafe {
+            block.as_mut_ptr().write_bytes(0, 1);
+            block.assume_init()
+        })
     }
 }
 

@@ -81,6 +81,12 @@ enum Scenario {
     Boot,
     /// A copy of RAM kept up to date from the dirty log, compared with RAM at the end
     Dirty,
+    /// Memory plugged in, made ROM, moved, split, resized, unplugged; a program of the guest looks at it
+    Hotplug,
+    /// Slots churn and pages move thousands of times a second while the guest works
+    Storm,
+    /// A page is protected, moved and taken away while another processor writes to it (no Linux)
+    Shootdown,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -229,7 +235,8 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
     let common =
         format!("console=ttyS0 panic=-1 MEMSLOT_ROUNDS={} MEMSLOT_PERCENT={}", args.rounds, args.percent);
     let plain = if args.plain { Some(plain(args, files, &common)?) } else { None };
-    let container = files.container(&format!("{common} MEMSLOT_HYPERVISOR=1"))?;
+    let hotplug = if scenario == Scenario::Hotplug { 3 * args.rounds } else { 0 };
+    let container = files.container(&format!("{common} MEMSLOT_HYPERVISOR=1 MEMSLOT_HOTPLUG={hotplug}"))?;
     let words = format!(
         "scenario={} memory={} pages={} rearm={}",
         word(&scenario),
@@ -239,7 +246,8 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
     );
     // Besides the guest's memory: the hypervisor's own, modules, firmware, and the copy that some scenarios keep.
     let copy = if scenario == Scenario::Dirty { args.memory } else { 0 };
-    let mut qemu = machine::qemu(args.memory + copy + (192 << 20), args.smp, args.repeatable);
+    let processors = if scenario == Scenario::Shootdown { 2 } else { args.smp };
+    let mut qemu = machine::qemu(args.memory + copy + (192 << 20), processors, args.repeatable);
     let figures = files.folder.join("figures");
     qemu.arg("-debugcon").arg(format!("file:{}", figures.display()));
     qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-append", &words]);

@@ -1,0 +1,107 @@
+//! `hotplug`: memory comes and goes while Linux runs, and a program in the guest looks whether it sees just what it should.
+//!
+//! Debian's kernel has no probe file for memory, and there is no driver for ours. So the memory that is plugged in lies above all that
+//! the kernel knows, and the guest's program maps it through `/dev/mem`. It calls for each change and then looks. While it
+//! does, other processes of the guest fill and check ordinary memory.
+//!
+//! An access to nothing (or a write to ROM) comes out and is completed as the bus of a PC would: reads are all ones, writes
+//! are lost. Not to have to decode the instruction, the hypervisor lets the program say where it goes on.
+
+use alloc::format;
+use alloc::string::String;
+
+use memslot::{Backing, Gfn, Gpa, Hva, SlotFlags, SlotId, TransactionError};
+use memslot_mmu::format::Access;
+
+use super::{Scenario, Turn};
+use crate::PLUGGED;
+use crate::console::report;
+use crate::guest::{Guest, SPACE, frames, spec};
+use crate::pool;
+
+/// The call; RBX says what to do.
+const CHANGE: u64 = 0x6d65_6d10;
+/// In R14: R15 is where the program goes on.
+const EXPECTS_NOTHING: u64 = 0x6e6f_7468_696e_6721;
+/// Where memory is plugged in: 8 GiB, and where it is moved to.
+const PLACE: u64 = 8 << 30;
+const OTHER_PLACE: u64 = PLACE + (32 << 20);
+const BYTES: u64 = 8 << 20;
+const ID: SlotId = SlotId::new(50);
+const UPPER: SlotId = SlotId::new(51);
+
+/// See the [module documentation](self).
+pub(crate) struct Hotplug {
+    /// The pool address of the memory that is plugged in.
+    hva: u64,
+    changes: u64,
+    reads_of_nothing: u64,
+    lost_writes: u64,
+}
+
+impl Hotplug {
+    /// For a guest that has its memory.
+    pub(crate) fn new(guest: &Guest) -> Self {
+        let hva = pool::FIRST + ((guest.host.pool().pages() - PLUGGED) << 12);
+        Self { hva, changes: 0, reads_of_nothing: 0, lost_writes: 0 }
+    }
+
+    fn change(&self, guest: &mut Guest, what: u64) -> Result<u64, TransactionError> {
+        let slot = |id: SlotId, from: u64, to: u64| {
+            let backing = Backing::Host { hva: Hva::new(self.hva + from) };
+            spec(id.get(), frames(PLACE + from, PLACE + to), backing, SlotFlags::empty())
+        };
+        let middle = Gfn::new((PLACE + BYTES / 2) >> 12);
+        guest.table.transaction(|tx| match what {
+            0 => tx.create(slot(ID, 0, BYTES)),
+            1 => tx.set_read_only(SPACE, ID, true),
+            2 => tx.set_read_only(SPACE, ID, false),
+            3 => tx.move_to(SPACE, ID, Gfn::new(OTHER_PLACE >> 12)),
+            4 => tx.move_to(SPACE, ID, Gfn::new(PLACE >> 12)),
+            5 => tx.split(SPACE, ID, middle, UPPER),
+            6 => tx.delete(SPACE, UPPER),
+            7 => {
+                tx.create(slot(UPPER, BYTES / 2, BYTES))?;
+                tx.merge(SPACE, ID, UPPER)
+            }
+            8 => tx.resize(SPACE, ID, (BYTES / 4) >> 12),
+            9 => tx.resize(SPACE, ID, BYTES >> 12),
+            _ => tx.delete(SPACE, ID),
+        })
+    }
+}
+
+impl Scenario for Hotplug {
+    fn call(&mut self, turn: &mut Turn<'_>) -> Result<(), String> {
+        let (call, what) = (turn.vcpu.vmcb.save.rax, turn.vcpu.registers.rbx);
+        if call != CHANGE {
+            return Err(format!("the guest makes an unknown call, {call:#x}"));
+        }
+        self.changes += 1;
+        self.change(turn.guest, what).map_err(|error| format!("change {what}: {error}"))?;
+        Ok(())
+    }
+
+    fn hole(&mut self, turn: &mut Turn<'_>, gpa: Gpa, access: Access) -> Result<(), String> {
+        let vcpu = &mut *turn.vcpu;
+        let is_there = (PLACE..OTHER_PLACE + BYTES).contains(&gpa.get());
+        if !is_there || vcpu.vmcb.save.cpl != 3 || vcpu.registers.r14 != EXPECTS_NOTHING {
+            return Err(format!("the guest accesses {gpa} ({access:?}), rip {:#x}", vcpu.vmcb.save.rip));
+        }
+        if access.contains(Access::WRITE) {
+            self.lost_writes += 1;
+        } else {
+            self.reads_of_nothing += 1;
+        }
+        vcpu.vmcb.save.rax = u64::MAX;
+        vcpu.vmcb.save.rip = vcpu.registers.r15;
+        Ok(())
+    }
+
+    fn end(&mut self, _: &mut Turn<'_>) -> Result<(), String> {
+        report!("hotplug.changes {}", self.changes);
+        report!("hotplug.reads_of_nothing {}", self.reads_of_nothing);
+        report!("hotplug.lost_writes {}", self.lost_writes);
+        if self.changes == 0 { Err("the guest asked for no change".into()) } else { Ok(()) }
+    }
+}
