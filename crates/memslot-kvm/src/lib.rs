@@ -50,7 +50,8 @@
 //! With [`Options::max_pages`] a large slot is cut into several of the kernel's, at multiples of that size, so that
 //! blocks of it come and go (as `virtio-mem` does) without a touch of the rest.
 //! Slots of the kernel's that were cut for such a change are joined again only when ids run out: then those that could
-//! be one with a neighbour are, in the same change, while the vCPUs stand still.
+//! be one with a neighbour are, in the same change, while the vCPUs stand still. Ids are the lowest free ones
+//! ([`SlotIds`]); [`KvmSlots::slots`] lists the slots.
 //!
 //! # Nothing half-done
 //!
