@@ -27,7 +27,7 @@ fn processor(mmu: &Mmu<Npt, UserHost>, stop: &AtomicBool, pages: u64, seed: u64)
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        let gpa = Gpa::new((random >> 8) % pages << 12);
+        let gpa = Gpa::new(((random >> 8) % pages) << 12);
         let access = if random & 1 == 0 { Access::READ } else { Access::WRITE };
         match vcpu.fault(gpa, access).unwrap() {
             Fault::Mapped(_) => mapped += 1,
