@@ -18,6 +18,7 @@ for_every_format! {
     shrinking_zaps_what_went
     read_only_keeps_mappings_without_writing
     logging_starts_and_stops
+    logging_starts_for_whole_tables
     logging_with_all_pages_dirty_at_first_arms_nothing
     a_failing_listener_takes_everything_back
     an_empty_tebibyte_is_zapped_at_once
@@ -191,6 +192,46 @@ fn logging_starts_and_stops<F: Format>(dirty: DirtyMode) {
     guest.mmu.reclaim();
     assert_eq!(guest.host.user.tables(), usize::from(F::LEVELS) - 1, "no table of small pages is left");
     assert_eq!(guest.harvest(), []);
+}
+
+fn logging_starts_for_whole_tables<F: Format>(dirty: DirtyMode) {
+    let gib = 1 << 18;
+    // Large pages alone, small ones alone, and both.
+    for small in [&[] as &[u64], &[0, 1, 2], &[5, 511]] {
+        let mut guest = Guest::<F>::with(Config { largest: Level::M2, dirty, ..Config::default() });
+        let pages = if small == [0, 1, 2] { 3 * 512 } else { gib };
+        guest.create(0, 0, pages, HVA, NONE);
+        for &table in small {
+            guest.host.user.set_run(0);
+            let _ = guest.vcpu.prefault(range(table * 512, 512), usize::MAX).unwrap();
+        }
+        guest.host.user.set_run(20);
+        let _ = guest.vcpu.prefault(range(0, pages), usize::MAX).unwrap();
+        let before = guest.leaves();
+        for gfn in before.keys().take(3) {
+            guest.host.touch(&guest.mmu, *gfn);
+        }
+        guest.table.set_flags(RAM, SlotId::new(0), LOG).unwrap();
+        // Small pages that nobody wrote have no dirty bit to clear.
+        let has_large = before.values().any(|leaf| leaf.pages > 1);
+        let changes = has_large || dirty == DirtyMode::WriteProtect;
+        assert_eq!(guest.host.take_flushes().len(), usize::from(changes));
+        assert_eq!(guest.host.stale(&guest.mmu, range(0, pages)), []);
+        let after = guest.leaves();
+        assert!(
+            after.iter().all(|(gfn, leaf)| before[gfn].pfn == leaf.pfn && before[gfn].pages == leaf.pages)
+        );
+        assert_eq!(after.len(), before.len(), "all stay mapped");
+        let by_dirty_bit = |pages| dirty == DirtyMode::Hardware && pages == 1;
+        assert!(after.values().all(|leaf| leaf.write == by_dirty_bit(leaf.pages)));
+        assert_eq!(guest.harvest(), []);
+        for gfn in [3, 600, 1400] {
+            if !guest.processor_writes(gfn) {
+                assert_eq!(guest.write(gfn), Fault::Mapped(Level::K4));
+            }
+        }
+        assert_eq!(guest.harvest(), [3, 600, 1400]);
+    }
 }
 
 fn logging_with_all_pages_dirty_at_first_arms_nothing<F: Format>(dirty: DirtyMode) {

@@ -5,8 +5,8 @@
 //!
 //! | row | bug | where |
 //! |---|---|---|
-//! | 10 | a fault that raced with a delete installed its mapping | waits for the MMU: needs page tables |
-//! | 12, 13 | unbalanced start and end of an invalidation | waits for the MMU's range tokens |
+//! | 10, 11 | a fault that raced with a delete installed its mapping | `memslot-mmu`, `tests/past_bugs.rs` |
+//! | 12, 13 | unbalanced start and end of an invalidation | `memslot-mmu`, `tests/past_bugs.rs` |
 //! | 14 | a cycle of locks | the core takes no lock: there is one writer, by `&mut` |
 //! | 15 | leaks and early frees when an allocation fails | `allocation_failure.rs`, and `table/tests.rs` node by node |
 //! | 18 | a page reference leaked | no pages are referenced: a slot names memory, it does not hold it |

@@ -101,13 +101,18 @@ pub(crate) struct ProtectByCopy<'a, F: Format, H: Host> {
 const WORTH_A_COPY: usize = ENTRIES / 32;
 
 impl<F: Format, H: Host> ProtectByCopy<'_, F, H> {
-    fn copy(&self, table: &Table, frame: Pfn) {
+    /// Whether the table could be copied: a table that is linked in it must not be in two.
+    fn copy(&self, table: &Table, level: Level, frame: Pfn) -> bool {
         let copy = self.cache.table(self.shared, frame);
         for (from, to) in table.0.iter().zip(&copy.0) {
             let entry = from.load(Ordering::SeqCst);
+            if F::is_table(entry, level) {
+                return false;
+            }
             let taken = if F::is_present(entry) { F::WRITE } else { 0 };
             to.store(entry & !taken, Ordering::Relaxed);
         }
+        true
     }
 }
 
@@ -118,21 +123,26 @@ impl<F: Format, H: Host> Visit for ProtectByCopy<'_, F, H> {
     }
 
     fn table(&mut self, at: &At<'_>, table: &Table) -> Next {
-        if at.level > Level::M2 || !at.whole {
+        if !at.whole {
             return Next::Below;
         }
-        let entries = table.0.iter().map(|entry| entry.load(Ordering::SeqCst));
-        let writable = entries.filter(|&entry| F::is_present(entry) && entry & F::WRITE != 0);
-        match writable.take(WORTH_A_COPY.max(1)).count() {
-            0 => return Next::Done,
-            few if few < WORTH_A_COPY => return Next::Below,
-            _ => {}
+        let below = at.level.down();
+        let entries = || table.0.iter().map(|entry| entry.load(Ordering::SeqCst));
+        if below > Level::K4 && entries().any(|entry| F::is_table(entry, below)) {
+            return Next::Below;
+        }
+        let writable = entries().filter(|&entry| F::is_present(entry) && entry & F::WRITE != 0);
+        if writable.take(WORTH_A_COPY).count() < WORTH_A_COPY {
+            return Next::Below;
         }
         if self.cache.len() == 0 {
             return Next::Stop;
         }
         let frame = self.cache.peek(0);
-        self.copy(table, frame);
+        if !self.copy(table, below, frame) {
+            self.cache.clean(self.shared, frame);
+            return Next::Again;
+        }
         if !at.replace(F::table(frame)) {
             self.cache.clean(self.shared, frame);
             return Next::Again;
