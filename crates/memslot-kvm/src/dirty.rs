@@ -13,42 +13,20 @@
 //! comes later is reported the next time.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::MutexGuard;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
 };
-use memslot::dirty::{Consumer, DirtyLog, Harvest, HarvestError, Rearm};
+use memslot::dirty::{Consumer, DirtyLog, Harvest, Rearm};
 use memslot::{AddressSpaceId, GfnRange, OutOfMemory, SlotTable};
 
+use crate::error::DirtyError;
 use crate::kernel::Kernel;
 use crate::programmed::KvmSlot;
 use crate::slots::KvmSlots;
 use crate::steps::State;
-
-/// Why dirty pages could not be had. Nothing is lost: they are reported the next time.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DirtyError {
-    /// [`KvmSlots::dirty_log`] was not called, so there is no log for the bits.
-    #[error("there is no dirty log: call KvmSlots::dirty_log first")]
-    NoLog,
-    /// Dirty rings were asked for together with manual protection, which is of bitmaps. The kernel takes both, and with
-    /// pages initially set it then never arms them: writes go unnoticed.
-    #[error("dirty rings and manual dirty log protection exclude each other")]
-    RingsAndManualProtect,
-    /// An ioctl failed.
-    #[error("{what}: {error}")]
-    Ioctl {
-        /// What was to be done.
-        what: String,
-        /// The kernel's error.
-        error: io::Error,
-    },
-    /// The log's own.
-    #[error(transparent)]
-    Harvest(#[from] HarvestError<io::Error>),
-}
 
 impl<K: Kernel + 'static> KvmSlots<K> {
     /// Gives the table a dirty log that the kernel's bits flow into; the same one each time.
@@ -92,6 +70,39 @@ impl<K: Kernel + 'static> KvmSlots<K> {
         Ok(())
     }
 
+    /// Has the kernel keep dirty rings of `entries` entries instead of bitmaps: a power of two, a page of them at least,
+    /// and more than the processor needs for itself (1024 is enough everywhere with pages of 4 KiB). Before the first
+    /// vCPU is made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs.
+    ///
+    /// All entries are read here, and those of slots that are not this table's are lost: rings are for a VM whose slots
+    /// are all of one table.
+    ///
+    /// A vCPU whose ring is full leaves the guest with `KVM_EXIT_DIRTY_RING_FULL`; [`fetch`](Self::fetch) makes room.
+    ///
+    /// # Errors
+    /// The kernel's, [`DirtyError::NoLog`] and [`DirtyError::RingsAndManualProtect`].
+    pub fn enable_rings(&self, entries: u32) -> Result<(), DirtyError> {
+        let mut state = self.shared.state();
+        if state.log.is_none() {
+            return Err(DirtyError::NoLog);
+        }
+        if state.manual_protect {
+            return Err(DirtyError::RingsAndManualProtect);
+        }
+        let enabled = state.rings.enable(&self.shared.kernel, entries);
+        enabled
+            .map_err(|error| DirtyError::Ioctl { what: format!("dirty rings of {entries} entries"), error })
+    }
+
+    /// Reads the ring of this vCPU from now on. Once for each vCPU.
+    ///
+    /// # Errors
+    /// Of mapping the ring, also where [`enable_rings`](Self::enable_rings) was not called.
+    pub fn add_vcpu(&self, vcpu: &impl AsRawFd) -> Result<(), DirtyError> {
+        let added = self.shared.state().rings.add(vcpu);
+        added.map_err(|error| DirtyError::Ioctl { what: "map a vCPU's dirty ring".to_owned(), error })
+    }
+
     /// Fetches all dirty bits that the kernel has into the log. Returns how many pages it named.
     ///
     /// # Errors
@@ -123,7 +134,8 @@ fn fetch<K: Kernel>(kernel: &K, state: &mut State) -> Result<u64, DirtyError> {
     let log = state.log.clone().ok_or(DirtyError::NoLog)?;
     if state.rings.is_enabled() {
         return state
-            .collect_rings(kernel, &log)
+            .rings
+            .collect(kernel, &log, &state.programmed)
             .map_err(|error| DirtyError::Ioctl { what: "reset dirty rings".to_owned(), error });
     }
     let logged: Vec<KvmSlot> = state.programmed.all().filter(|slot| slot.logs()).copied().collect();

@@ -3,6 +3,7 @@
 use std::io;
 
 use memslot::OutOfMemory;
+use memslot::dirty::HarvestError;
 
 /// Why the kernel's slots could not follow a change of the table. The table is as it was before.
 #[derive(Debug, thiserror::Error)]
@@ -67,4 +68,28 @@ pub enum AttachError {
     /// The table's own.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),
+}
+
+/// Why dirty pages could not be had. Nothing is lost: they are reported the next time.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DirtyError {
+    /// [`KvmSlots::dirty_log`](crate::KvmSlots::dirty_log) was not called, so there is no log for the bits.
+    #[error("there is no dirty log: call KvmSlots::dirty_log first")]
+    NoLog,
+    /// Dirty rings were asked for together with manual protection, which is of bitmaps. The kernel takes both, and with
+    /// pages initially set it then never arms them: writes go unnoticed.
+    #[error("dirty rings and manual dirty log protection exclude each other")]
+    RingsAndManualProtect,
+    /// An ioctl failed.
+    #[error("{what}: {error}")]
+    Ioctl {
+        /// What was to be done.
+        what: String,
+        /// The kernel's error.
+        error: io::Error,
+    },
+    /// The log's own.
+    #[error(transparent)]
+    Harvest(#[from] HarvestError<io::Error>),
 }

@@ -91,6 +91,8 @@ mod ids;
 #[cfg(target_os = "linux")]
 mod kernel;
 #[cfg(target_os = "linux")]
+mod options;
+#[cfg(target_os = "linux")]
 mod plan;
 #[cfg(target_os = "linux")]
 mod programmed;
@@ -105,11 +107,12 @@ mod vm;
 
 #[cfg(target_os = "linux")]
 pub use crate::{
-    dirty::{DirtyError, KvmRearm},
-    error::{AttachError, KvmError},
+    dirty::KvmRearm,
+    error::{AttachError, DirtyError, KvmError},
     ids::SlotIds,
     kernel::Kernel,
+    options::{NotRunning, Options, Vcpus},
     programmed::KvmSlot,
-    slots::{KvmSlots, NotRunning, Options, Vcpus},
+    slots::KvmSlots,
     vm::Vm,
 };

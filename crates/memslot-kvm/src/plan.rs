@@ -19,8 +19,8 @@
 use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, MAX_PAGES_PER_SLOT, Slot, SlotFlags, View};
 
 use crate::error::KvmError;
+use crate::options::Options;
 use crate::programmed::{KvmSlot, Programmed};
-use crate::slots::Options;
 
 /// One ioctl.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

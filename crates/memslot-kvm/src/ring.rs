@@ -9,10 +9,8 @@ use memslot::AddressSpaceId;
 use memslot::dirty::DirtyLog;
 use memslot::dirty::ring::{ENTRY_BYTES, Entry, RingReader};
 
-use crate::dirty::DirtyError;
 use crate::kernel::Kernel;
-use crate::slots::KvmSlots;
-use crate::steps::State;
+use crate::programmed::Programmed;
 
 /// So often the kernel is asked to reset what was read, before that counts as an error. Once is enough where no signal
 /// comes.
@@ -30,68 +28,38 @@ impl Rings {
     pub(crate) const fn is_enabled(&self) -> bool {
         self.entries > 0
     }
-}
 
-impl<K: Kernel + 'static> KvmSlots<K> {
-    /// Has the kernel keep dirty rings of `entries` entries instead of bitmaps: a power of two, a page of them at least,
-    /// and more than the processor needs for itself (1024 is enough everywhere with pages of 4 KiB). Before the first
-    /// vCPU is made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs.
-    ///
-    /// All entries are read here, and those of slots that are not this table's are lost: rings are for a VM whose slots
-    /// are all of one table.
-    ///
-    /// A vCPU whose ring is full leaves the guest with `KVM_EXIT_DIRTY_RING_FULL`; [`fetch`](Self::fetch) makes room.
-    ///
-    /// # Errors
-    /// The kernel's, [`DirtyError::NoLog`] and [`DirtyError::RingsAndManualProtect`].
-    pub fn enable_rings(&self, entries: u32) -> Result<(), DirtyError> {
-        let mut state = self.shared.state();
-        if state.log.is_none() {
-            return Err(DirtyError::NoLog);
-        }
-        if state.manual_protect {
-            return Err(DirtyError::RingsAndManualProtect);
-        }
-        let kernel = &self.shared.kernel;
+    /// Has the kernel keep rings of so many entries.
+    pub(crate) fn enable<K: Kernel>(&mut self, kernel: &K, entries: u32) -> io::Result<()> {
         // On x86 both are the same; elsewhere only the second is there.
         let caps = [KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL];
         let cap = caps.into_iter().find(|&cap| kernel.check_extension(cap) > 0);
-        let enabled = match cap {
-            Some(cap) => kernel.enable_cap(cap, u64::from(entries) * ENTRY_BYTES),
-            None => Err(io::ErrorKind::Unsupported.into()),
-        };
-        enabled.map_err(|error| DirtyError::Ioctl {
-            what: format!("dirty rings of {entries} entries"),
-            error,
-        })?;
-        state.rings.entries = entries;
+        kernel.enable_cap(cap.ok_or(io::ErrorKind::Unsupported)?, u64::from(entries) * ENTRY_BYTES)?;
+        self.entries = entries;
         Ok(())
     }
 
-    /// Reads the ring of this vCPU from now on. Once for each vCPU.
-    ///
-    /// # Errors
-    /// Of mapping the ring, also where [`enable_rings`](Self::enable_rings) was not called.
-    pub fn add_vcpu(&self, vcpu: &impl AsRawFd) -> Result<(), DirtyError> {
-        let mut state = self.shared.state();
-        let ring = RingMemory::of(vcpu, state.rings.entries)
-            .and_then(|memory| RingReader::new(memory).map_err(io::Error::other))
-            .map_err(|error| DirtyError::Ioctl { what: "map a vCPU's dirty ring".to_owned(), error })?;
-        state.rings.readers.push(ring);
+    /// Maps a vCPU's ring.
+    pub(crate) fn add(&mut self, vcpu: &impl AsRawFd) -> io::Result<()> {
+        let memory = RingMemory::of(vcpu, self.entries)?;
+        self.readers.push(RingReader::new(memory).map_err(io::Error::other)?);
         Ok(())
     }
-}
 
-impl State {
     /// Reads all rings into the log and has the kernel reset them. Returns how many pages were named.
-    pub(crate) fn collect_rings<K: Kernel>(&mut self, kernel: &K, log: &DirtyLog) -> io::Result<u64> {
+    pub(crate) fn collect<K: Kernel>(
+        &mut self,
+        kernel: &K,
+        log: &DirtyLog,
+        programmed: &Programmed,
+    ) -> io::Result<u64> {
         let mut pages = 0;
-        for reader in &mut self.rings.readers {
+        for reader in &mut self.readers {
             for page in reader.collect() {
                 pages += 1;
                 // What is in a ring is not to be trusted: it is memory that the VMM can write.
                 let slot = match (u8::try_from(page.address_space), u16::try_from(page.slot.get())) {
-                    (Ok(space), Ok(id)) => self.programmed.with_id(AddressSpaceId::new(space), id),
+                    (Ok(space), Ok(id)) => programmed.with_id(AddressSpaceId::new(space), id),
                     _ => None,
                 };
                 let slot = slot.filter(|slot| page.offset < slot.gfns.len());
@@ -105,7 +73,7 @@ impl State {
         // A page that is read before its entry is reset may be written again unnoticed. A signal makes the kernel stop
         // early, and that is no error to it.
         for _ in 0..RESETS {
-            if self.rings.readers.iter().all(RingReader::is_reset) {
+            if self.readers.iter().all(RingReader::is_reset) {
                 return Ok(pages);
             }
             kernel.reset_dirty_rings()?;

@@ -1,8 +1,6 @@
 //! The listener, and the handle to it.
 
 use std::fmt;
-use std::num::NonZeroU64;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_CAP_MULTI_ADDRESS_SPACE, KVM_CAP_NR_MEMSLOTS};
@@ -13,41 +11,11 @@ use memslot::{
 use crate::error::{AttachError, KvmError};
 use crate::ids::SlotIds;
 use crate::kernel::Kernel;
+use crate::options::{NotRunning, Options, Vcpus};
 use crate::plan::{Place, Plan, Step, plan};
 use crate::programmed::{KvmSlot, Programmed};
-use crate::ring::Rings;
 use crate::steps::State;
 use crate::vm::Vm;
-
-/// How the kernel's slots are laid out.
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// The most pages that one slot of the kernel's has. Slots of the table that are larger are cut at multiples of
-    /// this many frames, so that parts of them can come and go alone. `None`: they are not cut.
-    pub max_pages: Option<NonZeroU64>,
-    /// The ids that may be used; by default all that the VM has (`KVM_CAP_NR_MEMSLOTS`). Give another range where
-    /// somebody else programs slots into the same VM.
-    pub ids: Option<Range<u16>>,
-}
-
-/// Makes all vCPUs stand still.
-pub trait Vcpus: Send {
-    /// Makes all vCPUs leave the guest, does `work` while none is in it, and lets them go on.
-    ///
-    /// It is called from the thread that changes the table, during the change: a vCPU's thread that waits to change
-    /// the table itself must count as paused.
-    fn while_paused(&mut self, work: &mut dyn FnMut());
-}
-
-/// For a VM whose vCPUs do not run, or whose guest may see the gaps.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NotRunning;
-
-impl Vcpus for NotRunning {
-    fn while_paused(&mut self, work: &mut dyn FnMut()) {
-        work();
-    }
-}
 
 pub(crate) struct Shared<K> {
     pub(crate) kernel: K,
@@ -102,14 +70,7 @@ impl<K: Kernel + 'static> KvmSlots<K> {
             u8::try_from(kernel.check_extension(KVM_CAP_MULTI_ADDRESS_SPACE)).unwrap_or(u8::MAX).max(1);
         let most = most.min(1 << 16);
         let ids = options.ids.clone().map_or(0..most, |ids| u32::from(ids.start)..most.min(ids.end.into()));
-        let state = State {
-            programmed: Programmed::new(spaces, &SlotIds::new(ids)),
-            log: None,
-            rings: Rings::default(),
-            manual_protect: false,
-            words: Vec::new(),
-            out_of_step: Vec::new(),
-        };
+        let state = State::new(Programmed::new(spaces, &SlotIds::new(ids)));
         let shared = Arc::new(Shared {
             kernel,
             options,

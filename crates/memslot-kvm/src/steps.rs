@@ -23,6 +23,18 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Nothing is programmed, and nothing is logged.
+    pub(crate) fn new(programmed: Programmed) -> Self {
+        Self {
+            programmed,
+            log: None,
+            rings: Rings::default(),
+            manual_protect: false,
+            words: Vec::new(),
+            out_of_step: Vec::new(),
+        }
+    }
+
     /// Issues all steps, or none: when one fails, those before it are taken back.
     pub(crate) fn issue<K: Kernel>(&mut self, kernel: &K, plan: &Plan) -> Result<(), KvmError> {
         for (done, step) in plan.steps.iter().enumerate() {
@@ -99,7 +111,7 @@ impl State {
     fn fetch<K: Kernel>(&mut self, kernel: &K, slot: &KvmSlot) {
         let Some(log) = self.log.clone() else { return };
         let fetched = if self.rings.is_enabled() {
-            self.collect_rings(kernel, &log).is_ok()
+            self.rings.collect(kernel, &log, &self.programmed).is_ok()
         } else {
             self.merge_bitmap(kernel, &log, slot).is_ok()
         };
