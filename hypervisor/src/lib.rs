@@ -7,7 +7,7 @@
 //! * [`guest`] and [`pool`]: the guest's slots, and where its memory comes from;
 //! * [`paging`] and [`processors`]: what the page tables need of a machine, and how translations are flushed;
 //! * [`svm`] and [`vcpu`]: the switch into the guest, and why it comes out;
-//! * `linux`: the boot protocol; [`scenario`]: what is done to the guest meanwhile.
+//! * [`mod@linux`]: the boot protocol; [`scenario`]: what is done to the guest meanwhile.
 #![cfg(target_arch = "x86_64")]
 #![cfg_attr(not(test), no_std)]
 #![expect(
