@@ -30,6 +30,7 @@ pub mod host;
 mod invalidate;
 mod level;
 pub mod nested;
+pub mod rmap;
 mod sync;
 pub mod user;
 

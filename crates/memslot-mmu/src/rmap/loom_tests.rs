@@ -1,0 +1,209 @@
+//! Interleavings of one writer with walkers, all of them (up to a bound of preemptions).
+//!
+//! Run with `RUSTFLAGS="--cfg loom" cargo test -p memslot-mmu --release --lib loom_rmap`. Descriptors have two cells here,
+//! so that few entries make up a chain.
+
+use std::collections::HashMap;
+
+use loom::thread;
+
+use super::*;
+
+type Entry = NonZeroU64;
+
+fn entry(number: u64) -> Entry {
+    NonZeroU64::new(number << 3).unwrap()
+}
+
+/// A list and its writer, with the records of what is in it.
+struct Side {
+    writer: Writer<Entry>,
+    cache: Cache,
+    parents: std::sync::Arc<Parents<Entry>>,
+    records: HashMap<u64, Filed>,
+}
+
+impl Side {
+    fn new(rmap: &Rmap<Entry>, writer: Writer<Entry>) -> Self {
+        let mut cache = rmap.cache();
+        cache.reserve(6).unwrap();
+        let parents = std::sync::Arc::new(rmap.parents().unwrap());
+        Self { writer, cache, parents, records: HashMap::new() }
+    }
+
+    fn add(&mut self, number: u64) {
+        let before = self.records.len();
+        let added = self.writer.add(self.parents.list(), entry(number), &mut self.cache).unwrap();
+        assert_eq!(added.before, before);
+        self.records.insert(number, added.filed);
+    }
+
+    fn remove(&mut self, number: u64) {
+        let filed = self.records.remove(&number).unwrap();
+        assert_eq!(self.writer.remove(filed, entry(number)), Ok(self.records.len()));
+    }
+}
+
+/// One walk: what was seen.
+fn walk(walker: &mut Walker<Entry>, parents: &Parents<Entry>) -> Vec<u64> {
+    walker.enter().entries(parents.list()).map(|entry| entry.get() >> 3).collect()
+}
+
+/// A walker walks twice beside a writer that runs `program` (positive: add, negative: remove) on a list that begins
+/// with `start`. Entries that the program does not touch must be seen, and nothing that never was there.
+fn beside(start: &'static [u64], program: &'static [i64]) {
+    loom::model(move || {
+        let (rmap, writer) = Rmap::new().unwrap();
+        let mut side = Side::new(&rmap, writer);
+        start.iter().for_each(|&number| side.add(number));
+        let mut walker = rmap.walker().unwrap();
+        let parents = side.parents.clone();
+        let writing = thread::spawn(move || {
+            for &step in program {
+                if step > 0 { side.add(step.unsigned_abs()) } else { side.remove(step.unsigned_abs()) }
+            }
+            side.writer.check(side.parents.list()).unwrap();
+            side
+        });
+        let touched = |number: &u64| program.iter().any(|step| step.unsigned_abs() == *number);
+        for _ in 0..2 {
+            let seen = walk(&mut walker, &parents);
+            for number in start.iter().filter(|number| !touched(number)) {
+                assert!(seen.contains(number), "{number} was there all the while: {seen:?}");
+            }
+            assert!(seen.iter().all(|number| start.contains(number) || touched(number)), "foreign: {seen:?}");
+        }
+        let side = writing.join().unwrap();
+        let mut seen = walk(&mut walker, &parents);
+        seen.sort_unstable();
+        let mut there: Vec<_> = side.records.keys().copied().collect();
+        there.sort_unstable();
+        assert_eq!(seen, there);
+    });
+}
+
+#[test]
+fn loom_rmap_second_entry_and_back() {
+    beside(&[1], &[2, -2, 3]);
+}
+
+#[test]
+fn loom_rmap_the_first_of_two_goes() {
+    beside(&[1, 2], &[-1, 3]);
+}
+
+#[test]
+fn loom_rmap_a_descriptor_comes() {
+    beside(&[1, 2], &[3, 4]);
+}
+
+#[test]
+fn loom_rmap_a_descriptor_goes() {
+    // 1 2 are in the first, 3 4 in the last, 5 6 in the one between.
+    beside(&[1, 2, 3, 4, 5, 6], &[-5, -6, 7]);
+}
+
+#[test]
+fn loom_rmap_two_descriptors_go() {
+    beside(&[1, 2, 3, 4, 5, 6, 7, 8], &[-7, -8, -5, -6]);
+}
+
+#[test]
+fn loom_rmap_a_hole_is_filled() {
+    // What moved the last entry into the hole lost 3 for a walker that had passed 1.
+    beside(&[1, 2, 3], &[-1, 4]);
+}
+
+#[test]
+fn loom_rmap_three_become_one_become_three() {
+    beside(&[1, 2, 3], &[-1, -2, 4]);
+}
+
+/// A descriptor that left one list comes into another: who walks the first sees nothing of the second.
+#[test]
+fn loom_rmap_nothing_foreign() {
+    loom::model(|| {
+        let (rmap, writer) = Rmap::new().unwrap();
+        let mut side = Side::new(&rmap, writer);
+        let other = rmap.parents().unwrap();
+        side.add(1);
+        side.add(2);
+        let mut walker = rmap.walker().unwrap();
+        let parents = side.parents.clone();
+        let writing = thread::spawn(move || {
+            side.remove(2);
+            side.writer.reclaim(1);
+            for number in [11, 12, 13] {
+                let _ = side.writer.add(other.list(), entry(number), &mut side.cache).unwrap();
+            }
+            assert_eq!(other.list().len(), 3);
+        });
+        let seen = walk(&mut walker, &parents);
+        assert!(seen.contains(&1) && seen.iter().all(|number| [1, 2].contains(number)), "{seen:?}");
+        writing.join().unwrap();
+    });
+}
+
+/// What an entry refers to is freed when the walkers have left that were inside when it was removed.
+#[test]
+fn loom_rmap_two_walkers() {
+    loom::model(|| {
+        let (rmap, writer) = Rmap::new().unwrap();
+        let mut side = Side::new(&rmap, writer);
+        side.add(1);
+        side.add(2);
+        let walkers: Vec<_> = (0..2)
+            .map(|_| {
+                let (mut walker, parents) = (rmap.walker().unwrap(), side.parents.clone());
+                thread::spawn(move || assert!(walk(&mut walker, &parents).contains(&1)))
+            })
+            .collect();
+        side.remove(2);
+        side.add(3);
+        walkers.into_iter().for_each(|walker| walker.join().unwrap());
+    });
+}
+
+/// Two threads add and remove in turns, under a lock, while a third walks.
+#[test]
+fn loom_rmap_writers_take_turns() {
+    loom::model(|| {
+        let (rmap, writer) = Rmap::new().unwrap();
+        let mut side = Side::new(&rmap, writer);
+        side.add(1);
+        let (mut walker, parents) = (rmap.walker().unwrap(), side.parents.clone());
+        let side = loom::sync::Arc::new(loom::sync::Mutex::new(side));
+        let other = side.clone();
+        let writing = thread::spawn(move || {
+            other.lock().unwrap().add(2);
+            other.lock().unwrap().remove(2);
+        });
+        let walking = thread::spawn(move || assert!(walk(&mut walker, &parents).contains(&1)));
+        side.lock().unwrap().add(3);
+        writing.join().unwrap();
+        walking.join().unwrap();
+        let side = side.lock().unwrap();
+        assert_eq!(side.parents.list().len(), 2);
+    });
+}
+
+/// Two threads make room for the same list, and for its neighbour.
+#[test]
+fn loom_rmap_first_use() {
+    loom::model(|| {
+        let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
+        let gfns = GfnRange::with_len(Gfn::new(5), 4).unwrap();
+        let slot = std::sync::Arc::new(rmap.slot(gfns, Level::K4).unwrap());
+        let other = slot.clone();
+        let reserving = thread::spawn(move || other.reserve(Level::K4, Gfn::new(6)).unwrap().number);
+        let number = slot.reserve(Level::K4, Gfn::new(6)).unwrap().number;
+        assert_eq!(reserving.join().unwrap(), number);
+        let mut cache = rmap.cache();
+        let filed =
+            writer.add(slot.list(Level::K4, Gfn::new(6)).unwrap(), entry(1), &mut cache).unwrap().filed;
+        assert_eq!(writer.filed_under(&filed), Some(Under::Gfn { gfn: Gfn::new(6), level: Level::K4 }));
+        drop(slot);
+        assert!(writer.reclaim(9));
+        assert!(matches!(writer.remove(filed, entry(1)), Err(RmapError::NotFiled { under: None, .. })));
+    });
+}

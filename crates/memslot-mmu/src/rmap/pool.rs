@@ -1,0 +1,154 @@
+//! Descriptors on their way: from use, past the walkers, to use again.
+//!
+//! ```text
+//!  in a list ──► taken out ──► waiting (stamped) ──► free ──► in a list
+//!                 BATCH          walkers inside at the stamp leave
+//! ```
+//!
+//! The stamp is made for a batch, after all of it was taken out: that is later than need be, and costs next to nothing
+//! for each. There are two batches at a time, one that fills and one that waits; so nothing has to be allocated to
+//! remember them, and a walker that stays for long makes the first grow and nobody wait.
+
+use super::RmapError;
+use super::descriptor::{Chain, Descriptor, Head, Links, NO_LIST};
+use super::shared::{Cache, Shared};
+use crate::sync::{AtomicU64, Ordering};
+
+/// So many descriptors are taken out before the writer looks whether walkers have left.
+const BATCH: usize = if cfg!(loom) { 1 } else { 32 };
+/// With so many at hand, the writer leaves further ones to the caches.
+const ENOUGH: usize = 64;
+/// How many chunks whose owner was dropped are freed with each batch.
+const CHUNKS_PER_BATCH: usize = 8;
+
+/// A descriptor in use, as the writer sees it.
+#[derive(Clone, Copy)]
+pub(super) struct At<'a> {
+    pub(super) index: u32,
+    pub(super) descriptor: &'a Descriptor,
+}
+
+impl Shared {
+    /// The descriptor with this number; `None` for a number that this reverse map has never had.
+    #[inline(always)]
+    pub(super) fn at(&self, index: u32) -> Option<At<'_>> {
+        Some(At { index, descriptor: self.descriptors.all.get(index)? })
+    }
+
+    /// As [`at`](Self::at), an error for none: the list comes from another reverse map.
+    #[inline(always)]
+    pub(super) fn known(&self, index: u32) -> Result<At<'_>, RmapError> {
+        self.at(index).ok_or(RmapError::Foreign)
+    }
+
+    #[inline(always)]
+    pub(super) fn links(&self, index: u32) -> Result<&Links, RmapError> {
+        self.descriptors.links.get(index).ok_or(RmapError::Foreign)
+    }
+}
+
+/// The writer's descriptors that are not in use.
+pub(super) struct Pool {
+    free: Chain,
+    /// Taken out before `stamp`.
+    waiting: Chain,
+    stamp: u64,
+    taken_out: Chain,
+    /// At how many that were taken out to look again.
+    enough: usize,
+    births: u32,
+}
+
+impl Pool {
+    pub(super) fn starting_at(births: u32) -> Self {
+        let chain = Chain::default;
+        Self { free: chain(), waiting: chain(), stamp: 0, taken_out: chain(), enough: BATCH, births }
+    }
+
+    /// A number for a descriptor that comes into use, larger than those before. (It wraps: then, some recycle early.)
+    pub(super) fn birth(&mut self) -> u32 {
+        self.births = self.births.wrapping_add(1);
+        self.births
+    }
+
+    /// A descriptor that no walker is in.
+    pub(super) fn take<'a>(&mut self, shared: &'a Shared, cache: &mut Cache) -> Result<At<'a>, RmapError> {
+        let index = match self.free.pop(&shared.descriptors) {
+            Some(index) => index,
+            None if !core::ptr::eq(&*cache.shared, shared) => return Err(RmapError::Foreign),
+            None => cache.chain.pop(&shared.descriptors).ok_or(RmapError::NotReserved)?,
+        };
+        shared.known(index)
+    }
+
+    /// A descriptor is out of its list: no walker that comes from now on finds it.
+    #[inline]
+    pub(super) fn take_out(&mut self, shared: &Shared, at: At<'_>) {
+        at.descriptor.owner.store(NO_LIST, Ordering::Relaxed);
+        self.taken_out.push(&shared.descriptors, at.index);
+    }
+
+    /// As [`take_out`](Self::take_out), for all descriptors of a list, from the one with this number on.
+    pub(super) fn take_out_all(&mut self, shared: &Shared, first: u32) {
+        let mut next = first;
+        while let Some(at) = shared.at(next).filter(|_| next != 0) {
+            next = at.descriptor.next.load(Ordering::Relaxed);
+            self.take_out(shared, at);
+        }
+    }
+
+    /// After something was taken out: goes on with what waits, if there is enough of it.
+    #[inline]
+    pub(super) fn go_on(&mut self, shared: &Shared) {
+        if self.taken_out.len() >= self.enough {
+            self.turn(shared);
+            self.sweep(shared, CHUNKS_PER_BATCH);
+            // If walkers stay for long, not each time.
+            self.enough = self.taken_out.len() + BATCH;
+        }
+    }
+
+    /// Frees what walkers have left, and stamps what was taken out since.
+    pub(super) fn turn(&mut self, shared: &Shared) {
+        let mut central = shared.central.lock();
+        let central = &mut *central;
+        for _ in 0..2 {
+            if self.waiting.len() > 0 {
+                if !central.cells.have_passed(self.stamp) {
+                    return;
+                }
+                let free = if self.free.len() < ENOUGH { &mut self.free } else { &mut central.free };
+                free.append(&shared.descriptors, &mut self.waiting);
+            }
+            if self.taken_out.len() > 0 {
+                self.waiting.append(&shared.descriptors, &mut self.taken_out);
+                self.stamp = shared.epoch.stamp();
+            }
+        }
+    }
+
+    /// Frees up to so many chunks whose owner was dropped. Whether all are freed.
+    pub(super) fn sweep(&mut self, shared: &Shared, chunks: usize) -> bool {
+        for _ in 0..chunks {
+            let Some(chunk) = shared.central.lock().dropped.pop() else { return true };
+            // SAFETY: dropped by its owner, and freed below.
+            let len = unsafe { chunk.header() }.len();
+            for place in 0..len {
+                // SAFETY: as above.
+                let head: Option<&AtomicU64> = unsafe { chunk.head(place) };
+                let word = head.map_or(0, |head| head.load(Ordering::Relaxed));
+                if let Head::Many { first, .. } = Head::new(word) {
+                    self.take_out_all(shared, first);
+                }
+            }
+            // SAFETY: its owner is gone, with all that was borrowed from it; and the pool is the writer's.
+            unsafe { shared.free_chunk(chunk) };
+        }
+        false
+    }
+
+    /// Whether nothing waits.
+    pub(super) const fn is_settled(&self) -> bool {
+        self.waiting.len() == 0 && self.taken_out.len() == 0
+    }
+}
