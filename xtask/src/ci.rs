@@ -25,6 +25,10 @@ pub(crate) fn run(_: &Args) -> Result<bool> {
         "clippy",
         ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
     ));
+    let bare_metal =
+        ["--features", "bare-metal", "--profile", "bare-metal", "--bins", "--", "-D", "warnings"];
+    let clippy = ["clippy", "--quiet", "-p", "memslot-hypervisor"].iter().chain(&bare_metal).copied();
+    report.run(&Step::cargo("clippy bare metal", clippy));
     report.run(
         &Step::cargo("documentation", ["doc", "--quiet", "--workspace", "--no-deps"])
             .env("RUSTDOCFLAGS", "-D warnings"),

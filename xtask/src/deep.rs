@@ -53,6 +53,8 @@ enum Proof {
     Proptest,
     /// Bytes that nobody would write on purpose, as traces, ring memory and programs (needs nightly with cargo-fuzz)
     Fuzz,
+    /// Linux on the hypervisor: every scenario, the dirty log with both sizes of pages and both ways (needs QEMU)
+    Linux,
     /// Changes the core on purpose and lists the changes that no test notices (needs cargo-mutants)
     Mutants,
 }
@@ -75,10 +77,26 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             }
             Proof::Proptest => report.run(&proptest(args.cases)),
             Proof::Fuzz => fuzz(&mut report, args.fuzz_seconds),
+            Proof::Linux => linux(&mut report),
             Proof::Mutants => mutants(&mut report),
         }
     }
     Ok(report.finish())
+}
+
+fn linux(report: &mut Report) {
+    let all = ["--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=shootdown"];
+    let large = ["--scenario=dirty", "--pages=2m"];
+    let small =
+        ["--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=dirty", "--pages=4k"];
+    let runs: [(&str, &[&str]); 3] = [("large pages", &all), ("dirty log", &large), ("small pages", &small)];
+    for (name, arguments) in runs {
+        for rearm in ["protect", "bits"] {
+            let name = format!("linux, {name}, {rearm}");
+            let step = ["xtask", "linux", "--quiet"].iter().chain(arguments).copied();
+            report.run(&Step::cargo(&name, step).arg(format!("--rearm={rearm}")).xtask());
+        }
+    }
 }
 
 fn oracle(operations: u64) -> Step {
