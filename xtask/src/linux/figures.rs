@@ -42,11 +42,13 @@ impl Run {
         let figures = Figures(&self.ended.figures);
         let mut text = String::new();
         let mut line = |name: &str, value: String| {
-            let _ = writeln!(text, "  {name:<12} {value}");
+            if !value.is_empty() {
+                let _ = writeln!(text, "  {name:<12} {value}");
+            }
         };
         let times = |ended: &Ended| {
-            let userland = ended.userland.map_or_else(|| "never".to_owned(), seconds);
-            format!("{} in all, user space after {userland}", seconds(ended.wall))
+            let userland = ended.userland.map(|time| format!(", user space after {}", seconds(time)));
+            format!("{} in all{}", seconds(ended.wall), userland.unwrap_or_default())
         };
         line("time", times(&self.ended));
         if let (Some(plain), Some(ratio)) = (&self.plain, self.ratio()) {
@@ -59,23 +61,17 @@ impl Run {
             line("hypervisor", format!("{share:.1} % of the time"));
         }
         line("exits", figures.list("exits."));
-        line(
-            "again",
-            format!(
-                "{} events whose delivery was cut off",
-                grouped(figures.number("events_delivered_again"))
-            ),
-        );
+        let again = figures.number("events_delivered_again");
+        if again > 0 {
+            line("again", format!("{} events whose delivery was cut off", grouped(again)));
+        }
         line("faults", figures.list("faults."));
         let (linked, all) = (figures.number("tables.linked"), figures.number("tables.all"));
         line("tables", format!("{linked} linked, {all} in all"));
         line("pages", figures.list("pages."));
         line("flushes", figures.list("flushes."));
         for part in ["dirty", "hotplug", "storm", "shootdown"] {
-            let list = figures.list(&format!("{part}."));
-            if !list.is_empty() {
-                line(part, list);
-            }
+            line(part, figures.list(&format!("{part}.")));
         }
         text
     }
