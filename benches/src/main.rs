@@ -6,6 +6,7 @@ mod measure;
 #[cfg(target_arch = "x86_64")]
 mod mmu;
 mod report;
+mod rmap;
 mod slots;
 
 use std::path::PathBuf;
@@ -41,6 +42,8 @@ enum Family {
     /// Second-stage page tables: faults, mapping and unmapping.
     #[cfg(target_arch = "x86_64")]
     Mmu,
+    /// The reverse map: adding, removing, walking, beside a writer too.
+    Rmap,
 }
 
 /// How much to measure.
@@ -67,6 +70,7 @@ fn main() -> anyhow::Result<()> {
         Family::Dirty => dirty::run(effort, &mut report)?,
         #[cfg(target_arch = "x86_64")]
         Family::Mmu => mmu::run(effort, &mut report)?,
+        Family::Rmap => rmap::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

@@ -13,7 +13,7 @@ use crate::step::Step;
 /// measure; a ratio above 1 means that the peer takes longer. Both sides run in one process, in turns, because numbers
 /// from different runs cannot be compared. A peer this machine lacks (/dev/kvm) is named, not invented.
 ///
-/// Families: `slots`, `dirty`, `mmu`.
+/// Families: `slots`, `dirty`, `mmu`, `rmap`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The family to measure
