@@ -7,6 +7,7 @@ mod measure;
 #[cfg(target_arch = "x86_64")]
 mod mmu;
 mod report;
+mod rmap;
 mod slots;
 mod vm_memory;
 
@@ -47,6 +48,8 @@ enum Family {
     /// Second-stage page tables: faults, mapping and unmapping.
     #[cfg(target_arch = "x86_64")]
     Mmu,
+    /// The reverse map: adding, removing, walking, beside a writer too.
+    Rmap,
 }
 
 /// How much to measure.
@@ -75,6 +78,7 @@ fn main() -> anyhow::Result<()> {
         Family::VmMemory => vm_memory::run(effort, &mut report)?,
         #[cfg(target_arch = "x86_64")]
         Family::Mmu => mmu::run(effort, &mut report)?,
+        Family::Rmap => rmap::run(effort, &mut report)?,
     }
     report.finish(options.json.as_deref())
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use crate::run::Report;
 use crate::step::Step;
 
-pub(crate) const FAMILIES: [&str; 5] = ["slots", "dirty", "kvm", "vm-memory", "mmu"];
+pub(crate) const FAMILIES: [&str; 6] = ["slots", "dirty", "kvm", "vm-memory", "mmu", "rmap"];
 
 /// Measure a family of benchmarks against its peers and print the ratios.
 ///
