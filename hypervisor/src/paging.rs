@@ -24,14 +24,11 @@ pub(crate) type Mmu = memslot_mmu::Mmu<Npt, &'static Host>;
 /// A virtual processor's access to them.
 pub(crate) type Walker = memslot_mmu::Walker<Npt, &'static Host>;
 
-/// See the [module documentation](self).
-pub(crate) struct Machine {
-    pub(crate) pool: Pool,
+/// What the tables call. See the [module documentation](self).
+pub(crate) struct Host {
+    pool: Pool,
     tables: Mutex<TableFrames>,
 }
-
-/// What the tables call.
-pub(crate) struct Host(pub(crate) Machine);
 
 /// Frames for tables: those never used, and those given back.
 struct TableFrames {
@@ -45,17 +42,17 @@ impl Host {
     /// The host of one guest. The frames of `tables` are for its tables alone.
     pub(crate) fn new(pool: Pool, tables: core::ops::Range<u64>) -> Self {
         let tables = TableFrames { next: tables.start, end: tables.end, free: Vec::new(), used: 0 };
-        Self(Machine { pool, tables: Mutex::new(tables) })
+        Self { pool, tables: Mutex::new(tables) }
     }
 
     /// The pool.
     pub(crate) fn pool(&self) -> &Pool {
-        &self.0.pool
+        &self.pool
     }
 
     /// How many frames are used for tables.
     pub(crate) fn table_frames(&self) -> usize {
-        self.0.tables.lock().used
+        self.tables.lock().used
     }
 }
 
@@ -65,7 +62,7 @@ unsafe impl TableMemory for &'static Host {
         if tables != 1 {
             return None;
         }
-        let mut frames = self.0.tables.lock();
+        let mut frames = self.tables.lock();
         let frame = match frames.free.pop() {
             Some(frame) => frame,
             None if frames.next < frames.end => {
@@ -84,7 +81,7 @@ unsafe impl TableMemory for &'static Host {
     }
 
     unsafe fn free(&self, first: Pfn, _: usize) {
-        let mut frames = self.0.tables.lock();
+        let mut frames = self.tables.lock();
         frames.used -= 1;
         frames.free.push(first.get());
     }
