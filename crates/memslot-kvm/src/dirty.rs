@@ -20,7 +20,7 @@ use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
 };
 use memslot::dirty::{Consumer, DirtyLog, Harvest, Rearm};
-use memslot::{AddressSpaceId, GfnRange, OutOfMemory, SlotTable};
+use memslot::{AddressSpaceId, GfnRange, SlotTable};
 
 use crate::error::DirtyError;
 use crate::kernel::Kernel;
@@ -35,8 +35,11 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     /// were fetched: therefore it is made here.
     ///
     /// # Errors
-    /// [`OutOfMemory`].
-    pub fn dirty_log(&self, table: &mut SlotTable) -> Result<DirtyLog, OutOfMemory> {
+    /// [`DirtyError::OtherTable`], [`DirtyError::OutOfMemory`].
+    pub fn dirty_log(&self, table: &mut SlotTable) -> Result<DirtyLog, DirtyError> {
+        if !self.shared.table.same_table(&table.handle()) {
+            return Err(DirtyError::OtherTable);
+        }
         if let Some(log) = &self.shared.state().log {
             return Ok(log.clone());
         }

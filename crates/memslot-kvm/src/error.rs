@@ -77,6 +77,12 @@ pub enum DirtyError {
     /// [`KvmSlots::dirty_log`](crate::KvmSlots::dirty_log) was not called, so there is no log for the bits.
     #[error("there is no dirty log: call KvmSlots::dirty_log first")]
     NoLog,
+    /// The log was asked for of a table whose slots these are not.
+    #[error("the table is not the one that these slots follow")]
+    OtherTable,
+    /// No memory for the log.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
     /// Dirty rings were asked for together with manual protection, which is of bitmaps. The kernel takes both, and with
     /// pages initially set it then never arms them: writes go unnoticed.
     #[error("dirty rings and manual dirty log protection exclude each other")]

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_CAP_MULTI_ADDRESS_SPACE, KVM_CAP_NR_MEMSLOTS};
 use memslot::{
-    AddressSpaceId, Gfn, GfnRange, Listener, ListenerError, PieceKind, SlotTable, Snapshot, Update, View,
+    AddressSpaceId, Gfn, GfnRange, Handle, Listener, ListenerError, PieceKind, SlotTable, Snapshot, Update,
+    View,
 };
 
 use crate::error::{AttachError, KvmError};
@@ -19,6 +20,9 @@ use crate::vm::Vm;
 
 pub(crate) struct Shared<K> {
     pub(crate) kernel: K,
+    /// Whose slots they are. While the kernel has them, their memory should be there: this keeps what the last version
+    /// carries.
+    pub(crate) table: Handle,
     options: Options,
     spaces: u8,
     /// Taken before `state`, and not while it is held: who pauses a vCPU waits for it.
@@ -73,6 +77,7 @@ impl<K: Kernel + 'static> KvmSlots<K> {
         let state = State::new(Programmed::new(spaces, &SlotIds::new(ids)));
         let shared = Arc::new(Shared {
             kernel,
+            table: table.handle(),
             options,
             spaces,
             vcpus: Mutex::new(Box::new(NotRunning)),

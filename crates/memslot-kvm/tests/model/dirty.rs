@@ -149,6 +149,14 @@ fn who_asks_gets_the_pages_of_a_slot_that_is_not_logged_where_it_went() {
 }
 
 #[test]
+fn the_log_is_of_the_table_that_is_followed() {
+    let rig = Rig::new(200, Options::default());
+    let mut other = SlotTable::new(Limits::default()).unwrap();
+    let error = rig.slots.dirty_log(&mut other).unwrap_err().to_string();
+    assert_eq!(error, "the table is not the one that these slots follow");
+}
+
+#[test]
 fn where_the_kernel_does_not_tell_all_is_dirty() {
     let mut rig = Rig::new(200, Options::default());
     let (_, consumer) = with_log(&mut rig);
