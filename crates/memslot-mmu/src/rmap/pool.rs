@@ -10,7 +10,7 @@
 //! remember them, and a walker that stays for long makes the first grow and nobody wait.
 
 use super::RmapError;
-use super::descriptor::{Chain, Descriptor, Head, Links, NO_LIST};
+use super::descriptor::{Chain, Descriptor, Head, NO_LIST, Side};
 use super::shared::{Cache, Shared};
 use crate::sync::{AtomicU64, Ordering};
 
@@ -21,32 +21,6 @@ const ENOUGH: usize = 64;
 /// How many chunks whose owner was dropped are freed with each batch.
 const CHUNKS_PER_BATCH: usize = 8;
 
-/// A descriptor in use, as the writer sees it.
-#[derive(Clone, Copy)]
-pub(super) struct At<'a> {
-    pub(super) index: u32,
-    pub(super) descriptor: &'a Descriptor,
-}
-
-impl Shared {
-    /// The descriptor with this number; `None` for a number that this reverse map has never had.
-    #[inline(always)]
-    pub(super) fn at(&self, index: u32) -> Option<At<'_>> {
-        Some(At { index, descriptor: self.descriptors.all.get(index)? })
-    }
-
-    /// As [`at`](Self::at), an error for none: the list comes from another reverse map.
-    #[inline(always)]
-    pub(super) fn known(&self, index: u32) -> Result<At<'_>, RmapError> {
-        self.at(index).ok_or(RmapError::Foreign)
-    }
-
-    #[inline(always)]
-    pub(super) fn links(&self, index: u32) -> Result<&Links, RmapError> {
-        self.descriptors.links.get(index).ok_or(RmapError::Foreign)
-    }
-}
-
 /// The writer's descriptors that are not in use.
 pub(super) struct Pool {
     free: Chain,
@@ -56,44 +30,37 @@ pub(super) struct Pool {
     taken_out: Chain,
     /// At how many that were taken out to look again.
     enough: usize,
-    births: u32,
 }
 
 impl Pool {
-    pub(super) fn starting_at(births: u32) -> Self {
+    pub(super) fn new() -> Self {
         let chain = Chain::default;
-        Self { free: chain(), waiting: chain(), stamp: 0, taken_out: chain(), enough: BATCH, births }
-    }
-
-    /// A number for a descriptor that comes into use, larger than those before. (It wraps: then, some recycle early.)
-    pub(super) fn birth(&mut self) -> u32 {
-        self.births = self.births.wrapping_add(1);
-        self.births
+        Self { free: chain(), waiting: chain(), stamp: 0, taken_out: chain(), enough: BATCH }
     }
 
     /// A descriptor that no walker is in.
-    pub(super) fn take<'a>(&mut self, shared: &'a Shared, cache: &mut Cache) -> Result<At<'a>, RmapError> {
+    pub(super) fn take<'a>(
+        &mut self,
+        shared: &'a Shared,
+        cache: &mut Cache,
+    ) -> Result<(&'a Descriptor, &'a Side), RmapError> {
         let index = match self.free.pop(&shared.descriptors) {
             Some(index) => index,
             None if !core::ptr::eq(&*cache.shared, shared) => return Err(RmapError::Foreign),
             None => cache.chain.pop(&shared.descriptors).ok_or(RmapError::NotReserved)?,
         };
-        shared.known(index)
+        let Some(descriptor) = shared.descriptors.all.get(index) else { return Err(RmapError::NotReserved) };
+        descriptor.index.store(index, Ordering::Relaxed);
+        shared.descriptors.sides.get(index).map(|side| (descriptor, side)).ok_or(RmapError::NotReserved)
     }
 
     /// A descriptor is out of its list: no walker that comes from now on finds it.
     #[inline]
-    pub(super) fn take_out(&mut self, shared: &Shared, at: At<'_>) {
-        at.descriptor.owner.store(NO_LIST, Ordering::Relaxed);
-        self.taken_out.push(&shared.descriptors, at.index);
-    }
-
-    /// As [`take_out`](Self::take_out), for all descriptors of a list, from the one with this number on.
-    pub(super) fn take_out_all(&mut self, shared: &Shared, first: u32) {
-        let mut next = first;
-        while let Some(at) = shared.at(next).filter(|_| next != 0) {
-            next = at.descriptor.next.load(Ordering::Relaxed);
-            self.take_out(shared, at);
+    pub(super) fn take_out(&mut self, shared: &Shared, descriptor: &Descriptor) {
+        let index = descriptor.index.load(Ordering::Relaxed);
+        if let Some(side) = shared.descriptors.sides.get(index) {
+            side.owner.store(NO_LIST, Ordering::Relaxed);
+            self.taken_out.push(&shared.descriptors, index);
         }
     }
 
@@ -137,8 +104,13 @@ impl Pool {
                 // SAFETY: as above.
                 let head: Option<&AtomicU64> = unsafe { chunk.head(place) };
                 let word = head.map_or(0, |head| head.load(Ordering::Relaxed));
-                if let Head::Many { first, .. } = Head::new(word) {
-                    self.take_out_all(shared, first);
+                // SAFETY: read from a head of this reverse map.
+                let Head::Many(first) = (unsafe { Head::new(word) }) else { continue };
+                let mut next = Some(first);
+                while let Some(descriptor) = next {
+                    // SAFETY: read from a descriptor of this reverse map.
+                    next = unsafe { descriptor.next().descriptor() };
+                    self.take_out(shared, descriptor);
                 }
             }
             // SAFETY: its owner is gone, with all that was borrowed from it; and the pool is the writer's.

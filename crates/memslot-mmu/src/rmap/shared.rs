@@ -66,7 +66,7 @@ impl Dropped {
 impl Shared {
     pub(super) fn starting_at(epoch: u64) -> Self {
         Self {
-            descriptors: Descriptors { all: Arena::new(), links: Arena::new() },
+            descriptors: Descriptors { all: Arena::new(), sides: Arena::new() },
             chunks: Arena::new(),
             epoch: Epoch::starting_at(epoch),
             bytes: AtomicUsize::new(0),
@@ -79,6 +79,12 @@ impl Shared {
                 dropped: Dropped(ptr::null_mut()),
             }),
         }
+    }
+
+    /// What tells this reverse map from others while it is there.
+    #[inline(always)]
+    pub(super) fn identity(&self) -> usize {
+        core::ptr::from_ref(self).addr()
     }
 
     /// Brings a chain to so many descriptors; it has what there was if there is no memory for more.
@@ -94,7 +100,7 @@ impl Shared {
                 room = central.unused.max(room);
             }
             if chain.len() < wanted {
-                let bytes = self.descriptors.links.grow(room)? + self.descriptors.all.grow(room)?;
+                let bytes = self.descriptors.sides.grow(room)? + self.descriptors.all.grow(room)?;
                 self.bytes.fetch_add(bytes, Ordering::Relaxed);
             }
         }
@@ -115,7 +121,7 @@ impl Shared {
         level: Option<Level>,
     ) -> Result<ChunkRef, OutOfMemory> {
         let number = self.chunk_number()?;
-        let chunk = ChunkRef::allocate(number, len, base, level);
+        let chunk = ChunkRef::allocate(self.identity(), number, len, base, level);
         let entry = self.chunks.get(number);
         if let (Ok(chunk), Some(entry)) = (&chunk, entry) {
             entry.chunk.store(chunk.as_ptr(), Ordering::Release);
@@ -177,7 +183,7 @@ impl Central {
             return Some(index);
         }
         let index = self.unused;
-        if descriptors.all.get(index).is_none() || descriptors.links.get(index).is_none() {
+        if descriptors.all.get(index).is_none() || descriptors.sides.get(index).is_none() {
             return None;
         }
         self.unused += 1;
