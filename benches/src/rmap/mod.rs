@@ -125,18 +125,22 @@ impl Theirs {
         theirs
     }
 
-    #[inline]
     fn add(&mut self, number: usize, lists: usize) {
-        let gfn = number % lists;
-        self.gfns[number] = gfn as u64;
-        black_box(self.heads[gfn].add(entry(number).get(), &mut self.cache));
+        let list = number % lists;
+        peer_add(&self.heads[list], list, number, &mut self.cache, &mut self.gfns);
     }
+}
 
-    #[inline]
-    fn remove(&mut self, number: usize) {
-        let gfn = usize::try_from(self.gfns[number]).unwrap_or(0);
-        self.heads[gfn].remove(entry(number).get(), &mut self.cache);
-    }
+#[inline]
+fn peer_add(head: &kernel::Head, gfn: usize, number: usize, cache: &mut kernel::Cache, gfns: &mut [u64]) {
+    gfns[number] = gfn as u64;
+    black_box(head.add(entry(number).get(), cache));
+}
+
+#[inline]
+fn peer_remove(heads: &[kernel::Head], number: usize, cache: &mut kernel::Cache, gfns: &[u64]) {
+    let gfn = usize::try_from(gfns[number]).unwrap_or(0);
+    heads[gfn].remove(entry(number).get(), cache);
 }
 
 fn lists_of(size: usize) -> usize {
@@ -165,6 +169,9 @@ fn changes(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()
     let Ours { slot, writer, cache, records, .. } = &mut ours;
     let slot = &*slot;
     let all: Vec<_> = (0..lists).filter_map(|list| slot.list(Level::K4, gfn(list))).collect();
+    let Theirs { heads, cache: peer_cache, gfns } = &mut theirs;
+    let heads: &[kernel::Head] = heads;
+    let peers: Vec<&kernel::Head> = heads.iter().collect();
     let mut random = Random::new(99);
     let mut times = [const { Vec::new() }; 4];
     for round in 0..rounds + 2 {
@@ -188,8 +195,15 @@ fn changes(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()
                         .for_each(|&number| add(writer, all[number % lists], number, cache, records));
                 });
             } else {
-                measured[2] = time(count, || victims.iter().for_each(|&number| theirs.remove(number)));
-                measured[3] = time(count, || victims.iter().for_each(|&number| theirs.add(number, lists)));
+                measured[2] = time(count, || {
+                    victims.iter().for_each(|&number| peer_remove(heads, number, peer_cache, gfns));
+                });
+                measured[3] = time(count, || {
+                    victims.iter().for_each(|&number| {
+                        let list = number % lists;
+                        peer_add(peers[list], list, number, peer_cache, gfns);
+                    });
+                });
             }
             // Outside of the lock, as a fault does.
             cache.reserve(descriptors(lists, 0))?;
@@ -214,19 +228,20 @@ fn reads(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()> 
     let lists = lists_of(size);
     let (ours, theirs) = (Ours::new(lists, size)?, Theirs::new(lists, size));
     let repeat = if rounds == 1 { 1 } else { 4 };
+    let peers: Vec<&kernel::Head> = theirs.heads.iter().collect();
     let all: Vec<_> = (0..lists).filter_map(|list| ours.slot.list(Level::K4, gfn(list))).collect();
     let operations = all.len() * repeat;
     let times = |work: &mut dyn FnMut()| time(operations, || (0..repeat).for_each(|_| work()));
 
     if report.wants("count") {
         let mine = || times(&mut || all.iter().for_each(|list| _ = black_box(ours.writer.count(*list))));
-        let peer = || times(&mut || theirs.heads.iter().for_each(|head| _ = black_box(head.count())));
+        let peer = || times(&mut || peers.iter().for_each(|head| _ = black_box(head.count())));
         report.times("count", size, PEER, versus(rounds, mine, peer), Some(1.0));
     }
     let mut walker: Walker<_> = ours.rmap.walker()?;
     let peer_locked =
-        || times(&mut || theirs.heads.iter().for_each(|head| head.walk_locked(|word| _ = black_box(word))));
-    let peer = || times(&mut || theirs.heads.iter().for_each(|head| head.walk(|word| _ = black_box(word))));
+        || times(&mut || peers.iter().for_each(|head| head.walk_locked(|word| _ = black_box(word))));
+    let peer = || times(&mut || peers.iter().for_each(|head| head.walk(|word| _ = black_box(word))));
     if report.wants("walk a list, lock-free") {
         let mine = || {
             times(&mut || {

@@ -30,15 +30,15 @@
 //! it twice.
 //!
 //! **2. Going into a descriptor, and out of it.** A second entry: both are written into a new descriptor, then the head is
-//! changed: a walker reads the head before (and sees the first entry there) or after. One entry left: it is written to the head, and
-//! *stays in its cell* too; the descriptor leaves with it. A walker that is there still sees it.
+//! changed: a walker reads the head before (and sees the first entry there) or after. One entry left: it is written to the head,
+//! and the descriptor leaves *as it is*. A walker that is there still sees it.
 //!
 //! **3. Descriptors come and go at the front only.** One that has become empty leaves, by one store to the head, and keeps
 //! its own `next`: a walker that is in it goes on to what follows, all of which was there when it left.
 //!
 //! From 1 to 3: *a walk sees every entry that is in the list all the while*. And an entry that it sees was in the list at some
-//! moment of the walk: only what is in the list is in cells that walkers can come to, apart from the one entry that a
-//! descriptor takes with it (2.), which was in the list when the descriptor left, after the walk had begun.
+//! moment of the walk: only what is in the list is in cells that walkers can come to, apart from the last two that a
+//! descriptor takes with it (2.), which were in the list when the walk found the descriptor there, or came later.
 //!
 //! **4. Descriptors are used again when no walker can be in them.** Walkers announce themselves in an epoch (the same
 //! scheme as for [tables](crate::nested), 4); descriptors that have left are stamped, in batches, and used again when

@@ -15,27 +15,79 @@ use super::shared::{Cache, Shared};
 use crate::sync::{AtomicU64, Ordering};
 
 /// So many descriptors are taken out before the writer looks whether walkers have left.
-const BATCH: usize = if cfg!(loom) { 1 } else { 32 };
-/// With so many at hand, the writer leaves further ones to the caches.
-const ENOUGH: usize = 64;
+const BATCH: usize = if cfg!(loom) { 1 } else { 64 };
+/// So many the writer keeps for itself; it leaves further ones to the caches.
+const ENOUGH: usize = 4 * BATCH;
 /// How many chunks whose owner was dropped are freed with each batch.
 const CHUNKS_PER_BATCH: usize = 8;
 
+/// A few numbers of descriptors, side by side.
+struct Few<const N: usize> {
+    numbers: [u32; N],
+    len: usize,
+}
+
+impl<const N: usize> Few<N> {
+    const fn new() -> Self {
+        Self { numbers: [0; N], len: 0 }
+    }
+
+    #[inline]
+    fn push(&mut self, number: u32) -> bool {
+        match self.numbers.get_mut(self.len) {
+            Some(place) => {
+                *place = number;
+                self.len += 1;
+                true
+            }
+            None => false,
+        }
+    }
+
+    #[inline]
+    fn pop(&mut self) -> Option<u32> {
+        self.len = self.len.checked_sub(1)?;
+        self.numbers.get(self.len).copied()
+    }
+}
+
+/// Descriptors that left at about the same time. There are more than a few only where walkers stay for long.
+struct Batch {
+    few: Few<BATCH>,
+    more: Chain,
+}
+
+impl Batch {
+    fn new() -> Self {
+        Self { few: Few::new(), more: Chain::default() }
+    }
+
+    const fn is_empty(&self) -> bool {
+        self.few.len == 0 && self.more.len() == 0
+    }
+
+    #[inline]
+    fn push(&mut self, shared: &Shared, number: u32) {
+        if !self.few.push(number) {
+            self.more.push(&shared.descriptors, number);
+        }
+    }
+}
+
 /// The writer's descriptors that are not in use.
 pub(super) struct Pool {
-    free: Chain,
+    free: Few<ENOUGH>,
     /// Taken out before `stamp`.
-    waiting: Chain,
+    waiting: Batch,
     stamp: u64,
-    taken_out: Chain,
+    taken_out: Batch,
     /// At how many that were taken out to look again.
     enough: usize,
 }
 
 impl Pool {
     pub(super) fn new() -> Self {
-        let chain = Chain::default;
-        Self { free: chain(), waiting: chain(), stamp: 0, taken_out: chain(), enough: BATCH }
+        Self { free: Few::new(), waiting: Batch::new(), stamp: 0, taken_out: Batch::new(), enough: BATCH }
     }
 
     /// A descriptor that no walker is in.
@@ -44,14 +96,13 @@ impl Pool {
         shared: &'a Shared,
         cache: &mut Cache,
     ) -> Result<(&'a Descriptor, &'a Side), RmapError> {
-        let index = match self.free.pop(&shared.descriptors) {
-            Some(index) => index,
+        let number = match self.free.pop() {
+            Some(number) => number,
             None if !core::ptr::eq(&*cache.shared, shared) => return Err(RmapError::Foreign),
-            None => cache.chain.pop(&shared.descriptors).ok_or(RmapError::NotReserved)?,
+            None => cache.numbers.pop().ok_or(RmapError::NotReserved)?,
         };
-        let Some(descriptor) = shared.descriptors.all.get(index) else { return Err(RmapError::NotReserved) };
-        descriptor.index.store(index, Ordering::Relaxed);
-        shared.descriptors.sides.get(index).map(|side| (descriptor, side)).ok_or(RmapError::NotReserved)
+        let descriptor = shared.descriptors.all.get(number).ok_or(RmapError::NotReserved)?;
+        Ok((descriptor, shared.descriptors.sides.get(number).ok_or(RmapError::NotReserved)?))
     }
 
     /// A descriptor is out of its list: no walker that comes from now on finds it.
@@ -60,35 +111,40 @@ impl Pool {
         let index = descriptor.index.load(Ordering::Relaxed);
         if let Some(side) = shared.descriptors.sides.get(index) {
             side.owner.store(NO_LIST, Ordering::Relaxed);
-            self.taken_out.push(&shared.descriptors, index);
+            self.taken_out.push(shared, index);
         }
     }
 
     /// After something was taken out: goes on with what waits, if there is enough of it.
     #[inline]
     pub(super) fn go_on(&mut self, shared: &Shared) {
-        if self.taken_out.len() >= self.enough {
-            self.turn(shared);
+        if self.taken_out.few.len + self.taken_out.more.len() >= self.enough {
+            self.turn(shared, 1);
             self.sweep(shared, CHUNKS_PER_BATCH);
             // If walkers stay for long, not each time.
-            self.enough = self.taken_out.len() + BATCH;
+            self.enough = self.taken_out.more.len() + BATCH;
         }
     }
 
-    /// Frees what walkers have left, and stamps what was taken out since.
-    pub(super) fn turn(&mut self, shared: &Shared) {
+    /// Frees what walkers have left, and stamps what was taken out since. In a second round that is freed, too, if nobody
+    /// is inside.
+    pub(super) fn turn(&mut self, shared: &Shared, rounds: usize) {
         let mut central = shared.central.lock();
         let central = &mut *central;
-        for _ in 0..2 {
-            if self.waiting.len() > 0 {
+        for _ in 0..rounds {
+            if !self.waiting.is_empty() {
                 if !central.cells.have_passed(self.stamp) {
                     return;
                 }
-                let free = if self.free.len() < ENOUGH { &mut self.free } else { &mut central.free };
-                free.append(&shared.descriptors, &mut self.waiting);
+                while let Some(number) = self.waiting.few.pop() {
+                    if !self.free.push(number) {
+                        central.free.push(&shared.descriptors, number);
+                    }
+                }
+                central.free.append(&shared.descriptors, &mut self.waiting.more);
             }
-            if self.taken_out.len() > 0 {
-                self.waiting.append(&shared.descriptors, &mut self.taken_out);
+            if !self.taken_out.is_empty() {
+                core::mem::swap(&mut self.waiting, &mut self.taken_out);
                 self.stamp = shared.epoch.stamp();
             }
         }
@@ -121,6 +177,6 @@ impl Pool {
 
     /// Whether nothing waits.
     pub(super) const fn is_settled(&self) -> bool {
-        self.waiting.len() == 0 && self.taken_out.len() == 0
+        self.waiting.is_empty() && self.taken_out.is_empty()
     }
 }

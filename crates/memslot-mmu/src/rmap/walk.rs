@@ -5,7 +5,7 @@ use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
 use super::RmapEntry;
-use super::descriptor::{Descriptor, Head, Next};
+use super::descriptor::{CELLS, Descriptor, Head, Next};
 use super::heads::List;
 use super::shared::Shared;
 use crate::nested::epoch::Cell;
@@ -109,7 +109,7 @@ impl<'a, E: RmapEntry> Entries<'a, E> {
         self.descriptor = descriptor;
         if let Some(descriptor) = descriptor {
             self.next = descriptor.next();
-            self.left = self.next.filled();
+            self.left = self.next.filled().min(CELLS);
         }
     }
 }
@@ -144,9 +144,26 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
             result = f(result, E::from_word(word));
         }
         while let Some(descriptor) = self.descriptor {
-            for cell in descriptor.cells.iter().take(self.left).rev() {
-                if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
-                    result = f(result, E::from_word(word));
+            // Most have a length that the compiler knows: all but the first.
+            if self.left == CELLS {
+                for cell in descriptor.cells.iter().rev() {
+                    if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
+                        result = f(result, E::from_word(word));
+                    }
+                }
+            } else {
+                let mut cells = descriptor.cells[..self.left].rchunks_exact(4);
+                for four in &mut cells {
+                    for cell in four.iter().rev() {
+                        if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
+                            result = f(result, E::from_word(word));
+                        }
+                    }
+                }
+                for cell in cells.remainder().iter().rev() {
+                    if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
+                        result = f(result, E::from_word(word));
+                    }
                 }
             }
             // SAFETY: as in `next`.

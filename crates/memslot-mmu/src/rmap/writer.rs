@@ -18,7 +18,7 @@ use crate::sync::{AtomicU64, Ordering};
 /// protects under which shadow pages are changed.
 ///
 /// [`add`](Self::add) and [`remove`](Self::remove) take a bounded number of steps, whatever the length of the list, and
-/// never allocate. (With every 32nd descriptor that comes out of use they look whether walkers have left, and free up to 8 chunks
+/// never allocate. (With every 64th descriptor that comes out of use they look whether walkers have left, and free up to 8 chunks
 /// of slots that were dropped.)
 pub struct Writer<E> {
     pub(super) shared: Arc<Shared>,
@@ -56,7 +56,7 @@ impl<E> Writer<E> {
     /// it is done or walkers are inside.
     pub fn reclaim(&mut self, chunks: usize) -> bool {
         let swept = self.pool.sweep(&self.shared, chunks);
-        self.pool.turn(&self.shared);
+        self.pool.turn(&self.shared, 2);
         swept && self.pool.is_settled()
     }
 
@@ -226,6 +226,16 @@ impl<E: RmapEntry> Writer<E> {
         };
         let (next, behind) = (first.next(), first.behind.load(Ordering::Relaxed) as usize);
         let last = next.filled() - 1;
+        let left = behind + last;
+        if left == 1 {
+            // The descriptor leaves as it is, with both entries: walkers that are there go on to see them.
+            let one = first.cells[usize::from(cell == 0)].load(Ordering::Relaxed);
+            keep(&mut records, one, Filed::alone(filed.list()));
+            found.head.store(one, Ordering::Release);
+            pool.take_out(shared, first);
+            pool.go_on(shared);
+            return Ok(1);
+        }
         // The last entry of the first descriptor, where walks begin, moves into the hole, which is still before them.
         let moved = first.cells[last].load(Ordering::Relaxed);
         if moved != word {
@@ -234,15 +244,7 @@ impl<E: RmapEntry> Writer<E> {
         }
         first.set(last, 0);
         first.set_next(next.with_filled(last));
-        let left = behind + last;
-        if left == 1 {
-            let one = first.cells[0].load(Ordering::Relaxed);
-            keep(&mut records, one, Filed::alone(filed.list()));
-            // The entry stays in its cell, for walkers that are there.
-            found.head.store(one, Ordering::Release);
-            pool.take_out(shared, first);
-            pool.go_on(shared);
-        } else if last == 0 {
+        if last == 0 {
             take_front(shared, pool, found.head, first);
         }
         Ok(left)
