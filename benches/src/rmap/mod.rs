@@ -79,7 +79,7 @@ impl Ours {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn add(
     writer: &mut Writer<NonZeroU64>,
     list: List<'_, NonZeroU64>,
@@ -93,7 +93,7 @@ fn add(
     }
 }
 
-#[inline]
+#[inline(always)]
 fn remove(writer: &mut Writer<NonZeroU64>, number: usize, records: &mut [u64]) {
     let filed = Filed::from_bits(records[number]).unwrap_or_else(|| panic!("filed"));
     if let Err(error) = writer.remove(filed, entry(number), keep_in(records)) {
@@ -102,7 +102,7 @@ fn remove(writer: &mut Writer<NonZeroU64>, number: usize, records: &mut [u64]) {
 }
 
 /// Records by the entry's number, as a shadow page has them by the place of the entry.
-#[inline]
+#[inline(always)]
 fn keep_in(records: &mut [u64]) -> impl FnMut(NonZeroU64, Filed) {
     move |entry, filed| records[usize::try_from(entry.get() / 8 - 1).unwrap_or(0)] = filed.into_bits()
 }
@@ -131,13 +131,13 @@ impl Theirs {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn peer_add(head: &kernel::Head, gfn: usize, number: usize, cache: &mut kernel::Cache, gfns: &mut [u64]) {
     gfns[number] = gfn as u64;
     black_box(head.add(entry(number).get(), cache));
 }
 
-#[inline]
+#[inline(always)]
 fn peer_remove(heads: &[kernel::Head], number: usize, cache: &mut kernel::Cache, gfns: &[u64]) {
     let gfn = usize::try_from(gfns[number]).unwrap_or(0);
     heads[gfn].remove(entry(number).get(), cache);

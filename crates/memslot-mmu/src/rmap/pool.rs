@@ -105,25 +105,30 @@ impl Pool {
         Ok((descriptor, shared.descriptors.sides.get(number).ok_or(RmapError::NotReserved)?))
     }
 
-    /// A descriptor is out of its list: no walker that comes from now on finds it.
+    /// A descriptor is out of its list: no walker that comes from now on finds it. Goes on with what waits, if there is enough.
     #[inline]
     pub(super) fn take_out(&mut self, shared: &Shared, descriptor: &Descriptor) {
-        let index = descriptor.index.load(Ordering::Relaxed);
-        if let Some(side) = shared.descriptors.sides.get(index) {
-            side.owner.store(NO_LIST, Ordering::Relaxed);
-            self.taken_out.push(shared, index);
+        self.note(shared, descriptor);
+        if self.taken_out.few.len + self.taken_out.more.len() >= self.enough {
+            self.go_on(shared);
         }
     }
 
-    /// After something was taken out: goes on with what waits, if there is enough of it.
     #[inline]
-    pub(super) fn go_on(&mut self, shared: &Shared) {
-        if self.taken_out.few.len + self.taken_out.more.len() >= self.enough {
-            self.turn(shared, 1);
-            self.sweep(shared, CHUNKS_PER_BATCH);
-            // If walkers stay for long, not each time.
-            self.enough = self.taken_out.more.len() + BATCH;
+    fn note(&mut self, shared: &Shared, descriptor: &Descriptor) {
+        let number = descriptor.index.load(Ordering::Relaxed);
+        if let Some(side) = shared.descriptors.sides.get(number) {
+            side.owner.store(NO_LIST, Ordering::Relaxed);
+            self.taken_out.push(shared, number);
         }
+    }
+
+    #[inline(never)]
+    fn go_on(&mut self, shared: &Shared) {
+        self.turn(shared, 1);
+        self.sweep(shared, CHUNKS_PER_BATCH);
+        // If walkers stay for long, not each time.
+        self.enough = self.taken_out.few.len + self.taken_out.more.len() + BATCH;
     }
 
     /// Frees what walkers have left, and stamps what was taken out since. In a second round that is freed, too, if nobody
@@ -166,7 +171,7 @@ impl Pool {
                 while let Some(descriptor) = next {
                     // SAFETY: read from a descriptor of this reverse map.
                     next = unsafe { descriptor.next().descriptor() };
-                    self.take_out(shared, descriptor);
+                    self.note(shared, descriptor);
                 }
             }
             // SAFETY: its owner is gone, with all that was borrowed from it; and the pool is the writer's.

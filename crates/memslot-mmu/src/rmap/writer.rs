@@ -233,7 +233,6 @@ impl<E: RmapEntry> Writer<E> {
             keep(&mut records, one, Filed::alone(filed.list()));
             found.head.store(one, Ordering::Release);
             pool.take_out(shared, first);
-            pool.go_on(shared);
             return Ok(1);
         }
         // The last entry of the first descriptor, where walks begin, moves into the hole, which is still before them.
@@ -354,6 +353,7 @@ impl<E: RmapEntry> Writer<E> {
 }
 
 /// A second entry: both come into a descriptor, whose number is the result.
+#[inline(never)]
 fn make_two(
     shared: &Shared,
     pool: &mut Pool,
@@ -373,6 +373,7 @@ fn make_two(
 }
 
 /// The first descriptor is full: the entry comes into another in front of it.
+#[inline(never)]
 fn put_in_front(
     shared: &Shared,
     pool: &mut Pool,
@@ -393,6 +394,7 @@ fn put_in_front(
 }
 
 /// The first descriptor is empty: the next becomes the first. Its own `next` stays, for walkers that are in it.
+#[inline(never)]
 fn take_front(shared: &Shared, pool: &mut Pool, head: &AtomicU64, first: &Descriptor) {
     // SAFETY: read from a descriptor of the list.
     let Some(next) = (unsafe { first.next().descriptor() }) else { return };
@@ -401,7 +403,6 @@ fn take_front(shared: &Shared, pool: &mut Pool, head: &AtomicU64, first: &Descri
     }
     head.store(Head::to(next), Ordering::Release);
     pool.take_out(shared, first);
-    pool.go_on(shared);
 }
 
 fn turn_of(shared: &Shared, first: &Descriptor) -> u32 {
