@@ -116,17 +116,13 @@ fn our_round(ours: &mut Ours, lists: usize, size: usize, length: Duration) -> an
     cache.reserve(256)?;
     let slot = &*slot;
     let all: Vec<_> = (0..lists).filter_map(|list| slot.list(Level::K4, gfn(list))).collect();
+    let all = &all;
     let change = |number: usize| {
-        let filed = memslot_mmu::rmap::Filed::from_bits(records[number]).unwrap_or_else(|| panic!("filed"));
-        assert!(writer.remove(filed, super::entry(number)).is_ok(), "filed");
+        super::remove(writer, number, records);
         if cache.len() < 16 {
             assert!(cache.reserve(256).is_ok(), "memory");
         }
-        let Some(list) = slot.list(Level::K4, gfn(number % lists)) else { return };
-        match writer.add(list, super::entry(number), cache) {
-            Ok(added) => records[number] = added.filed.into_bits(),
-            Err(error) => panic!("{error}"),
-        }
+        super::add(writer, all[number % lists], number, cache, records);
     };
     let walk = |list: usize| walker.enter().entries(all[list]).for_each(|entry| _ = black_box(entry));
     Ok(round(length, lists, lists * size, change, walk))

@@ -12,7 +12,7 @@ use std::num::NonZeroU64;
 
 use memslot::{Gfn, GfnRange};
 use memslot_mmu::Level;
-use memslot_mmu::rmap::{Cache, Filed, Rmap, SlotRmap, Walker, Writer};
+use memslot_mmu::rmap::{Cache, Filed, List, Rmap, SlotRmap, Walker, Writer};
 
 use crate::Effort;
 use crate::layout::Random;
@@ -73,22 +73,38 @@ impl Ours {
         Ok(ours)
     }
 
-    #[inline]
     fn add(&mut self, number: usize, lists: usize) {
         let Some(list) = self.slot.list(Level::K4, gfn(number % lists)) else { return };
-        match self.writer.add(list, entry(number), &mut self.cache) {
-            Ok(added) => self.records[number] = added.filed.into_bits(),
-            Err(error) => panic!("{error}"),
-        }
+        add(&mut self.writer, list, number, &mut self.cache, &mut self.records);
     }
+}
 
-    #[inline]
-    fn remove(&mut self, number: usize) {
-        let filed = Filed::from_bits(self.records[number]).unwrap_or_else(|| panic!("filed"));
-        if let Err(error) = self.writer.remove(filed, entry(number)) {
-            panic!("{error}");
-        }
+#[inline(always)]
+fn add(
+    writer: &mut Writer<NonZeroU64>,
+    list: List<'_, NonZeroU64>,
+    number: usize,
+    cache: &mut Cache,
+    records: &mut [u64],
+) {
+    match writer.add(list, entry(number), cache, keep_in(records)) {
+        Ok(before) => _ = black_box(before),
+        Err(error) => panic!("{error}"),
     }
+}
+
+#[inline(always)]
+fn remove(writer: &mut Writer<NonZeroU64>, number: usize, records: &mut [u64]) {
+    let filed = Filed::from_bits(records[number]).unwrap_or_else(|| panic!("filed"));
+    if let Err(error) = writer.remove(filed, entry(number), keep_in(records)) {
+        panic!("{error}");
+    }
+}
+
+/// Records by the entry's number, as a shadow page has them by the place of the entry.
+#[inline(always)]
+fn keep_in(records: &mut [u64]) -> impl FnMut(NonZeroU64, Filed) {
+    move |entry, filed| records[usize::try_from(entry.get() / 8 - 1).unwrap_or(0)] = filed.into_bits()
 }
 
 /// The same of the peer.
@@ -109,18 +125,22 @@ impl Theirs {
         theirs
     }
 
-    #[inline]
     fn add(&mut self, number: usize, lists: usize) {
-        let gfn = number % lists;
-        self.gfns[number] = gfn as u64;
-        black_box(self.heads[gfn].add(entry(number).get(), &mut self.cache));
+        let list = number % lists;
+        peer_add(&self.heads[list], list, number, &mut self.cache, &mut self.gfns);
     }
+}
 
-    #[inline]
-    fn remove(&mut self, number: usize) {
-        let gfn = usize::try_from(self.gfns[number]).unwrap_or(0);
-        self.heads[gfn].remove(entry(number).get(), &mut self.cache);
-    }
+#[inline(always)]
+fn peer_add(head: &kernel::Head, gfn: usize, number: usize, cache: &mut kernel::Cache, gfns: &mut [u64]) {
+    gfns[number] = gfn as u64;
+    black_box(head.add(entry(number).get(), cache));
+}
+
+#[inline(always)]
+fn peer_remove(heads: &[kernel::Head], number: usize, cache: &mut kernel::Cache, gfns: &[u64]) {
+    let gfn = usize::try_from(gfns[number]).unwrap_or(0);
+    heads[gfn].remove(entry(number).get(), cache);
 }
 
 fn lists_of(size: usize) -> usize {
@@ -145,6 +165,13 @@ fn changes(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()
     let lists = lists_of(size);
     let per_list = (size / 16).max(1);
     let (mut ours, mut theirs) = (Ours::new(lists, size)?, Theirs::new(lists, size));
+    // Both sides are given the list itself to add to; the row "find" shows what finding it costs.
+    let Ours { slot, writer, cache, records, .. } = &mut ours;
+    let slot = &*slot;
+    let all: Vec<_> = (0..lists).filter_map(|list| slot.list(Level::K4, gfn(list))).collect();
+    let Theirs { heads, cache: peer_cache, gfns } = &mut theirs;
+    let heads: &[kernel::Head] = heads;
+    let peers: Vec<&kernel::Head> = heads.iter().collect();
     let mut random = Random::new(99);
     let mut times = [const { Vec::new() }; 4];
     for round in 0..rounds + 2 {
@@ -159,14 +186,27 @@ fn changes(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()
         let mut measured = [0.0; 4];
         for side in [round % 2, 1 - round % 2] {
             if side == 0 {
-                measured[0] = time(count, || victims.iter().for_each(|&number| ours.remove(number)));
-                measured[1] = time(count, || victims.iter().for_each(|&number| ours.add(number, lists)));
+                measured[0] = time(count, || {
+                    victims.iter().for_each(|&number| remove(writer, number, records));
+                });
+                measured[1] = time(count, || {
+                    victims
+                        .iter()
+                        .for_each(|&number| add(writer, all[number % lists], number, cache, records));
+                });
             } else {
-                measured[2] = time(count, || victims.iter().for_each(|&number| theirs.remove(number)));
-                measured[3] = time(count, || victims.iter().for_each(|&number| theirs.add(number, lists)));
+                measured[2] = time(count, || {
+                    victims.iter().for_each(|&number| peer_remove(heads, number, peer_cache, gfns));
+                });
+                measured[3] = time(count, || {
+                    victims.iter().for_each(|&number| {
+                        let list = number % lists;
+                        peer_add(peers[list], list, number, peer_cache, gfns);
+                    });
+                });
             }
             // Outside of the lock, as a fault does.
-            ours.cache.reserve(descriptors(lists, 0))?;
+            cache.reserve(descriptors(lists, 0))?;
         }
         // The first rounds warm up.
         if round >= 2 {
@@ -188,19 +228,20 @@ fn reads(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()> 
     let lists = lists_of(size);
     let (ours, theirs) = (Ours::new(lists, size)?, Theirs::new(lists, size));
     let repeat = if rounds == 1 { 1 } else { 4 };
+    let peers: Vec<&kernel::Head> = theirs.heads.iter().collect();
     let all: Vec<_> = (0..lists).filter_map(|list| ours.slot.list(Level::K4, gfn(list))).collect();
     let operations = all.len() * repeat;
     let times = |work: &mut dyn FnMut()| time(operations, || (0..repeat).for_each(|_| work()));
 
     if report.wants("count") {
-        let mine = || times(&mut || all.iter().for_each(|list| _ = black_box(list.len())));
-        let peer = || times(&mut || theirs.heads.iter().for_each(|head| _ = black_box(head.count())));
+        let mine = || times(&mut || all.iter().for_each(|list| _ = black_box(ours.writer.count(*list))));
+        let peer = || times(&mut || peers.iter().for_each(|head| _ = black_box(head.count())));
         report.times("count", size, PEER, versus(rounds, mine, peer), Some(1.0));
     }
     let mut walker: Walker<_> = ours.rmap.walker()?;
     let peer_locked =
-        || times(&mut || theirs.heads.iter().for_each(|head| head.walk_locked(|word| _ = black_box(word))));
-    let peer = || times(&mut || theirs.heads.iter().for_each(|head| head.walk(|word| _ = black_box(word))));
+        || times(&mut || peers.iter().for_each(|head| head.walk_locked(|word| _ = black_box(word))));
+    let peer = || times(&mut || peers.iter().for_each(|head| head.walk(|word| _ = black_box(word))));
     if report.wants("walk a list, lock-free") {
         let mine = || {
             times(&mut || {

@@ -1,68 +1,72 @@
 //! What must hold between any two changes, written down a second time.
 
-use super::RmapEntry;
 use super::descriptor::{CELLS, Head};
+use super::filed::Filed;
 use super::heads::List;
 use super::writer::Writer;
+use super::{RmapEntry, RmapError};
 use crate::sync::Ordering;
 
 impl<E: RmapEntry> Writer<E> {
     /// Looks whether a list is whole, and says what is not: for tests and debugging, in time proportional to its length.
     ///
+    /// `record` is asked for each entry's record, which must lead to it.
+    ///
     /// # Errors
     /// The rule that is broken.
-    pub fn check(&self, list: List<'_, E>) -> Result<(), &'static str> {
-        let Head::Many { first, count } = Head::new(list.head.load(Ordering::Relaxed)) else { return Ok(()) };
+    pub fn check(&self, list: List<'_, E>, record: impl Fn(E) -> Option<Filed>) -> Result<(), &'static str> {
         let require = |holds: bool, rule: &'static str| if holds { Ok(()) } else { Err(rule) };
+        let (number, home) = list.number_and_home();
         let shared = &*self.shared;
-        require(first != 0 && count >= 2, "a list of fewer than two entries has no descriptors")?;
-        let (mut index, mut before, mut entries, mut with_holes) = (first, 0, 0, 0);
-        let mut last = first;
-        while index != 0 {
-            let at = shared.at(index).ok_or("a descriptor has a number that was given out")?;
-            let links = shared.links(index).map_err(|_| "a descriptor has links")?;
-            let mask = at.descriptor.mask.load(Ordering::Relaxed);
-            require(mask >> CELLS == 0, "a mask has no bits behind the cells")?;
-            require(
-                at.descriptor.owner.load(Ordering::Relaxed) == list.number,
-                "a descriptor knows its list",
-            )?;
-            let words = (0..CELLS).filter_map(|cell| at.descriptor.entry(cell));
-            require(
-                words.clone().all(|word| word != 0 && word & 7 == 0),
-                "a cell with its bit has an entry",
-            )?;
-            require(index == first || mask != 0, "no descriptor but the first is empty")?;
-            if index != first {
-                require(links.before.load(Ordering::Relaxed) == before, "before is the descriptor before")?;
-                with_holes += usize::from(mask.count_ones() as usize != CELLS);
+        require(home == shared.identity(), "a list is its reverse map's")?;
+        let filed = |word: u64, place: Filed| {
+            let entry = core::num::NonZeroU64::new(word).map(E::from_word);
+            require(entry.and_then(&record) == Some(place), "an entry's record says where it is")
+        };
+        // SAFETY: the list's own head.
+        let mut at = match unsafe { Head::new(list.head.load(Ordering::Relaxed)) } {
+            Head::Empty => return Ok(()),
+            Head::One(word) => return filed(word, Filed::alone(number)),
+            Head::Many(first) => Some(first),
+        };
+        let mut left = at.map_or(0, |first| first.count());
+        require(left >= 2, "a list of fewer than two entries has no descriptors")?;
+        let mut is_first = true;
+        while let Some(descriptor) = at {
+            let (next, index) = (descriptor.next(), descriptor.index.load(Ordering::Relaxed));
+            let side =
+                shared.descriptors.sides.get(index).ok_or("a descriptor has a number that was given out")?;
+            require(side.owner.load(Ordering::Relaxed) == number, "a descriptor knows its list")?;
+            require(is_first || next.filled() == CELLS, "all descriptors but the first are full")?;
+            require((1..=CELLS).contains(&next.filled()), "no descriptor is empty")?;
+            for cell in 0..CELLS {
+                let word = descriptor.get(cell);
+                if cell < next.filled() {
+                    require(word != 0 && word & 7 == 0, "a filled cell has an entry")?;
+                    filed(word, Filed::in_cell(number, index, cell))?;
+                }
             }
-            entries += words.count();
-            (before, last) = (index, index);
-            index = at.descriptor.next.load(Ordering::Relaxed);
+            left = left.checked_sub(next.filled()).ok_or("the counts are not too small")?;
+            require(
+                descriptor.behind.load(Ordering::Relaxed) as usize == left,
+                "a descriptor counts those behind it",
+            )?;
+            // SAFETY: read from a descriptor of the list.
+            at = unsafe { next.descriptor() };
+            is_first = false;
         }
-        require(entries == count as usize, "the head counts the entries")?;
-        let links = shared.links(first).map_err(|_| "a descriptor has links")?;
-        require(links.before.load(Ordering::Relaxed) == last, "before the first is the last")?;
-        let (mut index, mut before) = (first, 0);
-        loop {
-            let at = shared.at(index).ok_or("a descriptor with holes exists")?;
-            if index != first {
-                let links = shared.links(index).map_err(|_| "a descriptor has links")?;
-                require(
-                    at.descriptor.owner.load(Ordering::Relaxed) == list.number,
-                    "holes are the list's own",
-                )?;
-                require(links.holes_before.load(Ordering::Relaxed) == before, "holes are linked both ways")?;
-                require((0..CELLS).any(|cell| at.descriptor.entry(cell).is_none()), "holes are holes")?;
-                with_holes =
-                    with_holes.checked_sub(1).ok_or("a descriptor is once among those with holes")?;
-            }
-            before = index;
-            index = at.descriptor.holes.load(Ordering::Relaxed);
-            if index == 0 {
-                return require(with_holes == 0, "all descriptors with holes are linked");
-            }
+        require(left == 0, "the counts are not too large")
+    }
+
+    /// That an entry is not filed where its record says, which is the error that removing it would be.
+    ///
+    /// # Errors
+    /// [`NotFiled`](RmapError::NotFiled).
+    pub fn check_filed(&self, filed: &Filed, entry: E) -> Result<(), RmapError> {
+        let word = entry.into_word().get();
+        match self.find(filed, word) {
+            Some(_) => Ok(()),
+            None => Err(RmapError::NotFiled { entry: word, under: self.filed_under(filed) }),
         }
     }
 }

@@ -14,30 +14,47 @@ use crate::level::Level;
 /// There is no other way to remove an entry. Whatever happened in between to the guest's tables, to the shadow page or
 /// to the slots, it is removed from the list to which it was added, since nobody says a gfn a second time.
 ///
-/// One word: a shadow page keeps an array of 512 of them beside its table, which takes the place of an array of gfns
-/// ([`Writer::filed_under`](super::Writer::filed_under) tells the gfn). `None` is 0.
+/// One word, `None` being 0: a shadow page keeps an array of 512 of them beside its table, which takes the place of an array
+/// of gfns ([`Writer::filed_under`](super::Writer::filed_under) tells the gfn). When an entry moves within its list, its
+/// [`Records`] hear of it.
 ///
 /// ```
-/// use memslot_mmu::rmap::Filed;
+/// use memslot_mmu::rmap::{Filed, Rmap};
 /// # use std::num::NonZeroU64;
-/// # let (rmap, mut writer) = memslot_mmu::rmap::Rmap::<NonZeroU64>::new()?;
+/// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
 /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
 /// assert_eq!(size_of::<Option<Filed>>(), 8);
 /// let entry = NonZeroU64::new(0x1000).unwrap();
-/// let filed = writer.add(parents.list(), entry, &mut cache)?.filed;
-/// let bits: u64 = filed.into_bits(); // kept in an atomic, for instance
-/// let filed = Filed::from_bits(bits).unwrap();
-/// assert_eq!(writer.remove(filed, entry)?, 0);
+/// let mut record = 0; // in an atomic beside the entry, for instance
+/// writer.add(parents.list(), entry, &mut cache, |_, filed: Filed| record = filed.into_bits())?;
+/// let filed = Filed::from_bits(record).unwrap();
+/// assert_eq!(writer.remove(filed, entry, |_, _| ())?, 0);
 /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
 /// ```
 #[derive(PartialEq, Eq)]
 #[must_use = "an entry without its record cannot be removed"]
 pub struct Filed(NonZeroU64);
 
+/// Where the records of entries are kept: with each entry, found by what it is (the address of an entry leads to its
+/// shadow page, and so to the page's array of records).
+///
+/// Closures will do.
+pub trait Records<E> {
+    /// The entry is filed here from now on: it was just added, or it has moved within its list.
+    fn keep(&mut self, entry: E, filed: Filed);
+}
+
+impl<E, F: FnMut(E, Filed)> Records<E> for F {
+    #[inline(always)]
+    fn keep(&mut self, entry: E, filed: Filed) {
+        self(entry, filed);
+    }
+}
+
 /// log2 of the cells that a place can name.
 const CELL_BITS: u32 = 4;
 const _: () = assert!(CELL_BITS + INDEX_BITS <= 32);
-/// The place of an entry that was added to an empty list. No descriptor has so many cells.
+/// The place of an entry in the head. No descriptor has so many cells.
 const ALONE: u32 = (1 << CELL_BITS) - 1;
 
 impl Filed {
@@ -48,7 +65,9 @@ impl Filed {
 
     /// Descriptor 0 is never used, so that the word is not 0.
     #[inline(always)]
-    pub(super) const fn in_cell(list: u32, descriptor: u32, cell: u32) -> Self {
+    pub(super) const fn in_cell(list: u32, descriptor: u32, cell: usize) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "a few bits")]
+        let cell = cell as u32;
         Self::new(list, descriptor << CELL_BITS | cell)
     }
 
@@ -59,6 +78,11 @@ impl Filed {
             Some(bits) => Self(bits),
             None => Self(NonZeroU64::MIN),
         }
+    }
+
+    #[cfg(all(test, loom))]
+    pub(super) const fn again(&self) -> Self {
+        Self(self.0)
     }
 
     /// The record as a word, which is never 0.
@@ -85,7 +109,7 @@ impl Filed {
         (self.0.get() >> 32) as u32
     }
 
-    /// Descriptor and cell at the time when the entry was added.
+    /// Descriptor and cell; for an entry that is alone none that there is.
     #[inline(always)]
     pub(super) const fn place(&self) -> (u32, usize) {
         #[expect(clippy::cast_possible_truncation, reason = "the lower half")]

@@ -25,6 +25,8 @@ pub(super) const CHUNKS: u32 = (u32::MAX >> CHUNK_BITS) - 1;
 /// A chunk's header; its heads stand behind it.
 #[repr(C)]
 pub(super) struct Chunk {
+    /// The reverse map that it is part of.
+    home: usize,
     number: u32,
     len: u32,
     /// The first frame of the first head's entries.
@@ -46,6 +48,7 @@ pub(super) struct ChunkRef(NonNull<Chunk>);
 impl ChunkRef {
     /// A chunk with so many empty lists.
     pub(super) fn allocate(
+        home: usize,
         number: u32,
         len: usize,
         base: Gfn,
@@ -57,7 +60,14 @@ impl ChunkRef {
         let len = u32::try_from(len).map_err(|_| OutOfMemory)?;
         // SAFETY: fresh memory, large and aligned enough for the header and for so many heads behind it.
         unsafe {
-            chunk.write(Chunk { number, len, base, level, next_dropped: AtomicPtr::new(ptr::null_mut()) });
+            chunk.write(Chunk {
+                home,
+                number,
+                len,
+                base,
+                level,
+                next_dropped: AtomicPtr::new(ptr::null_mut()),
+            });
             let heads = chunk.cast::<u8>().add(HEADS_OFFSET).cast::<AtomicU64>();
             for place in 0..len as usize {
                 heads.add(place).write(AtomicU64::new(0));
@@ -171,13 +181,13 @@ unsafe impl Object for Entry {
     }
 }
 
-/// One list of entries: its head, and its number.
+/// One list of entries: its head, and the chunk that this is in.
 ///
 /// Borrowed from the [`SlotRmap`](super::SlotRmap) or the [`Parents`](super::Parents) that it is a part of.
 pub struct List<'a, E> {
     pub(super) head: &'a AtomicU64,
-    pub(super) number: u32,
-    pub(super) entries: PhantomData<fn(E) -> E>,
+    chunk: ChunkRef,
+    entries: PhantomData<fn(E) -> E>,
 }
 
 impl<E> Clone for List<'_, E> {
@@ -188,20 +198,46 @@ impl<E> Clone for List<'_, E> {
 
 impl<E> Copy for List<'_, E> {}
 
+// SAFETY: atomics, and a chunk of atomics and of plain values that do not change.
+unsafe impl<E> Send for List<'_, E> {}
+// SAFETY: as above.
+unsafe impl<E> Sync for List<'_, E> {}
+
 impl<'a, E> List<'a, E> {
+    /// The list at this place of a chunk.
+    ///
+    /// # Safety
+    /// The chunk and its reverse map are there for `'a`.
     #[inline(always)]
-    pub(super) const fn new(head: &'a AtomicU64, number: u32) -> Self {
-        Self { head, number, entries: PhantomData }
+    pub(super) unsafe fn new(chunk: ChunkRef, place: usize) -> Option<Self> {
+        // SAFETY: the caller's word.
+        Some(Self { head: unsafe { chunk.head(place) }?, chunk, entries: PhantomData })
     }
 
-    /// How many entries there are: one load, by anybody, at any time.
-    #[inline]
-    #[must_use]
-    pub fn len(self) -> usize {
-        Head::new(self.head.load(Ordering::Acquire)).count() as usize
+    /// The list's number, and the identity of its reverse map.
+    #[inline(always)]
+    pub(super) fn number_and_home(self) -> (u32, usize) {
+        // SAFETY: the chunk is there for 'a.
+        let chunk = unsafe { self.chunk.header() };
+        let offset = ptr::from_ref(self.head).addr() - self.chunk.as_ptr().addr() - HEADS_OFFSET;
+        (chunk.list(offset / size_of::<AtomicU64>()), chunk.home)
     }
 
-    /// Whether there are none.
+    /// How many entries there are, as the head was at this moment.
+    ///
+    /// # Safety
+    /// The descriptor that the head leads to is not used for another list meanwhile: the caller is the writer, or inside.
+    #[inline(always)]
+    pub(super) unsafe fn count(self) -> usize {
+        // SAFETY: the list's own head; the reverse map is there for 'a.
+        match unsafe { Head::new(self.head.load(Ordering::SeqCst)) } {
+            Head::Empty => 0,
+            Head::One(_) => 1,
+            Head::Many(first) => first.count(),
+        }
+    }
+
+    /// Whether there are no entries: one load, by anybody, at any time.
     #[inline]
     #[must_use]
     pub fn is_empty(self) -> bool {
@@ -211,6 +247,6 @@ impl<'a, E> List<'a, E> {
 
 impl<E> core::fmt::Debug for List<'_, E> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "List({}, {} entries)", self.number, self.len())
+        write!(f, "List({})", self.number_and_home().0)
     }
 }

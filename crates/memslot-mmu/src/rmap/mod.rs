@@ -3,40 +3,42 @@
 //! # Lists
 //!
 //! A list is one word as long as it has no more than one entry. Two and more are in descriptors of two cache lines,
-//! with room for 14 each; when one entry is left, it goes back into the word. [`SlotRmap`] has a list for each gfn and level
-//! of a slot, in chunks allocated on first use; [`Parents`] is the list of the entries that lead to a shadow page.
+//! with room for 14 each, all full but the first; when one entry is left, it goes back into the word. [`SlotRmap`] has a list
+//! for each gfn and level of a slot, in chunks allocated on first use; [`Parents`] is the list of the entries that lead to a
+//! shadow page.
 //!
 //! ```text
-//!  head ─► 0                      empty
-//!       ─► entry                  one
-//!       ─► count, first ─► [ next mask · entries ] ─► [ newest ] ─► … ─► [ oldest ]
+//!  head ─► 0                 empty
+//!       ─► entry             one
+//!       ─► [ 2 entries ─ ─ ─ ] ─► [ 14 entries ] ─► [ 14 entries ]
+//!            ◄── a walk, in each descriptor from the last filled cell to the first ──►
 //! ```
 //!
 //! | who | what | waits | steps |
 //! |---|---|---|---|
 //! | the [`Writer`] | adds and removes | for nobody | bounded, whatever the length |
-//! | any number of [`Walker`]s | walk | for nobody | one for each entry and descriptor |
-//! | anybody | [`List::len`] | for nobody | one load |
+//! | any number of [`Walker`]s | walk, count | for nobody | one for each entry and descriptor |
+//! | anybody | [`List::is_empty`] | for nobody | one load |
 //!
 //! # The protocol
 //!
-//! **1. An entry does not move.** It stays in its cell from the time it is added to the time it is removed. A cell is empty
-//! when its bit in the descriptor's mask is clear; that is all that removing does to it. Adding writes the cell, then sets the bit;
-//! holes are filled before a new descriptor is taken, so a list has never more descriptors than its greatest length needed.
-//! Packing lists densely, as KVM does, moves the last entry into the hole, and a walker who has passed the hole misses it.
+//! **1. A list is dense, and entries move forward only.** An entry is added behind the last filled cell of the first
+//! descriptor, or in a new descriptor in front. When one is removed, the last entry of the first descriptor moves into the hole: it is
+//! first written there, then cleared where it was. A walk begins at that last cell and goes *down* in each descriptor, then
+//! to the next, so **whatever moves is where walks begin, and goes to a place that comes later**: a walker either has
+//! seen it before, or comes to where it is going. (Walking upwards, as was proposed to KVM in 2013, misses it.) A walker may see
+//! it twice.
 //!
-//! **2. The word is the exception, and both ways are safe.** A second entry: the first is copied into cell 0 of a new
-//! descriptor, then the head is changed: a walker reads the head before (and sees it there) or after (and sees it in the cell).
-//! One entry left: it is written to the head, and *stays in its cell*; the descriptors leave with their contents. A
-//! walker that is among them still sees it.
+//! **2. Going into a descriptor, and out of it.** A second entry: both are written into a new descriptor, then the head is
+//! changed: a walker reads the head before (and sees the first entry there) or after. One entry left: it is written to the head,
+//! and the descriptor leaves *as it is*. A walker that is there still sees it.
 //!
-//! **3. New descriptors come in behind the first, old ones leave when they are empty.** Both are one store to a `next`. The
-//! first descriptor stays the first, empty or not, as long as there are two entries. A descriptor that leaves keeps its own
-//! `next`; behind it, the list only ever loses empty descriptors, so whoever is in it still passes all that was there.
+//! **3. Descriptors come and go at the front only.** One that has become empty leaves, by one store to the head, and keeps
+//! its own `next`: a walker that is in it goes on to what follows, all of which was there when it left.
 //!
-//! From 1 to 3: *a walk sees every entry that is in the list all the while*, since such an entry is in one cell, in a descriptor
-//! that the walk comes through; and an entry that it sees was in the list at some moment of the walk, since its bit was
-//! set after the walk began.
+//! From 1 to 3: *a walk sees every entry that is in the list all the while*. And an entry that it sees was in the list at some
+//! moment of the walk: only what is in the list is in cells that walkers can come to, apart from the last two that a
+//! descriptor takes with it (2.), which were in the list when the walk found the descriptor there, or came later.
 //!
 //! **4. Descriptors are used again when no walker can be in them.** Walkers announce themselves in an epoch (the same
 //! scheme as for [tables](crate::nested), 4); descriptors that have left are stamped, in batches, and used again when
@@ -52,45 +54,50 @@
 //! Removing wants no gfn, level or role, but the record that adding gave: [`Filed`], one word, kept with the entry. An entry
 //! cannot be removed from another list than it was added to, whatever the guest did to its tables meanwhile (that is how
 //! CVE-2026-46113 and CVE-2026-53359 came about: the gfn was computed a second time, and differently). The record names
-//! list, descriptor and cell, so it is found without a search; it is checked, never trusted. One entry of a list may have a record
-//! that is out of date, the one that was alone in the list (2.): it is in cell 0 of the first descriptor, the second place where
-//! `remove` looks. A record that matches neither is an [error](RmapError::NotFiled) that names the entry.
+//! list, descriptor and cell: nothing is searched, be the list as long as it may. When an entry moves (1., 2.), its list stays the same
+//! and [`Records`] are told the new place. A record is checked, never trusted: one that does not lead to its entry is
+//! an [error](RmapError::NotFiled) that names the entry.
 //!
 //! # What it does not do
 //!
 //! * It does not know what entries are. Words of another thing than the list is for are its user's mistake.
-//! * A sparse list is not packed: 1000 entries of which 72 remain may be in 72 descriptors, all of which a walk passes.
+//! * An entry is meant to be in one list, once; nobody looks whether it is.
 //! * Descriptors are not given back to the system before the whole reverse map is dropped, only used again.
 //!
 //! # Example
 //!
 //! ```
+//! use std::collections::{HashMap, HashSet};
 //! use std::num::NonZeroU64;
 //! use memslot::{Gfn, GfnRange};
 //! use memslot_mmu::Level;
-//! use memslot_mmu::rmap::{Rmap, Under};
+//! use memslot_mmu::rmap::{Filed, Rmap, Under};
 //!
 //! let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
 //! let slot = rmap.slot(GfnRange::with_len(Gfn::new(0), 0x4_0000).unwrap(), Level::M2)?;
 //! let mut cache = rmap.cache();
+//! let mut records = HashMap::new();
 //!
 //! // Where a table's entry is: its address, say.
 //! let (a, b) = (NonZeroU64::new(0xffff_8880_1234_5008).unwrap(), NonZeroU64::new(0xffff_8880_6789_a010).unwrap());
 //! cache.reserve(1)?;
 //! let list = slot.reserve(Level::K4, Gfn::new(0x42))?;
-//! let filed_a = writer.add(list, a, &mut cache)?.filed;
-//! let filed_b = writer.add(list, b, &mut cache)?.filed;
+//! let mut keep = |entry, filed: Filed| _ = records.insert(entry, filed);
+//! writer.add(list, a, &mut cache, &mut keep)?;
+//! writer.add(list, b, &mut cache, &mut keep)?;
 //!
 //! // Another thread, meanwhile:
 //! let mut walker = rmap.walker()?;
 //! let inside = walker.enter();
 //! let list = slot.list(Level::K4, Gfn::new(0x42)).unwrap();
-//! assert_eq!(inside.entries(list).collect::<Vec<_>>(), [a, b]);
+//! assert_eq!(inside.entries(list).collect::<HashSet<_>>(), [a, b].into());
 //! drop(inside);
 //!
-//! assert_eq!(writer.filed_under(&filed_a), Some(Under::Gfn { gfn: Gfn::new(0x42), level: Level::K4 }));
-//! assert_eq!(writer.remove(filed_a, a)?, 1);
-//! assert_eq!(writer.remove(filed_b, b)?, 0);
+//! // However the guest has changed its tables by now:
+//! let filed = records.remove(&a).unwrap();
+//! assert_eq!(writer.filed_under(&filed), Some(Under::Gfn { gfn: Gfn::new(0x42), level: Level::K4 }));
+//! assert_eq!(writer.remove(filed, a, |entry, filed| _ = records.insert(entry, filed))?, 1);
+//! assert_eq!(writer.remove(records.remove(&b).unwrap(), b, |_, _| ())?, 0);
 //! # Ok::<(), memslot_mmu::rmap::RmapError>(())
 //! ```
 
@@ -115,13 +122,13 @@ use core::num::NonZeroU64;
 
 use memslot::{Gfn, GfnRange, OutOfMemory};
 
-pub use self::filed::{Filed, Under};
+pub use self::filed::{Filed, Records, Under};
 pub use self::heads::List;
 pub use self::shared::Cache;
 use self::shared::Shared;
 pub use self::slot::{Parents, SlotRmap};
 pub use self::walk::{Entries, Inside, Walker};
-pub use self::writer::{Added, Surplus, Writer};
+pub use self::writer::{Surplus, Writer};
 use crate::level::Level;
 use crate::sync::Ordering;
 
@@ -171,15 +178,14 @@ impl<E: RmapEntry> Rmap<E> {
     #[doc(hidden)]
     pub fn starting_at(counters: u64) -> Result<(Self, Writer<E>), RmapError> {
         let shared = Arc::new(Shared::starting_at(counters));
-        #[expect(clippy::cast_possible_truncation, reason = "a counter that wraps")]
-        let writer = Writer::new(shared.clone(), counters as u32);
+        let writer = Writer::new(shared.clone());
         Ok((Self { shared, entries: PhantomData }, writer))
     }
 
     /// The lists of a slot with these frames, for entries of the levels up to `largest`.
     ///
     /// # Errors
-    /// [`OutOfMemory`](RmapError::OutOfMemory).
+    /// [`OutOfMemory`](RmapError::OutOfMemory); [`Level`](RmapError::Level) for more than 1 GiB.
     pub fn slot(&self, gfns: GfnRange, largest: Level) -> Result<SlotRmap<E>, RmapError> {
         SlotRmap::new(self.shared.clone(), gfns, largest)
     }
@@ -239,7 +245,9 @@ pub enum RmapError {
         under: Option<Under>,
     },
     /// The slot does not have all frames of such a page.
-    #[error("the slot {slot} does not have the whole page of {level} at gfn {gfn}")]
+    #[error(
+        "slot {slot} has no list for a page of {level} at gfn {gfn}: it is not all in the slot, or larger than its pages"
+    )]
     Outside {
         /// A frame of the page.
         gfn: Gfn,
@@ -248,8 +256,8 @@ pub enum RmapError {
         /// The slot's frames.
         slot: GfnRange,
     },
-    /// The slot was made without lists for this level.
-    #[error("the slot has no lists for pages of {level}")]
+    /// There are lists up to 1 GiB.
+    #[error("there are no pages of {level}")]
     Level {
         /// The level.
         level: Level,

@@ -10,118 +10,146 @@
 //! remember them, and a walker that stays for long makes the first grow and nobody wait.
 
 use super::RmapError;
-use super::descriptor::{Chain, Descriptor, Head, Links, NO_LIST};
+use super::descriptor::{Chain, Descriptor, Head, NO_LIST, Side};
 use super::shared::{Cache, Shared};
 use crate::sync::{AtomicU64, Ordering};
 
 /// So many descriptors are taken out before the writer looks whether walkers have left.
-const BATCH: usize = if cfg!(loom) { 1 } else { 32 };
-/// With so many at hand, the writer leaves further ones to the caches.
-const ENOUGH: usize = 64;
+const BATCH: usize = if cfg!(loom) { 1 } else { 64 };
+/// So many the writer keeps for itself; it leaves further ones to the caches.
+const ENOUGH: usize = 4 * BATCH;
 /// How many chunks whose owner was dropped are freed with each batch.
 const CHUNKS_PER_BATCH: usize = 8;
 
-/// A descriptor in use, as the writer sees it.
-#[derive(Clone, Copy)]
-pub(super) struct At<'a> {
-    pub(super) index: u32,
-    pub(super) descriptor: &'a Descriptor,
+/// A few numbers of descriptors, side by side.
+struct Few<const N: usize> {
+    numbers: [u32; N],
+    len: usize,
 }
 
-impl Shared {
-    /// The descriptor with this number; `None` for a number that this reverse map has never had.
-    #[inline(always)]
-    pub(super) fn at(&self, index: u32) -> Option<At<'_>> {
-        Some(At { index, descriptor: self.descriptors.all.get(index)? })
+impl<const N: usize> Few<N> {
+    const fn new() -> Self {
+        Self { numbers: [0; N], len: 0 }
     }
 
-    /// As [`at`](Self::at), an error for none: the list comes from another reverse map.
-    #[inline(always)]
-    pub(super) fn known(&self, index: u32) -> Result<At<'_>, RmapError> {
-        self.at(index).ok_or(RmapError::Foreign)
+    #[inline]
+    fn push(&mut self, number: u32) -> bool {
+        match self.numbers.get_mut(self.len) {
+            Some(place) => {
+                *place = number;
+                self.len += 1;
+                true
+            }
+            None => false,
+        }
     }
 
-    #[inline(always)]
-    pub(super) fn links(&self, index: u32) -> Result<&Links, RmapError> {
-        self.descriptors.links.get(index).ok_or(RmapError::Foreign)
+    #[inline]
+    fn pop(&mut self) -> Option<u32> {
+        self.len = self.len.checked_sub(1)?;
+        self.numbers.get(self.len).copied()
+    }
+}
+
+/// Descriptors that left at about the same time. There are more than a few only where walkers stay for long.
+struct Batch {
+    few: Few<BATCH>,
+    more: Chain,
+}
+
+impl Batch {
+    fn new() -> Self {
+        Self { few: Few::new(), more: Chain::default() }
+    }
+
+    const fn is_empty(&self) -> bool {
+        self.few.len == 0 && self.more.len() == 0
+    }
+
+    #[inline]
+    fn push(&mut self, shared: &Shared, number: u32) {
+        if !self.few.push(number) {
+            self.more.push(&shared.descriptors, number);
+        }
     }
 }
 
 /// The writer's descriptors that are not in use.
 pub(super) struct Pool {
-    free: Chain,
+    free: Few<ENOUGH>,
     /// Taken out before `stamp`.
-    waiting: Chain,
+    waiting: Batch,
     stamp: u64,
-    taken_out: Chain,
+    taken_out: Batch,
     /// At how many that were taken out to look again.
     enough: usize,
-    births: u32,
 }
 
 impl Pool {
-    pub(super) fn starting_at(births: u32) -> Self {
-        let chain = Chain::default;
-        Self { free: chain(), waiting: chain(), stamp: 0, taken_out: chain(), enough: BATCH, births }
-    }
-
-    /// A number for a descriptor that comes into use, larger than those before. (It wraps: then, some recycle early.)
-    pub(super) fn birth(&mut self) -> u32 {
-        self.births = self.births.wrapping_add(1);
-        self.births
+    pub(super) fn new() -> Self {
+        Self { free: Few::new(), waiting: Batch::new(), stamp: 0, taken_out: Batch::new(), enough: BATCH }
     }
 
     /// A descriptor that no walker is in.
-    pub(super) fn take<'a>(&mut self, shared: &'a Shared, cache: &mut Cache) -> Result<At<'a>, RmapError> {
-        let index = match self.free.pop(&shared.descriptors) {
-            Some(index) => index,
+    pub(super) fn take<'a>(
+        &mut self,
+        shared: &'a Shared,
+        cache: &mut Cache,
+    ) -> Result<(&'a Descriptor, &'a Side), RmapError> {
+        let number = match self.free.pop() {
+            Some(number) => number,
             None if !core::ptr::eq(&*cache.shared, shared) => return Err(RmapError::Foreign),
-            None => cache.chain.pop(&shared.descriptors).ok_or(RmapError::NotReserved)?,
+            None => cache.numbers.pop().ok_or(RmapError::NotReserved)?,
         };
-        shared.known(index)
+        let descriptor = shared.descriptors.all.get(number).ok_or(RmapError::NotReserved)?;
+        Ok((descriptor, shared.descriptors.sides.get(number).ok_or(RmapError::NotReserved)?))
     }
 
-    /// A descriptor is out of its list: no walker that comes from now on finds it.
+    /// A descriptor is out of its list: no walker that comes from now on finds it. Goes on with what waits, if there is enough.
     #[inline]
-    pub(super) fn take_out(&mut self, shared: &Shared, at: At<'_>) {
-        at.descriptor.owner.store(NO_LIST, Ordering::Relaxed);
-        self.taken_out.push(&shared.descriptors, at.index);
-    }
-
-    /// As [`take_out`](Self::take_out), for all descriptors of a list, from the one with this number on.
-    pub(super) fn take_out_all(&mut self, shared: &Shared, first: u32) {
-        let mut next = first;
-        while let Some(at) = shared.at(next).filter(|_| next != 0) {
-            next = at.descriptor.next.load(Ordering::Relaxed);
-            self.take_out(shared, at);
+    pub(super) fn take_out(&mut self, shared: &Shared, descriptor: &Descriptor) {
+        self.note(shared, descriptor);
+        if self.taken_out.few.len + self.taken_out.more.len() >= self.enough {
+            self.go_on(shared);
         }
     }
 
-    /// After something was taken out: goes on with what waits, if there is enough of it.
     #[inline]
-    pub(super) fn go_on(&mut self, shared: &Shared) {
-        if self.taken_out.len() >= self.enough {
-            self.turn(shared);
-            self.sweep(shared, CHUNKS_PER_BATCH);
-            // If walkers stay for long, not each time.
-            self.enough = self.taken_out.len() + BATCH;
+    fn note(&mut self, shared: &Shared, descriptor: &Descriptor) {
+        let number = descriptor.index.load(Ordering::Relaxed);
+        if let Some(side) = shared.descriptors.sides.get(number) {
+            side.owner.store(NO_LIST, Ordering::Relaxed);
+            self.taken_out.push(shared, number);
         }
     }
 
-    /// Frees what walkers have left, and stamps what was taken out since.
-    pub(super) fn turn(&mut self, shared: &Shared) {
+    #[inline(never)]
+    fn go_on(&mut self, shared: &Shared) {
+        self.turn(shared, 1);
+        self.sweep(shared, CHUNKS_PER_BATCH);
+        // If walkers stay for long, not each time.
+        self.enough = self.taken_out.few.len + self.taken_out.more.len() + BATCH;
+    }
+
+    /// Frees what walkers have left, and stamps what was taken out since. In a second round that is freed, too, if nobody
+    /// is inside.
+    pub(super) fn turn(&mut self, shared: &Shared, rounds: usize) {
         let mut central = shared.central.lock();
         let central = &mut *central;
-        for _ in 0..2 {
-            if self.waiting.len() > 0 {
+        for _ in 0..rounds {
+            if !self.waiting.is_empty() {
                 if !central.cells.have_passed(self.stamp) {
                     return;
                 }
-                let free = if self.free.len() < ENOUGH { &mut self.free } else { &mut central.free };
-                free.append(&shared.descriptors, &mut self.waiting);
+                while let Some(number) = self.waiting.few.pop() {
+                    if !self.free.push(number) {
+                        central.free.push(&shared.descriptors, number);
+                    }
+                }
+                central.free.append(&shared.descriptors, &mut self.waiting.more);
             }
-            if self.taken_out.len() > 0 {
-                self.waiting.append(&shared.descriptors, &mut self.taken_out);
+            if !self.taken_out.is_empty() {
+                core::mem::swap(&mut self.waiting, &mut self.taken_out);
                 self.stamp = shared.epoch.stamp();
             }
         }
@@ -137,8 +165,13 @@ impl Pool {
                 // SAFETY: as above.
                 let head: Option<&AtomicU64> = unsafe { chunk.head(place) };
                 let word = head.map_or(0, |head| head.load(Ordering::Relaxed));
-                if let Head::Many { first, .. } = Head::new(word) {
-                    self.take_out_all(shared, first);
+                // SAFETY: read from a head of this reverse map.
+                let Head::Many(first) = (unsafe { Head::new(word) }) else { continue };
+                let mut next = Some(first);
+                while let Some(descriptor) = next {
+                    // SAFETY: read from a descriptor of this reverse map.
+                    next = unsafe { descriptor.next().descriptor() };
+                    self.note(shared, descriptor);
                 }
             }
             // SAFETY: its owner is gone, with all that was borrowed from it; and the pool is the writer's.
@@ -149,6 +182,6 @@ impl Pool {
 
     /// Whether nothing waits.
     pub(super) const fn is_settled(&self) -> bool {
-        self.waiting.len() == 0 && self.taken_out.len() == 0
+        self.waiting.is_empty() && self.taken_out.is_empty()
     }
 }

@@ -1,6 +1,7 @@
 //! What all who use a reverse map have in common: descriptors, chunks by number, and who is inside.
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::ptr;
 
 use memslot::{Gfn, OutOfMemory};
@@ -66,7 +67,7 @@ impl Dropped {
 impl Shared {
     pub(super) fn starting_at(epoch: u64) -> Self {
         Self {
-            descriptors: Descriptors { all: Arena::new(), links: Arena::new() },
+            descriptors: Descriptors { all: Arena::new(), sides: Arena::new() },
             chunks: Arena::new(),
             epoch: Epoch::starting_at(epoch),
             bytes: AtomicUsize::new(0),
@@ -81,29 +82,29 @@ impl Shared {
         }
     }
 
-    /// Brings a chain to so many descriptors; it has what there was if there is no memory for more.
-    pub(super) fn top_up(&self, chain: &mut Chain, wanted: usize) -> Result<(), OutOfMemory> {
-        let mut room = 0;
-        while chain.len() < wanted {
-            {
-                let mut central = self.central.lock();
-                while chain.len() < wanted {
-                    let Some(index) = central.take(&self.descriptors) else { break };
-                    chain.push(&self.descriptors, index);
-                }
-                room = central.unused.max(room);
-            }
-            if chain.len() < wanted {
-                let bytes = self.descriptors.links.grow(room)? + self.descriptors.all.grow(room)?;
-                self.bytes.fetch_add(bytes, Ordering::Relaxed);
-            }
-        }
-        Ok(())
+    /// What tells this reverse map from others while it is there.
+    #[inline(always)]
+    pub(super) fn identity(&self) -> usize {
+        core::ptr::from_ref(self).addr()
     }
 
-    pub(super) fn give_back(&self, chain: &mut Chain) {
-        if chain.len() > 0 {
-            self.central.lock().free.append(&self.descriptors, chain);
+    /// Brings a cache to so many descriptors; it has what there was if there is no memory for more.
+    fn top_up(&self, numbers: &mut Vec<u32>, wanted: usize) -> Result<(), OutOfMemory> {
+        numbers.try_reserve(wanted.saturating_sub(numbers.len())).map_err(|_| OutOfMemory)?;
+        loop {
+            let unused = {
+                let mut central = self.central.lock();
+                while numbers.len() < wanted {
+                    let Some(number) = central.take(&self.descriptors) else { break };
+                    numbers.push(number);
+                }
+                central.unused
+            };
+            if numbers.len() >= wanted {
+                return Ok(());
+            }
+            let bytes = self.descriptors.sides.grow(unused)? + self.descriptors.all.grow(unused)?;
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
         }
     }
 
@@ -115,7 +116,7 @@ impl Shared {
         level: Option<Level>,
     ) -> Result<ChunkRef, OutOfMemory> {
         let number = self.chunk_number()?;
-        let chunk = ChunkRef::allocate(number, len, base, level);
+        let chunk = ChunkRef::allocate(self.identity(), number, len, base, level);
         let entry = self.chunks.get(number);
         if let (Ok(chunk), Some(entry)) = (&chunk, entry) {
             entry.chunk.store(chunk.as_ptr(), Ordering::Release);
@@ -176,12 +177,11 @@ impl Central {
         if let Some(index) = self.free.pop(descriptors) {
             return Some(index);
         }
-        let index = self.unused;
-        if descriptors.all.get(index).is_none() || descriptors.links.get(index).is_none() {
-            return None;
-        }
+        let number = self.unused;
+        descriptors.sides.get(number)?;
+        descriptors.all.get(number)?.index.store(number, Ordering::Relaxed);
         self.unused += 1;
-        Some(index)
+        Some(number)
     }
 
     fn take_number(&mut self, chunks: &Arena<Entry>) -> Option<u32> {
@@ -229,12 +229,12 @@ impl Drop for Shared {
 /// ```
 pub struct Cache {
     pub(super) shared: Arc<Shared>,
-    pub(super) chain: Chain,
+    pub(super) numbers: Vec<u32>,
 }
 
 impl Cache {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, chain: Chain::default() }
+        Self { shared, numbers: Vec::new() }
     }
 
     /// Makes sure that there are so many descriptors; at once if there are.
@@ -243,27 +243,30 @@ impl Cache {
     /// [`OutOfMemory`](super::RmapError::OutOfMemory); those that could be had are in the cache.
     #[inline]
     pub fn reserve(&mut self, descriptors: usize) -> Result<(), super::RmapError> {
-        if self.chain.len() < descriptors {
-            self.shared.top_up(&mut self.chain, descriptors)?;
+        if self.numbers.len() < descriptors {
+            self.shared.top_up(&mut self.numbers, descriptors)?;
         }
         Ok(())
     }
 
     /// How many descriptors there are.
     #[must_use]
-    pub const fn len(&self) -> usize {
-        self.chain.len()
+    pub fn len(&self) -> usize {
+        self.numbers.len()
     }
 
     /// Whether there are none.
     #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.chain.len() == 0
+    pub fn is_empty(&self) -> bool {
+        self.numbers.is_empty()
     }
 }
 
 impl Drop for Cache {
     fn drop(&mut self) {
-        self.shared.give_back(&mut self.chain);
+        let mut central = self.shared.central.lock();
+        for number in self.numbers.drain(..) {
+            central.free.push(&self.shared.descriptors, number);
+        }
     }
 }

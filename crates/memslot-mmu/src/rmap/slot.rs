@@ -18,6 +18,8 @@ use crate::sync::{AtomicPtr, AtomicUsize, Ordering};
 /// log2 of the chunks that a directory leads to.
 const DIRECTORY_BITS: u32 = if cfg!(loom) { 1 } else { 9 };
 const DIRECTORY: usize = 1 << DIRECTORY_BITS;
+/// Pages of so many sizes can be mapped: 4 KiB, 2 MiB, 1 GiB.
+const LEVELS: usize = 3;
 
 /// The lists of one slot: for each level and gfn, the entries that map it.
 ///
@@ -30,14 +32,15 @@ const DIRECTORY: usize = 1 << DIRECTORY_BITS;
 pub struct SlotRmap<E> {
     shared: Arc<Shared>,
     gfns: GfnRange,
-    levels: Vec<Heads>,
+    levels: [Heads; LEVELS],
     entries: PhantomData<fn(E) -> E>,
 }
 
 /// The heads of one level.
 struct Heads {
     level: Level,
-    /// Which entry of the level, counted from gfn 0, the first list is for.
+    /// Which entry of the level, counted from gfn 0, the first list is for: of the first page that the slot has as a whole. A
+    /// large page may begin before the slot, or end behind it; such a one has no list.
     first: u64,
     len: u64,
     directories: Box<[AtomicPtr<Directory>]>,
@@ -49,10 +52,13 @@ struct Directory {
 
 impl<E> SlotRmap<E> {
     pub(super) fn new(shared: Arc<Shared>, gfns: GfnRange, largest: Level) -> Result<Self, RmapError> {
-        let mut levels = Vec::new();
-        levels.try_reserve_exact(largest.get().into()).map_err(|_| RmapError::OutOfMemory)?;
-        for level in (1..=largest.get()).filter_map(Level::new) {
-            levels.push(Heads::new(gfns, level)?);
+        let number_of_levels = usize::from(largest.get());
+        if number_of_levels > LEVELS {
+            return Err(RmapError::Level { level: largest });
+        }
+        let mut levels = [Heads::none(Level::K4), Heads::none(Level::M2), Heads::none(Level::G1)];
+        for heads in levels.iter_mut().take(number_of_levels) {
+            *heads = Heads::new(gfns, heads.level)?;
         }
         Ok(Self { shared, gfns, levels, entries: PhantomData })
     }
@@ -68,12 +74,12 @@ impl<E> SlotRmap<E> {
     /// Called before a lock is taken: this is where memory may run out. Any frame of a large page leads to the same list.
     ///
     /// # Errors
-    /// * [`Outside`](RmapError::Outside): the slot does not have the whole page.
-    /// * [`Level`](RmapError::Level): no lists were asked for at this level.
+    /// * [`Outside`](RmapError::Outside): the slot does not have the whole page, or was made for smaller pages only.
+    /// * [`Level`](RmapError::Level): there is no page of this level.
     /// * [`OutOfMemory`](RmapError::OutOfMemory): nothing has changed.
     pub fn reserve(&self, level: Level, gfn: Gfn) -> Result<List<'_, E>, RmapError> {
         let heads = self.heads(level).ok_or(RmapError::Level { level })?;
-        let index = self.index(level, gfn).ok_or(RmapError::Outside { gfn, level, slot: self.gfns })?;
+        let index = heads.index(gfn).ok_or(RmapError::Outside { gfn, level, slot: self.gfns })?;
         if let Some(list) = self.list_at(heads, index) {
             return Ok(list);
         }
@@ -87,7 +93,7 @@ impl<E> SlotRmap<E> {
     #[must_use]
     pub fn list(&self, level: Level, gfn: Gfn) -> Option<List<'_, E>> {
         let heads = self.heads(level)?;
-        self.list_at(heads, self.index(level, gfn)?)
+        self.list_at(heads, heads.index(gfn)?)
     }
 
     /// The lists of this level that are not empty, of the pages that have a frame in `gfns`, in order; each with the first
@@ -96,25 +102,13 @@ impl<E> SlotRmap<E> {
     /// Steps over what was never reserved: 1 GiB at a time at the lowest level.
     pub fn lists(&self, level: Level, gfns: GfnRange) -> impl Iterator<Item = (Gfn, List<'_, E>)> {
         let heads = self.heads(level);
-        let wanted = heads.and_then(|heads| heads.range(self.gfns.intersect(&gfns)?));
-        Lists { slot: self, heads, wanted: wanted.unwrap_or(0..0) }
+        let wanted = heads.map_or(0..0, |heads| heads.range(gfns));
+        Lists { slot: self, heads, wanted }
     }
 
     #[inline]
     fn heads(&self, level: Level) -> Option<&Heads> {
         self.levels.get(usize::from(level.get()) - 1)
-    }
-
-    /// The place of the list, if the slot has the whole page: a large page may begin before the slot, or end behind it.
-    #[inline]
-    fn index(&self, level: Level, gfn: Gfn) -> Option<u64> {
-        let heads = self.heads(level)?;
-        let inside = if level == Level::K4 {
-            self.gfns.contains(gfn)
-        } else {
-            self.gfns.contains_range(&level.block(gfn)?)
-        };
-        if inside { Some((gfn.get() >> heads.shift()) - heads.first) } else { None }
     }
 
     #[inline]
@@ -123,8 +117,7 @@ impl<E> SlotRmap<E> {
         #[expect(clippy::cast_possible_truncation, reason = "below CHUNK")]
         let place = (index % CHUNK as u64) as usize;
         // SAFETY: chunks are freed after the slot's lists were dropped, and the result borrows from these.
-        let (head, number) = unsafe { (chunk.head(place)?, chunk.header().list(place)) };
-        Some(List::new(head, number))
+        unsafe { List::new(chunk, place) }
     }
 }
 
@@ -151,17 +144,27 @@ impl<E> Drop for SlotRmap<E> {
 }
 
 impl Heads {
+    /// No lists, for a level that was not asked for.
+    fn none(level: Level) -> Self {
+        Self { level, first: 0, len: 0, directories: Box::default() }
+    }
+
     fn new(gfns: GfnRange, level: Level) -> Result<Self, OutOfMemory> {
         let shift = level.pages().trailing_zeros();
-        let first = gfns.start().get() >> shift;
-        // No frame, no list.
-        let len =
-            gfns.end().get().checked_sub(1).map_or(0, |last| ((last >> shift) + 1).saturating_sub(first));
+        let first = gfns.start().get().div_ceil(level.pages());
+        let len = (gfns.end().get() >> shift).saturating_sub(first);
         let count = usize::try_from(len.div_ceil((CHUNK * DIRECTORY) as u64)).map_err(|_| OutOfMemory)?;
         let mut directories = Vec::new();
         directories.try_reserve_exact(count).map_err(|_| OutOfMemory)?;
         directories.resize_with(count, || AtomicPtr::new(ptr::null_mut()));
         Ok(Self { level, first, len, directories: directories.into_boxed_slice() })
+    }
+
+    /// The place of the list.
+    #[inline]
+    fn index(&self, gfn: Gfn) -> Option<u64> {
+        let index = (gfn.get() >> self.shift()).wrapping_sub(self.first);
+        if index < self.len { Some(index) } else { None }
     }
 
     #[inline]
@@ -170,9 +173,9 @@ impl Heads {
     }
 
     /// The places of the lists of pages with a frame in `gfns`.
-    fn range(&self, gfns: GfnRange) -> Option<core::ops::Range<u64>> {
-        let last = gfns.end().get().checked_sub(1)?;
-        Some((gfns.start().get() >> self.shift()) - self.first..(last >> self.shift()) - self.first + 1)
+    fn range(&self, gfns: GfnRange) -> core::ops::Range<u64> {
+        let place = |page: u64| page.saturating_sub(self.first).min(self.len);
+        place(gfns.start().get() >> self.shift())..place(gfns.end().get().div_ceil(self.level.pages()))
     }
 
     #[inline]
@@ -287,10 +290,8 @@ impl<E> Parents<E> {
     #[must_use]
     pub fn list(&self) -> List<'_, E> {
         // SAFETY: the chunk is freed after this was dropped, and the result borrows from this.
-        let header = unsafe { self.chunk.header() };
-        // SAFETY: as above.
-        match unsafe { self.chunk.head(0) } {
-            Some(head) => List::new(head, header.list(0)),
+        match unsafe { List::new(self.chunk, 0) } {
+            Some(list) => list,
             None => unreachable!("it has one head"),
         }
     }

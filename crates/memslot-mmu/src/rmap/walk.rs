@@ -5,8 +5,7 @@ use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
 use super::RmapEntry;
-use super::arena::Arena;
-use super::descriptor::{CELLS, Descriptor, FULL, Head};
+use super::descriptor::{CELLS, Descriptor, Head, Next};
 use super::heads::List;
 use super::shared::Shared;
 use crate::nested::epoch::Cell;
@@ -31,7 +30,7 @@ impl<E: RmapEntry> Walker<E> {
     #[inline]
     pub fn enter(&mut self) -> Inside<'_, E> {
         self.shared.epoch.enter(&self.cell);
-        Inside { shared: &self.shared, cell: &self.cell, entries: PhantomData }
+        Inside { cell: &self.cell, entries: PhantomData }
     }
 }
 
@@ -43,7 +42,6 @@ impl<E> Drop for Walker<E> {
 
 /// Leave to walk, from [`Walker::enter`].
 pub struct Inside<'a, E> {
-    shared: &'a Shared,
     cell: &'a Cell,
     entries: PhantomData<fn(E) -> E>,
 }
@@ -57,56 +55,63 @@ impl<E> Drop for Inside<'_, E> {
 
 impl<E: RmapEntry> Inside<'_, E> {
     /// Walks a list: every entry that is in it from this call until the iterator has come to its end is seen, and
-    /// every entry that is seen was in it at some moment in between. An entry that is removed and added again meanwhile may
-    /// be seen twice.
+    /// every entry that is seen was in it at some moment in between. An entry may be seen twice, if it
+    /// [moves](super) meanwhile or is removed and added again.
     ///
     /// So an entry that is seen may have been removed since. What it refers to must not be freed before those who
     /// were inside have left; see [the protocol](super).
+    ///
+    /// The list has to be one of the walker's own reverse map. (Of another's, entries may be missed, or seen that are none of its.)
     #[inline]
-    pub fn entries(&self, list: List<'_, E>) -> Entries<'_, E> {
-        // Sequentially consistent: not before the announcement. So whoever took out what this finds sees the latter.
-        Entries::new(&self.shared.descriptors.all, list.head.load(Ordering::SeqCst))
+    pub fn entries<'s>(&'s self, list: List<'s, E>) -> Entries<'s, E> {
+        Entries::new(list)
+    }
+
+    /// How many entries the list has, at some moment of this call: two loads, whatever its length.
+    #[inline]
+    #[must_use]
+    pub fn count(&self, list: List<'_, E>) -> usize {
+        // SAFETY: inside.
+        unsafe { list.count() }
     }
 }
 
 /// The entries of a list, from [`Inside::entries`] or [`Writer::entries`](super::Writer::entries), in no order.
 pub struct Entries<'a, E> {
-    all: &'a Arena<Descriptor>,
     /// The one entry of a list without descriptors.
     one: u64,
+    /// What follows the descriptor that is being walked.
+    next: Next,
     descriptor: Option<&'a Descriptor>,
-    /// The cells still to be seen of it.
-    mask: u32,
+    /// How many of its cells are still to be seen, from the last filled one down.
+    left: usize,
     entries: PhantomData<fn(E) -> E>,
 }
 
 impl<'a, E: RmapEntry> Entries<'a, E> {
     #[inline(always)]
-    pub(super) fn new(all: &'a Arena<Descriptor>, head: u64) -> Self {
-        let (one, descriptor) = match Head::new(head) {
+    pub(super) fn new(list: List<'a, E>) -> Self {
+        // Sequentially consistent: not before the announcement. So whoever took out what this finds sees the latter.
+        // SAFETY: the list's own head; the list borrows from what keeps the reverse map.
+        let (one, descriptor) = match unsafe { Head::new(list.head.load(Ordering::SeqCst)) } {
             Head::Empty => (0, None),
             Head::One(word) => (word, None),
-            Head::Many { first, .. } => (0, all.get(first)),
+            Head::Many(first) => (0, Some(first)),
         };
-        let mask = descriptor.map_or(0, |descriptor| descriptor.mask.load(Ordering::Acquire));
-        Self { all, one, descriptor, mask, entries: PhantomData }
+        let mut entries =
+            Self { one, next: Next::new(None, 0), descriptor: None, left: 0, entries: PhantomData };
+        entries.go_to(descriptor);
+        entries
     }
-}
 
-/// The next descriptor of the list, if any.
-#[inline(always)]
-fn next<'a>(all: &'a Arena<Descriptor>, descriptor: &Descriptor) -> Option<&'a Descriptor> {
-    // As the load of the head: descriptors are taken out here, too.
-    match descriptor.next.load(Ordering::SeqCst) {
-        0 => None,
-        next => all.get(next),
+    #[inline(always)]
+    fn go_to(&mut self, descriptor: Option<&'a Descriptor>) {
+        self.descriptor = descriptor;
+        if let Some(descriptor) = descriptor {
+            self.next = descriptor.next();
+            self.left = self.next.filled().min(CELLS);
+        }
     }
-}
-
-/// Reads a cell whose bit was seen. It has had an entry ever since; perhaps another one than when the bit was seen.
-#[inline(always)]
-fn read<E: RmapEntry>(descriptor: &Descriptor, cell: usize) -> Option<E> {
-    NonZeroU64::new(descriptor.cells[cell].load(Ordering::Acquire)).map(E::from_word)
 }
 
 impl<E: RmapEntry> Iterator for Entries<'_, E> {
@@ -120,43 +125,49 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
         }
         loop {
             let descriptor = self.descriptor?;
-            while self.mask != 0 {
-                let cell = self.mask.trailing_zeros() as usize;
-                self.mask &= self.mask - 1;
-                if let Some(entry) = read(descriptor, cell) {
-                    return Some(entry);
+            while self.left > 0 {
+                self.left -= 1;
+                // 0 where the last entry has moved on, to a cell that is still to come.
+                if let Some(word) = NonZeroU64::new(descriptor.get(self.left)) {
+                    return Some(E::from_word(word));
                 }
             }
-            self.descriptor = next(self.all, descriptor);
-            self.mask = self.descriptor.map_or(0, |descriptor| descriptor.mask.load(Ordering::Acquire));
+            // SAFETY: read from a descriptor of the list; see `new`.
+            self.go_to(unsafe { self.next.descriptor() });
         }
     }
 
     #[inline]
-    fn fold<B, F: FnMut(B, E) -> B>(self, init: B, mut f: F) -> B {
+    fn fold<B, F: FnMut(B, E) -> B>(mut self, init: B, mut f: F) -> B {
         let mut result = init;
         if let Some(word) = NonZeroU64::new(self.one) {
             result = f(result, E::from_word(word));
         }
-        let (mut at, mut mask) = (self.descriptor, self.mask);
-        while let Some(descriptor) = at {
-            if mask == FULL {
-                for cell in 0..CELLS {
-                    if let Some(entry) = read(descriptor, cell) {
-                        result = f(result, entry);
+        while let Some(descriptor) = self.descriptor {
+            // Most have a length that the compiler knows: all but the first.
+            if self.left == CELLS {
+                for cell in descriptor.cells.iter().rev() {
+                    if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
+                        result = f(result, E::from_word(word));
                     }
                 }
             } else {
-                while mask != 0 {
-                    let cell = mask.trailing_zeros() as usize;
-                    mask &= mask - 1;
-                    if let Some(entry) = read(descriptor, cell) {
-                        result = f(result, entry);
+                let mut cells = descriptor.cells[..self.left].rchunks_exact(4);
+                for four in &mut cells {
+                    for cell in four.iter().rev() {
+                        if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
+                            result = f(result, E::from_word(word));
+                        }
+                    }
+                }
+                for cell in cells.remainder().iter().rev() {
+                    if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
+                        result = f(result, E::from_word(word));
                     }
                 }
             }
-            at = next(self.all, descriptor);
-            mask = at.map_or(0, |descriptor| descriptor.mask.load(Ordering::Acquire));
+            // SAFETY: as in `next`.
+            self.go_to(unsafe { self.next.descriptor() });
         }
         result
     }

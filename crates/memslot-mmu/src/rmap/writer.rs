@@ -5,10 +5,10 @@ use core::iter::FusedIterator;
 use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
-use super::descriptor::{CELLS, FULL, Head, TAG_BITS};
-use super::filed::{Filed, Under};
+use super::descriptor::{CELLS, Descriptor, Head, Next, TAG_BITS};
+use super::filed::{Filed, Records, Under};
 use super::heads::List;
-use super::pool::{At, Pool};
+use super::pool::Pool;
 use super::shared::{Cache, Shared};
 use super::walk::Entries;
 use super::{RmapEntry, RmapError};
@@ -18,27 +18,24 @@ use crate::sync::{AtomicU64, Ordering};
 /// protects under which shadow pages are changed.
 ///
 /// [`add`](Self::add) and [`remove`](Self::remove) take a bounded number of steps, whatever the length of the list, and
-/// never allocate. (Every 32nd descriptor that is taken out looks whether walkers have left, and frees up to 8 chunks of
-/// slots that were dropped.)
+/// never allocate. (With every 64th descriptor that comes out of use they look whether walkers have left, and free up to 8 chunks
+/// of slots that were dropped.)
 pub struct Writer<E> {
     pub(super) shared: Arc<Shared>,
     pool: Pool,
     entries: PhantomData<fn(E) -> E>,
 }
 
-/// What [`Writer::add`] has done.
-#[derive(Debug)]
-#[must_use = "an entry without its record cannot be removed"]
-pub struct Added {
-    /// How many entries the list had *before*.
-    pub before: usize,
-    /// To be kept with the entry.
-    pub filed: Filed,
+/// Where an entry was found.
+pub(super) struct Found<'a> {
+    head: &'a AtomicU64,
+    /// The list's first descriptor, then the entry's own and its cell there; `None` where the entry is in the head.
+    place: Option<(&'a Descriptor, &'a Descriptor, usize)>,
 }
 
 impl<E> Writer<E> {
-    pub(super) fn new(shared: Arc<Shared>, births: u32) -> Self {
-        Self { shared, pool: Pool::starting_at(births), entries: PhantomData }
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, pool: Pool::new(), entries: PhantomData }
     }
 
     /// What the list is for under which an entry with this record is filed; `None` if the list is gone.
@@ -59,83 +56,143 @@ impl<E> Writer<E> {
     /// it is done or walkers are inside.
     pub fn reclaim(&mut self, chunks: usize) -> bool {
         let swept = self.pool.sweep(&self.shared, chunks);
-        self.pool.turn(&self.shared);
+        self.pool.turn(&self.shared, 2);
         swept && self.pool.is_settled()
+    }
+
+    /// Where an entry is, by its record; `None` if it is not there.
+    #[inline(always)]
+    pub(super) fn find(&self, filed: &Filed, word: u64) -> Option<Found<'_>> {
+        find(&self.shared, filed, word)
+    }
+}
+
+/// See [`Writer::find`]. For the writer.
+#[inline(always)]
+fn find<'a>(shared: &'a Shared, filed: &Filed, word: u64) -> Option<Found<'a>> {
+    let (chunk, place) = shared.chunk_of(filed.list())?;
+    // SAFETY: only the writer frees chunks, and uses nothing of what was found then.
+    let head = unsafe { chunk.head(place) }?;
+    // SAFETY: a head of this reverse map.
+    match unsafe { Head::new(head.load(Ordering::Relaxed)) } {
+        Head::One(one) if one == word => Some(Found { head, place: None }),
+        Head::Many(first) => {
+            // A record may be out of date or made up. What it leads to is checked, not trusted.
+            let (index, cell) = filed.place();
+            let descriptor = shared.descriptors.all.get(index)?;
+            let owner = shared.descriptors.sides.get(index)?.owner.load(Ordering::Relaxed);
+            let there = descriptor.cells.get(cell)?.load(Ordering::Relaxed);
+            let filled = cell < descriptor.next().filled();
+            if owner == filed.list() && there == word && filled {
+                Some(Found { head, place: Some((first, descriptor, cell)) })
+            } else {
+                None
+            }
+        }
+        _ => None,
+    }
+}
+
+/// A word of a list as its entry.
+#[inline(always)]
+fn keep<E: RmapEntry>(records: &mut impl Records<E>, word: u64, filed: Filed) {
+    if let Some(word) = NonZeroU64::new(word) {
+        records.keep(E::from_word(word), filed);
     }
 }
 
 impl<E: RmapEntry> Writer<E> {
     /// Files an entry, and says how many there were before.
     ///
-    /// Whether the entry is in the list already is not looked at: it would be there twice.
+    /// Its record is given to `records`, and if the list had one entry before, that entry's new one, too. Whether the entry is
+    /// in the list already is not looked at: it would be there twice.
     ///
     /// # Errors
     /// * [`NotReserved`](RmapError::NotReserved): a descriptor is needed, and the cache has none: leave the lock,
     ///   [`reserve`](Cache::reserve) one, and come again.
     /// * [`Entry`](RmapError::Entry): the low bits of the entry are not clear.
-    /// * [`Foreign`](RmapError::Foreign): the list or the cache was noticed to be another reverse map's.
+    /// * [`Foreign`](RmapError::Foreign): the list or the cache is another reverse map's.
     ///
     /// Nothing has changed then.
     ///
     /// ```
-    /// # use std::num::NonZeroU64;
+    /// # use std::{collections::HashMap, num::NonZeroU64};
     /// # use memslot::{Gfn, GfnRange};
     /// # use memslot_mmu::Level;
-    /// # use memslot_mmu::rmap::Rmap;
+    /// # use memslot_mmu::rmap::{Filed, Rmap};
     /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
     /// let slot = rmap.slot(GfnRange::with_len(Gfn::new(0x100), 0x80).unwrap(), Level::K4)?;
     /// let mut cache = rmap.cache();
+    /// let mut records = HashMap::new();
     /// let entry = |number: u64| NonZeroU64::new(number * 8).unwrap();
     ///
     /// // Before the lock is taken:
     /// cache.reserve(1)?;
     /// let list = slot.reserve(Level::K4, Gfn::new(0x123))?;
     /// // Under the lock:
-    /// assert_eq!(writer.add(list, entry(1), &mut cache)?.before, 0);
-    /// assert_eq!(writer.add(list, entry(2), &mut cache)?.before, 1);
-    /// assert_eq!(list.len(), 2);
+    /// let mut keep = |entry, filed: Filed| _ = records.insert(entry, filed);
+    /// assert_eq!(writer.add(list, entry(1), &mut cache, &mut keep)?, 0);
+    /// assert_eq!(writer.add(list, entry(2), &mut cache, &mut keep)?, 1);
+    /// assert_eq!(writer.count(list), 2);
     /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
     /// ```
     #[inline]
-    pub fn add(&mut self, list: List<'_, E>, entry: E, cache: &mut Cache) -> Result<Added, RmapError> {
+    pub fn add(
+        &mut self,
+        list: List<'_, E>,
+        entry: E,
+        cache: &mut Cache,
+        mut records: impl Records<E>,
+    ) -> Result<usize, RmapError> {
         let word = entry.into_word().get();
         if word & TAG_BITS != 0 {
             return Err(RmapError::Entry { entry: word });
         }
-        let head = list.head.load(Ordering::Relaxed);
-        if head == 0 {
-            list.head.store(word, Ordering::Release);
-            return Ok(Added { before: 0, filed: Filed::alone(list.number) });
-        }
         let (shared, pool) = (&*self.shared, &mut self.pool);
-        match Head::new(head) {
-            Head::Many { first, count } => {
-                let filed = add_to_many(shared, pool, list.number, first, word, cache)?;
-                list.head.store(Head::Many { first, count: count + 1 }.word(), Ordering::Release);
-                Ok(Added { before: count as usize, filed })
+        let (number, home) = list.number_and_home();
+        if home != shared.identity() {
+            return Err(RmapError::Foreign);
+        }
+        let head = list.head.load(Ordering::Relaxed);
+        // SAFETY: a head of this reverse map.
+        match unsafe { Head::new(head) } {
+            Head::Empty => {
+                list.head.store(word, Ordering::Release);
+                records.keep(entry, Filed::alone(number));
+                Ok(0)
             }
-            Head::Empty | Head::One(_) => {
-                // The entry that was alone comes into the first cell of the first descriptor: there, `remove` finds it
-                // whatever its record says.
-                let at = pool.take(shared, cache)?;
-                at.fill(1, word);
-                at.fill(0, head);
-                at.start(list.number, 0, 0b11);
-                let links = shared.links(at.index)?;
-                links.before.store(at.index, Ordering::Relaxed);
-                links.born.store(pool.birth(), Ordering::Relaxed);
-                list.head.store(Head::Many { first: at.index, count: 2 }.word(), Ordering::Release);
-                Ok(Added { before: 1, filed: Filed::in_cell(list.number, at.index, 1) })
+            Head::One(one) => {
+                let index = make_two(shared, pool, (list.head, number), [one, word], cache)?;
+                keep(&mut records, one, Filed::in_cell(number, index, 0));
+                records.keep(entry, Filed::in_cell(number, index, 1));
+                Ok(1)
+            }
+            Head::Many(first) => {
+                let (next, behind) = (first.next(), first.behind.load(Ordering::Relaxed));
+                let (filled, before) = (next.filled(), behind as usize + next.filled());
+                let filed = if filled < CELLS {
+                    first.set(filled, word);
+                    // Only now it can be seen.
+                    first.set_next(next.with_filled(filled + 1));
+                    Filed::in_cell(number, first.index.load(Ordering::Relaxed), filled)
+                } else {
+                    let index = put_in_front(shared, pool, (list.head, number), first, word, cache)?;
+                    Filed::in_cell(number, index, 0)
+                };
+                records.keep(entry, filed);
+                Ok(before)
             }
         }
     }
 
     /// Removes an entry from where it was filed, and says how many are left there.
     ///
+    /// If another entry moves into its place, `records` is given that entry's new record.
+    ///
     /// # Errors
     /// [`NotFiled`](RmapError::NotFiled): the entry is not where its record says. Nothing has changed; the error names
     /// the entry and what the list is for. That is a mistake of the caller's (a record used twice, or kept beyond its slot, or
-    /// of another entry); reverse map and records are still whole, and it is up to the caller how far to trust the guest.
+    /// of another entry, or one that was not [kept](Records::keep)); lists are still whole.
     ///
     /// ```
     /// # use std::num::NonZeroU64;
@@ -143,33 +200,53 @@ impl<E: RmapEntry> Writer<E> {
     /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
     /// let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// let entry = NonZeroU64::new(0x7000).unwrap();
-    /// let filed = writer.add(parents.list(), entry, &mut cache)?.filed;
-    /// let bits = filed.into_bits();
-    /// assert_eq!(writer.remove(Filed::from_bits(bits).unwrap(), entry), Ok(0));
-    /// let twice = writer.remove(Filed::from_bits(bits).unwrap(), entry).unwrap_err();
+    /// let mut record = 0;
+    /// writer.add(parents.list(), entry, &mut cache, |_, filed: Filed| record = filed.into_bits())?;
+    /// assert_eq!(writer.remove(Filed::from_bits(record).unwrap(), entry, |_, _| ()), Ok(0));
+    /// let twice = writer.remove(Filed::from_bits(record).unwrap(), entry, |_, _| ()).unwrap_err();
     /// assert_eq!(twice.to_string(), "entry 0x7000 is not filed under the parents of a shadow page");
     /// # Ok::<(), RmapError>(())
     /// ```
     #[expect(clippy::needless_pass_by_value, reason = "the record is used up")]
     #[inline]
-    pub fn remove(&mut self, filed: Filed, entry: E) -> Result<usize, RmapError> {
+    pub fn remove(
+        &mut self,
+        filed: Filed,
+        entry: E,
+        mut records: impl Records<E>,
+    ) -> Result<usize, RmapError> {
         let word = entry.into_word().get();
         let (shared, pool) = (&*self.shared, &mut self.pool);
-        let found = shared.chunk_of(filed.list()).and_then(|(chunk, place)| {
-            // SAFETY: only the writer frees chunks: not before `sweep`, which looks at no head afterwards.
-            unsafe { chunk.head(place) }
-        });
-        let left = match found.map(|head| (head, Head::new(head.load(Ordering::Relaxed)))) {
-            Some((head, Head::One(one))) if one == word => {
-                head.store(0, Ordering::Release);
-                Some(0)
-            }
-            Some((head, Head::Many { first, count })) => {
-                remove_from_many(shared, pool, head, (first, count), &filed, word)?
-            }
-            _ => None,
+        let Some(found) = find(shared, &filed, word) else {
+            return Err(RmapError::NotFiled { entry: word, under: self.filed_under(&filed) });
         };
-        left.ok_or_else(|| RmapError::NotFiled { entry: word, under: self.filed_under(&filed) })
+        let Some((first, at, cell)) = found.place else {
+            found.head.store(0, Ordering::Release);
+            return Ok(0);
+        };
+        let (next, behind) = (first.next(), first.behind.load(Ordering::Relaxed) as usize);
+        let last = next.filled() - 1;
+        let left = behind + last;
+        if left == 1 {
+            // The descriptor leaves as it is, with both entries: walkers that are there go on to see them.
+            let one = first.cells[usize::from(cell == 0)].load(Ordering::Relaxed);
+            keep(&mut records, one, Filed::alone(filed.list()));
+            found.head.store(one, Ordering::Release);
+            pool.take_out(shared, first);
+            return Ok(1);
+        }
+        // The last entry of the first descriptor, where walks begin, moves into the hole, which is still before them.
+        let moved = first.cells[last].load(Ordering::Relaxed);
+        if moved != word {
+            at.set(cell, moved);
+            keep(&mut records, moved, Filed::in_cell(filed.list(), at.index.load(Ordering::Relaxed), cell));
+        }
+        first.set(last, 0);
+        first.set_next(next.with_filled(last));
+        if last == 0 {
+            take_front(shared, pool, found.head, first);
+        }
+        Ok(left)
     }
 
     /// The entries of a list. Nothing changes while the iterator is there, so it sees exactly what there is.
@@ -177,256 +254,160 @@ impl<E: RmapEntry> Writer<E> {
     /// To zap a whole list, take the first again and again: each time it is found at once.
     ///
     /// ```
-    /// # use std::num::NonZeroU64;
+    /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
     /// # use memslot_mmu::rmap::{Filed, Rmap};
     /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
     /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// # let list = parents.list();
-    /// # let mut records = std::collections::HashMap::new();
+    /// # let records = RefCell::new(HashMap::new());
+    /// # let keep = |entry, filed: Filed| _ = records.borrow_mut().insert(entry, filed);
+    /// # let take = |entry: &NonZeroU64| records.borrow_mut().remove(entry).unwrap();
     /// # cache.reserve(10)?;
     /// for number in 1..=100 {
-    ///     let entry = NonZeroU64::new(number << 3).unwrap();
-    ///     records.insert(entry, writer.add(list, entry, &mut cache)?.filed);
+    ///     writer.add(list, NonZeroU64::new(number << 3).unwrap(), &mut cache, keep)?;
     /// }
     /// while let Some(entry) = writer.entries(list).next() {
     ///     // … make the entry itself not present, then:
-    ///     writer.remove(records.remove(&entry).unwrap(), entry)?;
+    ///     writer.remove(take(&entry), entry, keep)?;
     /// }
     /// assert!(list.is_empty());
     /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
     /// ```
     #[inline]
-    pub fn entries(&self, list: List<'_, E>) -> Entries<'_, E> {
-        Entries::new(&self.shared.descriptors.all, list.head.load(Ordering::Relaxed))
+    pub fn entries<'s>(&'s self, list: List<'s, E>) -> Entries<'s, E> {
+        Entries::new(list)
     }
 
-    /// The oldest entries of a list that has more than `limit`, to be zapped: at most 14 at a time, never the one whose record is
-    /// `newest`. None if the list is short enough.
+    /// How many entries a list has: two loads, whatever its length.
+    #[inline]
+    #[must_use]
+    pub fn count(&self, list: List<'_, E>) -> usize {
+        // SAFETY: the writer.
+        unsafe { list.count() }
+    }
+
+    /// The oldest entries of a list that has more than `limit`, to be zapped: at most 14 at a time, never `newest`. None if
+    /// the list is short enough.
     ///
     /// They are still filed. Each is to be made not present, *then* [removed](Self::remove), so that walkers miss
     /// none that is in use. Called after each [`add`](Self::add), it keeps lists, and so walks, short: KVM drops all entries at
     /// 1000; this lets go of the oldest only.
     ///
-    /// Age is that of a descriptor: what was filed into the hole that a removed entry had left passes for as old as its
-    /// neighbours.
+    /// Descriptors are handed back in turns, so age is that of a descriptor: where entries were removed otherwise,
+    /// those that moved into the holes pass for as old as their neighbours.
     ///
     /// ```
-    /// # use std::num::NonZeroU64;
+    /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
     /// # use memslot_mmu::rmap::{Filed, Rmap};
     /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
     /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// # let list = parents.list();
-    /// # let mut records = std::collections::HashMap::new();
+    /// # let records = RefCell::new(HashMap::new());
+    /// # let keep = |entry, filed: Filed| _ = records.borrow_mut().insert(entry, filed);
+    /// # let take = |entry: &NonZeroU64| records.borrow_mut().remove(entry).unwrap();
     /// const LIMIT: usize = 1000;
     /// for number in 1..=3000 {
     ///     # cache.reserve(1)?;
     ///     let entry = NonZeroU64::new(number << 3).unwrap();
-    ///     let added = writer.add(list, entry, &mut cache)?;
-    ///     for old in writer.surplus(list, LIMIT, &added.filed) {
-    ///         writer.remove(records.remove(&old).unwrap(), old)?;
+    ///     writer.add(list, entry, &mut cache, keep)?;
+    ///     for old in writer.surplus(list, LIMIT, entry) {
+    ///         // … make it not present, then:
+    ///         writer.remove(take(&old), old, keep)?;
     ///     }
-    ///     records.insert(entry, added.filed);
-    ///     assert!(list.len() <= LIMIT);
+    ///     assert!(writer.count(list) <= LIMIT);
     /// }
-    /// assert!(writer.entries(list).all(|entry| entry.get() >> 3 > 3000 - 1000));
+    /// // Those that are left are the youngest, give or take a few descriptors.
+    /// assert!(writer.entries(list).all(|entry| entry.get() >> 3 > 3000 - 1000 - 3 * 14));
     /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
     /// ```
-    pub fn surplus(&self, list: List<'_, E>, limit: usize, newest: &Filed) -> Surplus<E> {
+    pub fn surplus(&mut self, list: List<'_, E>, limit: usize, newest: E) -> Surplus<E> {
         let mut surplus = Surplus { words: [0; CELLS], at: 0, entries: PhantomData };
-        let Head::Many { first, count } = Head::new(list.head.load(Ordering::Relaxed)) else {
+        // SAFETY: the list's own head.
+        let Head::Many(first) = (unsafe { Head::new(list.head.load(Ordering::Relaxed)) }) else {
             return surplus;
         };
-        if count as usize <= limit {
+        if first.count() <= limit {
             return surplus;
         }
-        for at in self.by_age(first).into_iter().flatten() {
-            let others = (0..CELLS).filter(|&cell| newest.place() != (at.index, cell));
-            let entries = others.filter_map(|cell| at.descriptor.entry(cell));
-            let count = surplus.words.iter_mut().zip(entries).map(|(word, entry)| *word = entry).count();
-            if count > 0 {
-                break;
+        // The first is the youngest: it has no turn, unless there is no other.
+        let behind = first.behind.load(Ordering::Relaxed) as usize / CELLS;
+        let mut at = first;
+        if let Some(side) = self.shared.descriptors.sides.get(first.index.load(Ordering::Relaxed)) {
+            let turn = side.turn.load(Ordering::Relaxed);
+            let turn = if turn as usize >= behind { 0 } else { turn };
+            side.turn.store(turn + 1, Ordering::Relaxed);
+            for _ in turn as usize..behind {
+                // SAFETY: read from a descriptor of the list.
+                at = unsafe { at.next().descriptor() }.unwrap_or(at);
             }
         }
+        let newest = newest.into_word().get();
+        let old = at.cells[..at.next().filled()].iter().map(|cell| cell.load(Ordering::Relaxed));
+        surplus
+            .words
+            .iter_mut()
+            .zip(old.filter(|&word| word != newest))
+            .for_each(|(place, word)| *place = word);
         surplus
     }
-
-    /// The two descriptors that can be the oldest of a list: its first, and its last; the older one first.
-    fn by_age(&self, first: u32) -> Option<[At<'_>; 2]> {
-        let shared = &*self.shared;
-        let links = shared.links(first).ok()?;
-        let last = links.before.load(Ordering::Relaxed);
-        let [first_born, last_born] =
-            [links, shared.links(last).ok()?].map(|links| links.born.load(Ordering::Relaxed));
-        let (first, last) = (shared.at(first)?, shared.at(last)?);
-        // By their distance, so that a wrap does no harm.
-        Some(if first_born.wrapping_sub(last_born) < 1 << 31 { [last, first] } else { [first, last] })
-    }
 }
 
-impl At<'_> {
-    #[inline(always)]
-    fn fill(self, cell: usize, word: u64) {
-        self.descriptor.cells[cell].store(word, Ordering::Release);
-    }
-
-    /// Makes a descriptor ready to be linked.
-    fn start(self, list: u32, next: u32, mask: u32) {
-        self.descriptor.owner.store(list, Ordering::Relaxed);
-        self.descriptor.holes.store(0, Ordering::Relaxed);
-        self.descriptor.next.store(next, Ordering::Relaxed);
-        self.descriptor.mask.store(mask, Ordering::Release);
-    }
-}
-
-/// Files an entry in a list that has descriptors; the count is the caller's.
-fn add_to_many(
+/// A second entry: both come into a descriptor, whose number is the result.
+#[inline(never)]
+fn make_two(
     shared: &Shared,
     pool: &mut Pool,
-    list: u32,
-    first: u32,
+    (head, number): (&AtomicU64, u32),
+    words: [u64; 2],
+    cache: &mut Cache,
+) -> Result<u32, RmapError> {
+    let (first, side) = pool.take(shared, cache)?;
+    first.set(0, words[0]);
+    first.set(1, words[1]);
+    first.behind.store(0, Ordering::Relaxed);
+    first.set_next(Next::new(None, 2));
+    side.owner.store(number, Ordering::Relaxed);
+    side.turn.store(0, Ordering::Relaxed);
+    head.store(Head::to(first), Ordering::Release);
+    Ok(first.index.load(Ordering::Relaxed))
+}
+
+/// The first descriptor is full: the entry comes into another in front of it.
+#[inline(never)]
+fn put_in_front(
+    shared: &Shared,
+    pool: &mut Pool,
+    (head, number): (&AtomicU64, u32),
+    first: &Descriptor,
     word: u64,
     cache: &mut Cache,
-) -> Result<Filed, RmapError> {
-    let first = shared.known(first)?;
-    if first.descriptor.owner.load(Ordering::Relaxed) != list {
-        return Err(RmapError::Foreign);
-    }
-    let mut at = first;
-    let mut mask = first.descriptor.mask.load(Ordering::Relaxed);
-    if mask == 0 {
-        shared.links(first.index)?.born.store(pool.birth(), Ordering::Relaxed);
-    } else if mask == FULL {
-        let with_holes = first.descriptor.holes.load(Ordering::Relaxed);
-        if with_holes == 0 {
-            return add_descriptor(shared, pool, list, first, word, cache);
-        }
-        at = shared.known(with_holes)?;
-        mask = at.descriptor.mask.load(Ordering::Relaxed);
-    }
-    let cell = mask.trailing_ones();
-    at.fill(cell as usize, word);
-    // Only now it can be seen.
-    at.descriptor.mask.store(mask | 1 << cell, Ordering::Release);
-    if mask | 1 << cell == FULL && at.index != first.index {
-        unlink_holes(shared, at)?;
-    }
-    Ok(Filed::in_cell(list, at.index, cell))
+) -> Result<u32, RmapError> {
+    let (front, side) = pool.take(shared, cache)?;
+    front.set(0, word);
+    #[expect(clippy::cast_possible_truncation, reason = "that many entries have no place in memory")]
+    front.behind.store(first.count() as u32, Ordering::Relaxed);
+    front.set_next(Next::new(Some(first), 1));
+    side.owner.store(number, Ordering::Relaxed);
+    side.turn.store(turn_of(shared, first), Ordering::Relaxed);
+    head.store(Head::to(front), Ordering::Release);
+    Ok(front.index.load(Ordering::Relaxed))
 }
 
-/// Files an entry in a new descriptor, behind the first: where no walker on its way through the others passes by.
-fn add_descriptor(
-    shared: &Shared,
-    pool: &mut Pool,
-    list: u32,
-    first: At<'_>,
-    word: u64,
-    cache: &mut Cache,
-) -> Result<Filed, RmapError> {
-    let at = pool.take(shared, cache)?;
-    let next = first.descriptor.next.load(Ordering::Relaxed);
-    at.fill(0, word);
-    at.start(list, next, 1);
-    let links = shared.links(at.index)?;
-    links.before.store(first.index, Ordering::Relaxed);
-    links.born.store(pool.birth(), Ordering::Relaxed);
-    // Behind the last one comes the first again.
-    let behind = if next == 0 { first.index } else { next };
-    shared.links(behind)?.before.store(at.index, Ordering::Relaxed);
-    first.descriptor.next.store(at.index, Ordering::Release);
-    link_holes(shared, first, at)?;
-    Ok(Filed::in_cell(list, at.index, 0))
+/// The first descriptor is empty: the next becomes the first. Its own `next` stays, for walkers that are in it.
+#[inline(never)]
+fn take_front(shared: &Shared, pool: &mut Pool, head: &AtomicU64, first: &Descriptor) {
+    // SAFETY: read from a descriptor of the list.
+    let Some(next) = (unsafe { first.next().descriptor() }) else { return };
+    if let Some(side) = shared.descriptors.sides.get(next.index.load(Ordering::Relaxed)) {
+        side.turn.store(turn_of(shared, first), Ordering::Relaxed);
+    }
+    head.store(Head::to(next), Ordering::Release);
+    pool.take_out(shared, first);
 }
 
-/// Removes an entry from a list that has descriptors, and says how many are left; `None` if it is not there.
-fn remove_from_many(
-    shared: &Shared,
-    pool: &mut Pool,
-    head: &AtomicU64,
-    (first, count): (u32, u32),
-    filed: &Filed,
-    word: u64,
-) -> Result<Option<usize>, RmapError> {
-    let holds = |at: At<'_>, cell| {
-        at.descriptor.owner.load(Ordering::Relaxed) == filed.list() && at.descriptor.entry(cell) == Some(word)
-    };
-    let first = shared.known(first)?;
-    let (index, cell) = filed.place();
-    let (at, cell) = match shared.at(index) {
-        Some(at) if holds(at, cell) => (at, cell),
-        // It was alone once, with a record of that time or an older one.
-        _ if holds(first, 0) => (first, 0),
-        _ => return Ok(None),
-    };
-    let before = at.descriptor.mask.load(Ordering::Relaxed);
-    let mask = before & !(1 << cell);
-    at.descriptor.mask.store(mask, Ordering::Release);
-    let left = count - 1;
-    if left == 1 {
-        collapse(shared, pool, head, first);
-        return Ok(Some(1));
-    }
-    head.store(Head::Many { first: first.index, count: left }.word(), Ordering::Release);
-    if at.index != first.index {
-        if before == FULL {
-            link_holes(shared, first, at)?;
-        }
-        if mask == 0 {
-            unlink_holes(shared, at)?;
-            unlink(shared, first, at)?;
-            pool.take_out(shared, at);
-            pool.go_on(shared);
-        }
-    }
-    Ok(Some(left as usize))
-}
-
-/// One entry is left: it comes into the head, and the descriptors out. They keep it in its cell, for walkers inside.
-#[cold]
-fn collapse(shared: &Shared, pool: &mut Pool, head: &AtomicU64, first: At<'_>) {
-    let mut at = Some(first);
-    while let Some(here) = at {
-        let mask = here.descriptor.mask.load(Ordering::Relaxed);
-        if let Some(word) = here.descriptor.entry(mask.trailing_zeros() as usize % 32) {
-            head.store(word, Ordering::Release);
-            break;
-        }
-        at = shared.at(here.descriptor.next.load(Ordering::Relaxed)).filter(|at| at.index != 0);
-    }
-    pool.take_out_all(shared, first.index);
-    pool.go_on(shared);
-}
-
-/// Takes a descriptor other than the first out of the list. Its own `next` stays, for walkers inside.
-fn unlink(shared: &Shared, first: At<'_>, at: At<'_>) -> Result<(), RmapError> {
-    let before = shared.links(at.index)?.before.load(Ordering::Relaxed);
-    let next = at.descriptor.next.load(Ordering::Relaxed);
-    shared.known(before)?.descriptor.next.store(next, Ordering::Release);
-    let behind = if next == 0 { first.index } else { next };
-    shared.links(behind)?.before.store(before, Ordering::Relaxed);
-    Ok(())
-}
-
-/// A descriptor other than the first has holes now.
-fn link_holes(shared: &Shared, first: At<'_>, at: At<'_>) -> Result<(), RmapError> {
-    let next = first.descriptor.holes.load(Ordering::Relaxed);
-    at.descriptor.holes.store(next, Ordering::Relaxed);
-    shared.links(at.index)?.holes_before.store(first.index, Ordering::Relaxed);
-    if next != 0 {
-        shared.links(next)?.holes_before.store(at.index, Ordering::Relaxed);
-    }
-    first.descriptor.holes.store(at.index, Ordering::Relaxed);
-    Ok(())
-}
-
-/// It has none any more, or it is to be taken out.
-fn unlink_holes(shared: &Shared, at: At<'_>) -> Result<(), RmapError> {
-    let before = shared.links(at.index)?.holes_before.load(Ordering::Relaxed);
-    let next = at.descriptor.holes.load(Ordering::Relaxed);
-    shared.known(before)?.descriptor.holes.store(next, Ordering::Relaxed);
-    if next != 0 {
-        shared.links(next)?.holes_before.store(before, Ordering::Relaxed);
-    }
-    Ok(())
+fn turn_of(shared: &Shared, first: &Descriptor) -> u32 {
+    let side = shared.descriptors.sides.get(first.index.load(Ordering::Relaxed));
+    side.map_or(0, |side| side.turn.load(Ordering::Relaxed))
 }
 
 /// Up to 14 entries, from [`Writer::surplus`].
