@@ -120,7 +120,7 @@ impl<E: RmapEntry> Writer<E> {
     /// # use memslot::{Gfn, GfnRange};
     /// # use memslot_mmu::Level;
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
     /// let slot = rmap.slot(GfnRange::with_len(Gfn::new(0x100), 0x80).unwrap(), Level::K4)?;
     /// let mut cache = rmap.cache();
     /// let mut records = HashMap::new();
@@ -197,7 +197,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::num::NonZeroU64;
     /// # use memslot_mmu::rmap::{Filed, Rmap, RmapError};
-    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
     /// let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// let entry = NonZeroU64::new(0x7000).unwrap();
     /// let mut record = 0;
@@ -256,7 +256,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
     /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// # let list = parents.list();
     /// # let records = RefCell::new(HashMap::new());
@@ -299,7 +299,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
     /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// # let list = parents.list();
     /// # let records = RefCell::new(HashMap::new());
@@ -331,7 +331,7 @@ impl<E: RmapEntry> Writer<E> {
         }
         // The first is the youngest: it has no turn, unless there is no other.
         let behind = first.behind.load(Ordering::Relaxed) as usize / CELLS;
-        let mut at = first;
+        let (mut at, mut cells) = (first, first.next().filled());
         if let Some(side) = self.shared.descriptors.sides.get(first.index.load(Ordering::Relaxed)) {
             let turn = side.turn.load(Ordering::Relaxed);
             let turn = if turn as usize >= behind { 0 } else { turn };
@@ -340,9 +340,11 @@ impl<E: RmapEntry> Writer<E> {
                 // SAFETY: read from a descriptor of the list.
                 at = unsafe { at.next().descriptor() }.unwrap_or(at);
             }
+            // Behind the first, the upper cells are as young: that many have come since the last turn, in both together.
+            cells = if turn as usize + 1 == behind { cells } else { at.next().filled() };
         }
         let newest = newest.into_word().get();
-        let old = at.cells[..at.next().filled()].iter().map(|cell| cell.load(Ordering::Relaxed));
+        let old = at.cells[..cells].iter().map(|cell| cell.load(Ordering::Relaxed));
         surplus
             .words
             .iter_mut()
