@@ -136,7 +136,7 @@ impl<E: RmapEntry> Writer<E> {
     /// assert_eq!(writer.count(list), 2);
     /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
     /// ```
-    #[inline]
+    #[inline(always)]
     pub fn add(
         &mut self,
         list: List<'_, E>,
@@ -148,25 +148,30 @@ impl<E: RmapEntry> Writer<E> {
         if word & TAG_BITS != 0 {
             return Err(RmapError::Entry { entry: word });
         }
-        let (shared, pool) = (&*self.shared, &mut self.pool);
         let (number, home) = list.number_and_home();
-        if home != shared.identity() {
+        if home != self.shared.identity() {
             return Err(RmapError::Foreign);
         }
-        let head = list.head.load(Ordering::Relaxed);
+        if list.head.load(Ordering::Relaxed) == 0 {
+            list.head.store(word, Ordering::Release);
+            records.keep(entry, Filed::alone(number));
+            return Ok(0);
+        }
+        self.add_beside(list, (entry, word), number, cache, &mut records)
+    }
+
+    /// As [`add`](Self::add), to a list that is not empty.
+    fn add_beside(
+        &mut self,
+        list: List<'_, E>,
+        (entry, word): (E, u64),
+        number: u32,
+        cache: &mut Cache,
+        records: &mut impl Records<E>,
+    ) -> Result<usize, RmapError> {
+        let (shared, pool) = (&*self.shared, &mut self.pool);
         // SAFETY: a head of this reverse map.
-        match unsafe { Head::new(head) } {
-            Head::Empty => {
-                list.head.store(word, Ordering::Release);
-                records.keep(entry, Filed::alone(number));
-                Ok(0)
-            }
-            Head::One(one) => {
-                let index = make_two(shared, pool, (list.head, number), [one, word], cache)?;
-                keep(&mut records, one, Filed::in_cell(number, index, 0));
-                records.keep(entry, Filed::in_cell(number, index, 1));
-                Ok(1)
-            }
+        match unsafe { Head::new(list.head.load(Ordering::Relaxed)) } {
             Head::Many(first) => {
                 let (next, behind) = (first.next(), first.behind.load(Ordering::Relaxed));
                 let (filled, before) = (next.filled(), behind as usize + next.filled());
@@ -182,6 +187,13 @@ impl<E: RmapEntry> Writer<E> {
                 records.keep(entry, filed);
                 Ok(before)
             }
+            Head::One(one) => {
+                let index = make_two(shared, pool, (list.head, number), [one, word], cache)?;
+                keep(records, one, Filed::in_cell(number, index, 0));
+                records.keep(entry, Filed::in_cell(number, index, 1));
+                Ok(1)
+            }
+            Head::Empty => Ok(0),
         }
     }
 
