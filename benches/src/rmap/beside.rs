@@ -2,8 +2,13 @@
 //!
 //! The writer removes a random entry of a random list and adds it again; the walker walks random lists. Each has a
 //! processor of its own.
+//!
+//! The peer's walker and writer take the same lock, and who has it keeps it: on long lists the walker is as fast as if it were
+//! alone, because the writer does not get on. So a walker's own time says little, and there are three rows: as many
+//! walks as changes, side by side, until both are done; the walker's time while the writer goes on; and the writer's.
 
 use std::hint::black_box;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -36,81 +41,92 @@ pub(super) fn run(effort: Effort, report: &mut Report) -> anyhow::Result<()> {
         (64, 14, Some(1.0)),
         (64, 100, Some(1.0)),
     ] {
-        let mut times = [const { Vec::new() }; 4];
+        let mut times = [const { Vec::new() }; 6];
         let (mut ours, mut theirs) = (Ours::new(lists, size)?, Theirs::new(lists, size));
-        for round in 0..rounds {
-            for side in [round % 2, 1 - round % 2] {
-                if side == 0 {
-                    let (walk, change) = our_round(&mut ours, lists, size, length)?;
-                    times[0].push(walk);
-                    times[1].push(change);
+        for turn in 0..rounds {
+            for side in [turn % 2, 1 - turn % 2] {
+                let figures = if side == 0 {
+                    our_round(&mut ours, lists, size, length)?
                 } else {
-                    let (walk, change) = their_round(&mut theirs, lists, size, length);
-                    times[2].push(walk);
-                    times[3].push(change);
-                }
+                    their_round(&mut theirs, lists, size, length)
+                };
+                times.iter_mut().skip(3 * side).zip(figures).for_each(|(times, figure)| times.push(figure));
             }
         }
-        let [walk, change, their_walk, their_change] = times.map(|mut times| median(&mut times));
+        let [both, walk, change, their_both, their_walk, their_change] =
+            times.map(|mut times| median(&mut times));
         let at = if lists == 1 { size.to_string() } else { format!("{lists}x{size}") };
-        report.text_row("walk beside a writer", &at, PEER, (walk, their_walk), target);
-        let row = Row {
-            bench: "… and the writer's remove and add".to_owned(),
-            at,
-            ours_ns: change,
-            peer: PEER.to_owned(),
-            peer_ns: Some(their_change),
-            ratio: Some(their_change / change),
-            target: None,
-        };
-        report.add(row, &nanoseconds(change), &nanoseconds(their_change));
+        for (name, ours, theirs, target) in [
+            ("walk beside a writer, both done", both, their_both, target),
+            ("… the walk, in a race", walk, their_walk, None),
+            ("… the remove and add, in a race", change, their_change, None),
+        ] {
+            let row = Row {
+                bench: name.to_owned(),
+                at: at.clone(),
+                ours_ns: ours,
+                peer: PEER.to_owned(),
+                peer_ns: Some(theirs),
+                ratio: Some(theirs / ours),
+                target,
+            };
+            report.add(row, &nanoseconds(ours), &nanoseconds(theirs));
+        }
     }
     Ok(())
 }
 
-/// Nanoseconds for each walk, and for each change beside it.
+/// Nanoseconds for a walk and a change, as many of each, until both are done; then, while both go on, for each walk and
+/// for each change.
 fn round(
     length: Duration,
     lists: usize,
     entries: usize,
     mut change: impl FnMut(usize) + Send,
     mut walk: impl FnMut(usize),
-) -> (f64, f64) {
-    let (stop, changes) = (AtomicBool::new(false), AtomicU64::new(0));
+) -> [f64; 3] {
+    const GROUP: u64 = 16;
+    const PAIRS: u64 = 100_000;
+    let (stop, changes, barrier) = (AtomicBool::new(false), AtomicU64::new(0), Barrier::new(2));
     std::thread::scope(|scope| {
-        let (stop, changes) = (&stop, &changes);
+        let (stop, changes, barrier) = (&stop, &changes, &barrier);
         scope.spawn(move || {
             let mut random = Random::new(31);
+            let mut group = || {
+                (0..GROUP).for_each(|_| change(random.below(entries)));
+                changes.store(changes.load(Ordering::Relaxed) + GROUP, Ordering::Relaxed);
+            };
+            barrier.wait();
+            (0..PAIRS / GROUP).for_each(|_| group());
+            barrier.wait();
+            barrier.wait();
             while !stop.load(Ordering::Relaxed) {
-                for _ in 0..16 {
-                    change(random.below(entries));
-                }
-                changes.store(changes.load(Ordering::Relaxed) + 16, Ordering::Relaxed);
+                group();
             }
         });
-        while changes.load(Ordering::Relaxed) == 0 {
-            std::hint::spin_loop();
-        }
         let mut random = Random::new(17);
+        let mut group = || (0..GROUP).for_each(|_| walk(random.below(lists)));
+        // Before the barrier: perhaps this thread does not run when the other starts.
+        let start = Instant::now();
+        barrier.wait();
+        (0..PAIRS / GROUP).for_each(|_| group());
+        barrier.wait();
+        let both = start.elapsed();
+        barrier.wait();
         let (mut walks, before, start) = (0u64, changes.load(Ordering::Relaxed), Instant::now());
         while start.elapsed() < length {
-            for _ in 0..64 {
-                walk(random.below(lists));
-            }
-            walks += 64;
+            (0..4).for_each(|_| group());
+            walks += 4 * GROUP;
         }
-        #[expect(clippy::cast_precision_loss, reason = "a time is not that exact")]
-        let (elapsed, walks, done) = (
-            start.elapsed().as_nanos() as f64,
-            walks as f64,
-            (changes.load(Ordering::Relaxed) - before).max(1) as f64,
-        );
+        let (elapsed, done) = (start.elapsed(), (changes.load(Ordering::Relaxed) - before).max(1));
         stop.store(true, Ordering::Relaxed);
-        (elapsed / walks, elapsed / done)
+        #[expect(clippy::cast_precision_loss, reason = "a time is not that exact")]
+        let per = |elapsed: Duration, count: u64| elapsed.as_nanos() as f64 / count as f64;
+        [per(both, PAIRS), per(elapsed, walks), per(elapsed, done)]
     })
 }
 
-fn our_round(ours: &mut Ours, lists: usize, size: usize, length: Duration) -> anyhow::Result<(f64, f64)> {
+fn our_round(ours: &mut Ours, lists: usize, size: usize, length: Duration) -> anyhow::Result<[f64; 3]> {
     let mut walker = ours.rmap.walker()?;
     let Ours { slot, writer, cache, records, .. } = ours;
     cache.reserve(256)?;
@@ -128,7 +144,7 @@ fn our_round(ours: &mut Ours, lists: usize, size: usize, length: Duration) -> an
     Ok(round(length, lists, lists * size, change, walk))
 }
 
-fn their_round(theirs: &mut Theirs, lists: usize, size: usize, length: Duration) -> (f64, f64) {
+fn their_round(theirs: &mut Theirs, lists: usize, size: usize, length: Duration) -> [f64; 3] {
     let Theirs { heads, cache, .. } = theirs;
     let heads = &*heads;
     let change = |number: usize| {

@@ -60,7 +60,7 @@ fn walk(walker: &mut Walker<Entry>, parents: &Parents<Entry>) -> Vec<u64> {
 /// with `start`. Entries that the program does not touch must be seen, and nothing that never was there.
 fn beside(start: &'static [u64], program: &'static [i64]) {
     loom::model(move || {
-        let (rmap, writer) = Rmap::new().unwrap();
+        let (rmap, writer) = Rmap::new();
         let mut side = Side::new(&rmap, writer);
         start.iter().for_each(|&number| side.add(number));
         let mut walker = rmap.walker().unwrap();
@@ -141,7 +141,7 @@ fn loom_rmap_three_become_one_become_three() {
 #[test]
 fn loom_rmap_nothing_foreign() {
     loom::model(|| {
-        let (rmap, writer) = Rmap::new().unwrap();
+        let (rmap, writer) = Rmap::new();
         let mut side = Side::new(&rmap, writer);
         let other = rmap.parents().unwrap();
         side.add(1);
@@ -162,11 +162,47 @@ fn loom_rmap_nothing_foreign() {
     });
 }
 
+/// What a descriptor had in its cells in another list is not seen when it is filled again.
+#[test]
+fn loom_rmap_a_descriptor_that_was_used() {
+    loom::model(|| {
+        let (rmap, writer) = Rmap::new();
+        let mut side = Side::new(&rmap, writer);
+        side.add(11);
+        side.add(12);
+        // It comes out of use with 1 and 2 in its cells, and into use again in front of the list of 11.
+        let (other, mut filed) = (rmap.parents().unwrap(), None);
+        for number in [1, 2] {
+            let keep = |_, place| filed = Some(place);
+            let _ = side.writer.add(other.list(), entry(number), &mut side.cache, keep).unwrap();
+        }
+        assert_eq!(side.writer.remove(filed.unwrap(), entry(2), |_, _| ()), Ok(1));
+        assert!(side.writer.reclaim(1));
+        let mut walker = rmap.walker().unwrap();
+        let parents = side.parents.clone();
+        let writing = thread::spawn(move || {
+            for number in [13, 14] {
+                side.add(number);
+            }
+        });
+        for _ in 0..2 {
+            let seen = walk(&mut walker, &parents);
+            assert!(
+                seen.contains(&11)
+                    && seen.contains(&12)
+                    && seen.iter().all(|number| (11..15).contains(number)),
+                "{seen:?}"
+            );
+        }
+        writing.join().unwrap();
+    });
+}
+
 /// What an entry refers to is freed when the walkers have left that were inside when it was removed.
 #[test]
 fn loom_rmap_two_walkers() {
     loom::model(|| {
-        let (rmap, writer) = Rmap::new().unwrap();
+        let (rmap, writer) = Rmap::new();
         let mut side = Side::new(&rmap, writer);
         side.add(1);
         side.add(2);
@@ -186,7 +222,7 @@ fn loom_rmap_two_walkers() {
 #[test]
 fn loom_rmap_writers_take_turns() {
     loom::model(|| {
-        let (rmap, writer) = Rmap::new().unwrap();
+        let (rmap, writer) = Rmap::new();
         let mut side = Side::new(&rmap, writer);
         side.add(1);
         let (mut walker, parents) = (rmap.walker().unwrap(), side.parents.clone());
@@ -209,7 +245,7 @@ fn loom_rmap_writers_take_turns() {
 #[test]
 fn loom_rmap_first_use() {
     loom::model(|| {
-        let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
+        let (rmap, mut writer) = Rmap::<Entry>::new();
         let gfns = GfnRange::with_len(Gfn::new(5), 4).unwrap();
         let slot = std::sync::Arc::new(rmap.slot(gfns, Level::K4).unwrap());
         let other = slot.clone();

@@ -73,7 +73,7 @@
 //! use memslot_mmu::Level;
 //! use memslot_mmu::rmap::{Filed, Rmap, Under};
 //!
-//! let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+//! let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
 //! let slot = rmap.slot(GfnRange::with_len(Gfn::new(0), 0x4_0000).unwrap(), Level::M2)?;
 //! let mut cache = rmap.cache();
 //! let mut records = HashMap::new();
@@ -167,19 +167,18 @@ impl<E> Clone for Rmap<E> {
 
 impl<E: RmapEntry> Rmap<E> {
     /// An empty reverse map, and the one who writes it.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`](RmapError::OutOfMemory).
-    pub fn new() -> Result<(Self, Writer<E>), RmapError> {
+    #[must_use]
+    pub fn new() -> (Self, Writer<E>) {
         Self::starting_at(0)
     }
 
     /// As [`new`](Self::new), with all counters at a value of the caller's choice, so that tests go through the wrap.
     #[doc(hidden)]
-    pub fn starting_at(counters: u64) -> Result<(Self, Writer<E>), RmapError> {
+    #[must_use]
+    pub fn starting_at(counters: u64) -> (Self, Writer<E>) {
         let shared = Arc::new(Shared::starting_at(counters));
         let writer = Writer::new(shared.clone());
-        Ok((Self { shared, entries: PhantomData }, writer))
+        (Self { shared, entries: PhantomData }, writer)
     }
 
     /// The lists of a slot with these frames, for entries of the levels up to `largest`.

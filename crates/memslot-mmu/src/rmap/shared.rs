@@ -221,7 +221,7 @@ impl Drop for Shared {
 ///
 /// ```
 /// # use std::num::NonZeroU64;
-/// let (rmap, mut writer) = memslot_mmu::rmap::Rmap::<NonZeroU64>::new()?;
+/// let (rmap, mut writer) = memslot_mmu::rmap::Rmap::<NonZeroU64>::new();
 /// let mut cache = rmap.cache();
 /// cache.reserve(5)?; // may run out of memory
 /// assert_eq!(cache.len(), 5);

@@ -120,7 +120,7 @@ impl<E: RmapEntry> Writer<E> {
     /// # use memslot::{Gfn, GfnRange};
     /// # use memslot_mmu::Level;
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
     /// let slot = rmap.slot(GfnRange::with_len(Gfn::new(0x100), 0x80).unwrap(), Level::K4)?;
     /// let mut cache = rmap.cache();
     /// let mut records = HashMap::new();
@@ -136,7 +136,7 @@ impl<E: RmapEntry> Writer<E> {
     /// assert_eq!(writer.count(list), 2);
     /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
     /// ```
-    #[inline]
+    #[inline(always)]
     pub fn add(
         &mut self,
         list: List<'_, E>,
@@ -148,25 +148,30 @@ impl<E: RmapEntry> Writer<E> {
         if word & TAG_BITS != 0 {
             return Err(RmapError::Entry { entry: word });
         }
-        let (shared, pool) = (&*self.shared, &mut self.pool);
         let (number, home) = list.number_and_home();
-        if home != shared.identity() {
+        if home != self.shared.identity() {
             return Err(RmapError::Foreign);
         }
-        let head = list.head.load(Ordering::Relaxed);
+        if list.head.load(Ordering::Relaxed) == 0 {
+            list.head.store(word, Ordering::Release);
+            records.keep(entry, Filed::alone(number));
+            return Ok(0);
+        }
+        self.add_beside(list, (entry, word), number, cache, &mut records)
+    }
+
+    /// As [`add`](Self::add), to a list that is not empty.
+    fn add_beside(
+        &mut self,
+        list: List<'_, E>,
+        (entry, word): (E, u64),
+        number: u32,
+        cache: &mut Cache,
+        records: &mut impl Records<E>,
+    ) -> Result<usize, RmapError> {
+        let (shared, pool) = (&*self.shared, &mut self.pool);
         // SAFETY: a head of this reverse map.
-        match unsafe { Head::new(head) } {
-            Head::Empty => {
-                list.head.store(word, Ordering::Release);
-                records.keep(entry, Filed::alone(number));
-                Ok(0)
-            }
-            Head::One(one) => {
-                let index = make_two(shared, pool, (list.head, number), [one, word], cache)?;
-                keep(&mut records, one, Filed::in_cell(number, index, 0));
-                records.keep(entry, Filed::in_cell(number, index, 1));
-                Ok(1)
-            }
+        match unsafe { Head::new(list.head.load(Ordering::Relaxed)) } {
             Head::Many(first) => {
                 let (next, behind) = (first.next(), first.behind.load(Ordering::Relaxed));
                 let (filled, before) = (next.filled(), behind as usize + next.filled());
@@ -182,6 +187,13 @@ impl<E: RmapEntry> Writer<E> {
                 records.keep(entry, filed);
                 Ok(before)
             }
+            Head::One(one) => {
+                let index = make_two(shared, pool, (list.head, number), [one, word], cache)?;
+                keep(records, one, Filed::in_cell(number, index, 0));
+                records.keep(entry, Filed::in_cell(number, index, 1));
+                Ok(1)
+            }
+            Head::Empty => Ok(0),
         }
     }
 
@@ -197,7 +209,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::num::NonZeroU64;
     /// # use memslot_mmu::rmap::{Filed, Rmap, RmapError};
-    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
     /// let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// let entry = NonZeroU64::new(0x7000).unwrap();
     /// let mut record = 0;
@@ -256,7 +268,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
     /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// # let list = parents.list();
     /// # let records = RefCell::new(HashMap::new());
@@ -299,7 +311,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
     /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// # let list = parents.list();
     /// # let records = RefCell::new(HashMap::new());
@@ -331,7 +343,7 @@ impl<E: RmapEntry> Writer<E> {
         }
         // The first is the youngest: it has no turn, unless there is no other.
         let behind = first.behind.load(Ordering::Relaxed) as usize / CELLS;
-        let mut at = first;
+        let (mut at, mut cells) = (first, first.next().filled());
         if let Some(side) = self.shared.descriptors.sides.get(first.index.load(Ordering::Relaxed)) {
             let turn = side.turn.load(Ordering::Relaxed);
             let turn = if turn as usize >= behind { 0 } else { turn };
@@ -340,9 +352,11 @@ impl<E: RmapEntry> Writer<E> {
                 // SAFETY: read from a descriptor of the list.
                 at = unsafe { at.next().descriptor() }.unwrap_or(at);
             }
+            // Behind the first, the upper cells are as young: that many have come since the last turn, in both together.
+            cells = if turn as usize + 1 == behind { cells } else { at.next().filled() };
         }
         let newest = newest.into_word().get();
-        let old = at.cells[..at.next().filled()].iter().map(|cell| cell.load(Ordering::Relaxed));
+        let old = at.cells[..cells].iter().map(|cell| cell.load(Ordering::Relaxed));
         surplus
             .words
             .iter_mut()

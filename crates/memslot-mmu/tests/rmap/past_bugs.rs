@@ -1,0 +1,293 @@
+//! Bugs that KVM's reverse map has had, each as a test that fails where the same mistake is made here.
+//!
+//! Numbers are the rows of the project's list of past bugs.
+
+use std::collections::HashSet;
+
+use memslot::{Gfn, GfnRange};
+use memslot_mmu::Level;
+use memslot_mmu::rmap::{Rmap, RmapError, Under};
+
+use super::common::{Book, Entry, not_filed};
+
+fn range(start: u64, len: u64) -> GfnRange {
+    GfnRange::with_len(Gfn::new(start), len).unwrap()
+}
+
+/// CVE-2026-46113: a guest's page directory entry changed from outside, so that a shadow page came to stand for other
+/// frames; its entries were removed under the new gfn, and stayed filed under the old one after the slot was gone.
+#[test]
+fn row_29_the_gfn_changes_between_add_and_remove() {
+    let (rmap, mut writer) = Rmap::new();
+    let slot = rmap.slot(range(0, 0x2000), Level::K4).unwrap();
+    let (mut cache, book) = (rmap.cache(), Book::default());
+    cache.reserve(1).unwrap();
+    let entry = |number| Entry { list: 0, number };
+    let (a, b) = (Gfn::new(0x123), Gfn::new(0x1123));
+    let (list_a, list_b) = (slot.reserve(Level::K4, a).unwrap(), slot.reserve(Level::K4, b).unwrap());
+    book.add(&mut writer, list_a, entry(1), &mut cache);
+    book.add(&mut writer, list_b, entry(2), &mut cache);
+    // The shadow page is for other frames now: whoever computes the gfn again gets `b`. Nobody asks.
+    assert_eq!(book.remove(&mut writer, entry(1)), 0);
+    assert!(slot.list(Level::K4, a).unwrap().is_empty());
+    assert_eq!(writer.entries(slot.list(Level::K4, b).unwrap()).collect::<Vec<_>>(), [entry(2)]);
+    // Everything that is filed in the slot is found through it, and each has a record that leads back there.
+    for (gfn, list) in slot.lists(Level::K4, slot.gfns()) {
+        for entry in writer.entries(list) {
+            let under = writer.filed_under(&book.look(entry).unwrap());
+            assert_eq!(under, Some(Under::Gfn { gfn, level: Level::K4 }));
+        }
+    }
+}
+
+/// CVE-2026-53359: a shadow page was used for another role, and its entries removed as if they were of that role.
+#[test]
+fn row_30_the_role_changes_between_add_and_remove() {
+    let (rmap, mut writer) = Rmap::new();
+    let slot = rmap.slot(range(0, 0x1000), Level::M2).unwrap();
+    let (mut cache, book) = (rmap.cache(), Book::default());
+    let child = rmap.parents().unwrap();
+    // The same entry, once a large page, once a way to a shadow page: the record tells which, not the caller.
+    let entry = Entry { list: 0, number: 9 };
+    let large = slot.reserve(Level::M2, Gfn::new(0x200)).unwrap();
+    book.add(&mut writer, large, entry, &mut cache);
+    let small = slot.reserve(Level::K4, Gfn::new(0x200)).unwrap();
+    assert_eq!(book.remove(&mut writer, entry), 0);
+    assert!(large.is_empty() && small.is_empty());
+    book.add(&mut writer, child.list(), entry, &mut cache);
+    assert_eq!(writer.filed_under(&book.look(entry).unwrap()), Some(Under::Parents));
+    assert_eq!(book.remove(&mut writer, entry), 0);
+    assert!(child.list().is_empty());
+}
+
+/// A slot goes with entries still filed: their records lead nowhere, also when the memory is another slot's.
+#[test]
+fn row_29_records_outlive_their_slot() {
+    let (rmap, mut writer) = Rmap::new();
+    let (mut cache, book) = (rmap.cache(), Book::default());
+    let (gfn, entry) = (Gfn::new(5), |number| Entry { list: 0, number });
+    let slot = rmap.slot(range(0, 0x200), Level::K4).unwrap();
+    cache.reserve(1).unwrap();
+    for number in 0..5 {
+        book.add(&mut writer, slot.reserve(Level::K4, gfn).unwrap(), entry(number), &mut cache);
+    }
+    let mut walker = rmap.walker().unwrap();
+    let inside = walker.enter();
+    drop(slot);
+    // The chunk is gone; what the walker might be in is not.
+    assert!(!writer.reclaim(10));
+    for number in 0..2 {
+        let gone = writer.remove(book.take(entry(number)).unwrap(), entry(number), book.keep());
+        assert_eq!(gone, Err(not_filed(entry(number), None)));
+        assert!(gone.unwrap_err().to_string().ends_with("is not filed under a list that is gone"));
+    }
+    drop(inside);
+    assert!(writer.reclaim(10));
+    let slot = rmap.slot(range(0x1000, 0x200), Level::K4).unwrap();
+    let list = slot.reserve(Level::K4, Gfn::new(0x1005)).unwrap();
+    let other = Book::default();
+    for number in 10..15 {
+        other.add(&mut writer, list, entry(number), &mut cache);
+    }
+    for number in 2..5 {
+        let gone = writer.remove(book.take(entry(number)).unwrap(), entry(number), book.keep());
+        let under = Under::Gfn { gfn: Gfn::new(0x1005), level: Level::K4 };
+        assert_eq!(gone, Err(not_filed(entry(number), Some(under))));
+    }
+    writer.check(list, |entry| other.look(entry)).unwrap();
+}
+
+/// Row 32: a large page that begins before its slot, or ends behind it, has no list, and no index out of bounds.
+#[test]
+fn rows_32_33_large_pages_that_are_not_all_in_the_slot() {
+    let (rmap, _writer) = Rmap::<Entry>::new();
+    // 2 MiB pages at 0x400 and 0x600 are in it; those at 0x200 and 0x800 in part.
+    let slot = rmap.slot(range(0x3ff, 0x402), Level::G1).unwrap();
+    for (level, gfn, inside) in [
+        (Level::K4, 0x3fe, false),
+        (Level::K4, 0x3ff, true),
+        (Level::K4, 0x800, true),
+        (Level::K4, 0x801, false),
+        (Level::M2, 0x200, false),
+        (Level::M2, 0x3ff, false),
+        (Level::M2, 0x400, true),
+        (Level::M2, 0x7ff, true),
+        (Level::M2, 0x800, false),
+        (Level::M2, 0, false),
+        (Level::G1, 0x400, false),
+        (Level::K4, u64::MAX, false),
+        (Level::M2, u64::MAX, false),
+    ] {
+        let gfn = Gfn::new(gfn);
+        let reserved = slot.reserve(level, gfn);
+        assert_eq!(reserved.is_ok(), inside, "{level} at {gfn}");
+        assert_eq!(slot.list(level, gfn).is_some(), inside);
+        if !inside {
+            assert_eq!(reserved.unwrap_err(), RmapError::Outside { gfn, level, slot: slot.gfns() });
+        }
+    }
+    // No frames, no lists; the last frame that there is has one.
+    let none = rmap.slot(range(7, 0), Level::G1).unwrap();
+    assert!(none.reserve(Level::K4, Gfn::new(7)).is_err());
+    let last =
+        rmap.slot(GfnRange::new(Gfn::new(u64::MAX - 5), Gfn::new(u64::MAX)).unwrap(), Level::G1).unwrap();
+    assert!(last.reserve(Level::K4, Gfn::new(u64::MAX - 1)).is_ok());
+    assert!(last.reserve(Level::M2, Gfn::new(u64::MAX - 1)).is_err());
+    let large = Level::new(4).unwrap();
+    assert_eq!(rmap.slot(range(0, 1), large).err(), Some(RmapError::Level { level: large }));
+    assert_eq!(slot.reserve(large, Gfn::new(0x400)).err(), Some(RmapError::Level { level: large }));
+}
+
+/// Row 43, and the proposal of 2013: the count was that after adding in one place and that before in another.
+#[test]
+fn row_43_add_returns_the_count_before() {
+    let (rmap, mut writer) = Rmap::new();
+    let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
+    cache.reserve(80).unwrap();
+    for number in 0..1002 {
+        let before = book.add(&mut writer, parents.list(), Entry { list: 0, number }, &mut cache);
+        assert_eq!(before, number as usize);
+        assert_eq!(writer.count(parents.list()), before + 1);
+    }
+    for number in 0..1002 {
+        assert_eq!(book.remove(&mut writer, Entry { list: 0, number }), 1001 - number as usize);
+    }
+}
+
+/// Row 43: an entry that is removed moves another into its place, where a walker that goes on in the wrong direction has been
+/// already. Played step by step: the walker stops after each entry, and the writer removes each other.
+#[test]
+fn row_43_a_walker_misses_no_entry_that_moves() {
+    for size in [2usize, 3, 13, 14, 15, 16, 28, 29, 30] {
+        for stop in 0..size {
+            for victim in 0..size as u32 {
+                let (rmap, mut writer) = Rmap::new();
+                let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
+                cache.reserve(8).unwrap();
+                let list = parents.list();
+                let entry = |number| Entry { list: 0, number };
+                for number in 0..size as u32 {
+                    book.add(&mut writer, list, entry(number), &mut cache);
+                }
+                let mut walker = rmap.walker().unwrap();
+                let inside = walker.enter();
+                let mut walk = inside.entries(list);
+                let mut seen: HashSet<Entry> = walk.by_ref().take(stop).collect();
+                // Two go, one comes.
+                let next = (victim + 1) % size as u32;
+                book.remove(&mut writer, entry(victim));
+                book.add(&mut writer, list, entry(1000), &mut cache);
+                book.remove(&mut writer, entry(next));
+                seen.extend(walk);
+                for number in (0..size as u32).filter(|&number| number != victim && number != next) {
+                    assert!(
+                        seen.contains(&entry(number)),
+                        "{size} entries, {stop} seen, {victim} removed: {number}"
+                    );
+                }
+                drop(inside);
+            }
+        }
+    }
+}
+
+/// Row 43: the last entry; and a list that has two again and again.
+#[test]
+fn row_43_lists_fold_back_into_their_word() {
+    let (rmap, mut writer) = Rmap::new();
+    let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
+    let entry = |number| Entry { list: 0, number };
+    book.add(&mut writer, parents.list(), entry(0), &mut cache);
+    for round in 0..1000 {
+        cache.reserve(1).unwrap();
+        assert_eq!(book.add(&mut writer, parents.list(), entry(round + 1), &mut cache), 1);
+        assert_eq!(book.remove(&mut writer, entry(round)), 1);
+        book.check(&writer, parents.list(), &[entry(round + 1)], Under::Parents);
+    }
+    assert_eq!(book.remove(&mut writer, entry(1000)), 0);
+    assert!(parents.list().is_empty());
+    // Not a descriptor for each round: those that left were used again.
+    assert!(rmap.bytes() < 100 * 1024, "{} bytes", rmap.bytes());
+}
+
+/// Row 44: what is done under the lock does not depend on how long a list is. Counted in records that change: two at most.
+#[test]
+fn row_44_changes_are_bounded() {
+    let (rmap, mut writer) = Rmap::new();
+    let (mut cache, parents) = (rmap.cache(), rmap.parents().unwrap());
+    cache.reserve(400).unwrap();
+    let mut records = std::collections::HashMap::new();
+    for number in 0..5000 {
+        let mut told = 0;
+        let entry = Entry { list: 0, number };
+        let keep = |entry: Entry, filed: memslot_mmu::rmap::Filed| {
+            told += 1;
+            records.insert(entry, filed);
+        };
+        writer.add(parents.list(), entry, &mut cache, keep).unwrap();
+        assert!(told == 1 || number == 1 && told == 2);
+    }
+    for number in (0..5000).rev().step_by(2).chain((0..5000).step_by(2)) {
+        let mut told = 0;
+        let entry = Entry { list: 0, number };
+        let filed = records.remove(&entry).unwrap();
+        let keep = |entry: Entry, filed: memslot_mmu::rmap::Filed| {
+            told += 1;
+            records.insert(entry, filed);
+        };
+        writer.remove(filed, entry, keep).unwrap();
+        assert!(told <= 1);
+    }
+    assert!(records.is_empty() && parents.list().is_empty());
+}
+
+/// Row 46: what a walk goes through is replaced, and freed, only when no walk is in it.
+#[test]
+fn row_46_a_walker_keeps_what_it_walks() {
+    let (rmap, mut writer) = Rmap::new();
+    let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
+    let other = rmap.parents().unwrap();
+    cache.reserve(10).unwrap();
+    for number in 0..100 {
+        book.add(&mut writer, parents.list(), Entry { list: 0, number }, &mut cache);
+    }
+    let mut walker = rmap.walker().unwrap();
+    let inside = walker.enter();
+    let mut walk = inside.entries(parents.list());
+    let first = walk.next().unwrap();
+    for number in 0..100 {
+        book.remove(&mut writer, Entry { list: 0, number });
+    }
+    assert!(!writer.reclaim(10), "a walker is inside");
+    for number in 0..200 {
+        cache.reserve(1).unwrap();
+        book.add(&mut writer, other.list(), Entry { list: 1, number }, &mut cache);
+    }
+    let seen: Vec<_> = walk.collect();
+    assert!(first.list == 0 && seen.iter().all(|entry| entry.list == 0), "{seen:?}");
+    drop(inside);
+    assert!(writer.reclaim(10));
+}
+
+/// Rows of seed 003 and KVM's limit: the 1001st entry sends old ones away, not the one that was just added.
+#[test]
+fn a_bounded_list_lets_go_of_the_oldest() {
+    const LIMIT: usize = 1000;
+    let (rmap, mut writer) = Rmap::new();
+    let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
+    for number in 0..10_000 {
+        cache.reserve(1).unwrap();
+        let entry = Entry { list: 0, number };
+        book.add(&mut writer, parents.list(), entry, &mut cache);
+        let old: Vec<_> = writer.surplus(parents.list(), LIMIT, entry).collect();
+        assert_eq!(old.is_empty(), writer.count(parents.list()) <= LIMIT);
+        for old in old {
+            // The oldest thousand less three descriptors' worth stays.
+            assert!(old.number + LIMIT as u32 - 3 * 14 < number, "{} went when {number} came", old.number);
+            book.remove(&mut writer, old);
+        }
+    }
+    // Nothing is forgotten for long: the oldest that is left is not much older than the limit.
+    let oldest = writer.entries(parents.list()).map(|entry| entry.number).min().unwrap();
+    assert!(10_000 - oldest < LIMIT as u32 + 3 * 14, "{oldest}");
+}

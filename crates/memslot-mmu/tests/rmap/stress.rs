@@ -1,0 +1,168 @@
+//! Walks beside a writer that never stops, with real threads.
+//!
+//! `MEMSLOT_RMAP_CHECKS` says how many checks each run makes (`cargo xtask deep` makes hundreds of millions). A check
+//! is one entry in one walk: it was there all the while and must be seen, or it was away all the while and must not be.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use memslot_mmu::rmap::{Cache, List, Parents, Rmap, Walker, Writer};
+
+use super::common::{Book, Entry};
+
+// What an entry's state says, modulo 4. Each change adds 1.
+const AWAY: u64 = 0;
+const PRESENT: u64 = 2;
+
+struct Lists {
+    parents: Vec<Parents<Entry>>,
+    /// For each list, each entry's state.
+    states: Vec<Vec<AtomicU64>>,
+}
+
+impl Lists {
+    fn state(&self, entry: Entry) -> &AtomicU64 {
+        &self.states[entry.list as usize][entry.number as usize]
+    }
+
+    fn list(&self, list: usize) -> List<'_, Entry> {
+        self.parents[list].list()
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % n as u64) as usize
+    }
+}
+
+/// Adds what is away, removes what is there; now and then all of a list, or all but one.
+fn write(lists: &Lists, mut writer: Writer<Entry>, mut cache: Cache, stop: &AtomicBool) -> u64 {
+    let (book, mut random, mut changes) = (Book::default(), Random(0x9e37_79b9_7f4a_7c15), 0);
+    let mut flip = |entry: Entry, cache: &mut Cache| {
+        let state = lists.state(entry);
+        let is_away = state.load(Ordering::Relaxed) % 4 == AWAY;
+        state.fetch_add(1, Ordering::AcqRel);
+        if is_away {
+            cache.reserve(1).unwrap();
+            book.add(&mut writer, lists.list(entry.list as usize), entry, cache);
+        } else {
+            book.remove(&mut writer, entry);
+        }
+        state.fetch_add(1, Ordering::AcqRel);
+        changes += 1;
+    };
+    while !stop.load(Ordering::Relaxed) {
+        let list = random.below(lists.states.len());
+        let size = lists.states[list].len();
+        let entry = |number: usize| Entry { list: list as u32, number: number as u32 };
+        match random.below(256) {
+            0 => {
+                let kept = random.below(size);
+                for number in (0..size).filter(|&number| number != kept) {
+                    if lists.state(entry(number)).load(Ordering::Relaxed) % 4 == PRESENT {
+                        flip(entry(number), &mut cache);
+                    }
+                }
+            }
+            1 => {
+                for number in 0..size {
+                    if lists.state(entry(number)).load(Ordering::Relaxed) % 4 == AWAY {
+                        flip(entry(number), &mut cache);
+                    }
+                }
+            }
+            _ => flip(entry(random.below(size)), &mut cache),
+        }
+    }
+    changes
+}
+
+/// Makes so many checks; how many were of entries that were there, and how many walks.
+fn walk(lists: &Lists, mut walker: Walker<Entry>, wanted: u64) -> (u64, u64, u64) {
+    let (mut random, mut checks, mut there, mut walks) = (Random(0x2545_f491_4f6c_dd1d), 0, 0, 0);
+    let largest = lists.states.iter().map(Vec::len).max().unwrap();
+    let (mut before, mut seen) = (vec![0; largest], vec![0; largest]);
+    while checks < wanted {
+        let list = random.below(lists.states.len());
+        let states = &lists.states[list];
+        walks += 1;
+        for (before, state) in before.iter_mut().zip(states) {
+            *before = state.load(Ordering::SeqCst);
+        }
+        let inside = walker.enter();
+        if walks % 2 == 0 {
+            inside.entries(lists.list(list)).for_each(|entry| {
+                assert_eq!(entry.list as usize, list, "foreign");
+                seen[entry.number as usize] = walks;
+            });
+        } else {
+            for entry in inside.entries(lists.list(list)) {
+                assert_eq!(entry.list as usize, list, "foreign");
+                seen[entry.number as usize] = walks;
+            }
+        }
+        drop(inside);
+        for (number, state) in states.iter().enumerate() {
+            let (before, after) = (before[number], state.load(Ordering::SeqCst));
+            if before != after {
+                continue;
+            }
+            if before % 4 == PRESENT {
+                assert_eq!(seen[number], walks, "list {list}: {number} was there all the while");
+                there += 1;
+                checks += 1;
+            } else if before % 4 == AWAY {
+                assert_ne!(seen[number], walks, "list {list}: {number} was away all the while");
+                checks += 1;
+            }
+        }
+    }
+    (checks, there, walks)
+}
+
+fn stress(sizes: &[usize], share: u64) {
+    let wanted = std::env::var("MEMSLOT_RMAP_CHECKS").ok().and_then(|text| text.parse().ok());
+    let wanted: u64 = wanted.unwrap_or(if cfg!(miri) { 2_000 } else { 4_000_000 });
+    let (rmap, writer) = Rmap::<Entry>::starting_at(u64::MAX - 10);
+    let lists = Lists {
+        parents: sizes.iter().map(|_| rmap.parents().unwrap()).collect(),
+        states: sizes.iter().map(|&size| (0..size).map(|_| AtomicU64::new(0)).collect()).collect(),
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (cache, walker) = (rmap.cache(), rmap.walker().unwrap());
+        let writing = scope.spawn(|| write(&lists, writer, cache, &stop));
+        let walking = scope.spawn(|| walk(&lists, walker, wanted / share));
+        let walked = walking.join();
+        stop.store(true, Ordering::Relaxed);
+        let changes = writing.join().unwrap();
+        let (checks, there, walks) = walked.unwrap();
+        println!(
+            "{sizes:?}: {checks} checks, {there} of entries that were there; {walks} walks, {changes} changes"
+        );
+        assert!(there > 0 && changes > 0);
+    });
+}
+
+/// Lists of a few entries: into a descriptor and out of it.
+#[test]
+fn rmap_stress_short_lists() {
+    stress(&[2, 3, 4], 4);
+}
+
+/// Descriptors come and go.
+#[test]
+fn rmap_stress_two_descriptors() {
+    stress(&[15, 16, 29, 30], 1);
+}
+
+/// Long lists, and a short one beside them that gets their descriptors.
+#[test]
+fn rmap_stress_long_lists() {
+    stress(&[12, 100, 400], 1);
+}
