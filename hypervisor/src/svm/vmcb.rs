@@ -131,6 +131,8 @@ pub(crate) mod intercept {
     pub(crate) const IRET: u32 = 1 << 20;
     /// Word 3: ports, as the permission map says.
     pub(crate) const PORTS: u32 = 1 << 27;
+    /// Word 3: model-specific registers, as the permission map says.
+    pub(crate) const REGISTERS: u32 = 1 << 28;
     /// Word 3: a triple fault.
     pub(crate) const SHUTDOWN: u32 = 1 << 31;
     /// Word 4: must be set.
@@ -146,6 +148,7 @@ pub(crate) mod exit {
     pub(crate) const IRET: u64 = 0x74;
     pub(crate) const HALT: u64 = 0x78;
     pub(crate) const PORT: u64 = 0x7b;
+    pub(crate) const REGISTER: u64 = 0x7c;
     pub(crate) const SHUTDOWN: u64 = 0x7f;
     pub(crate) const VMMCALL: u64 = 0x81;
     pub(crate) const NESTED_PAGE_FAULT: u64 = 0x400;

@@ -31,6 +31,16 @@ impl Run {
         }
     }
 
+    /// How many ticks of the time stamp counter that is: the guest's first program and the hypervisor say what the counter was at
+    /// two moments that can be told from outside.
+    fn microsecond(&self) -> Option<f64> {
+        let figures = Figures(&self.ended.figures);
+        let ticks = figures.number("ended").checked_sub(figures.number("ready"))?;
+        let time = self.ended.wall.checked_sub(self.ended.userland?)?;
+        #[expect(clippy::cast_precision_loss, reason = "for people")]
+        Some(ticks as f64 / time.as_secs_f64() / 1e6).filter(|ticks| *ticks >= 1.0)
+    }
+
     /// How many times as long as without the hypervisor.
     fn ratio(&self) -> Option<f64> {
         let plain = self.plain.as_ref()?;
@@ -54,18 +64,14 @@ impl Run {
         if let (Some(plain), Some(ratio)) = (&self.plain, self.ratio()) {
             line("plain QEMU", format!("{}; with the hypervisor {ratio:.2} times that", times(plain)));
         }
-        let (inside, outside) = (figures.number("ticks.inside"), figures.number("ticks.outside"));
-        if inside > 0 {
-            #[expect(clippy::cast_precision_loss, reason = "a percentage")]
-            let share = 100.0 * outside as f64 / (inside + outside) as f64;
-            line("hypervisor", format!("{share:.1} % of the time"));
-        }
+        line("hypervisor", figures.shares(self.microsecond()));
         line("exits", figures.list("exits."));
         let again = figures.number("events_delivered_again");
         if again > 0 {
             line("again", format!("{} events whose delivery was cut off", grouped(again)));
         }
         line("faults", figures.list("faults."));
+        line("processors", figures.processors());
         let (linked, all) = (figures.number("tables.linked"), figures.number("tables.all"));
         line("tables", format!("{linked} linked, {all} in all"));
         line("pages", figures.list("pages."));
@@ -106,6 +112,44 @@ struct Figures<'a>(&'a BTreeMap<String, String>);
 impl Figures<'_> {
     fn number(&self, name: &str) -> u64 {
         self.0.get(name).and_then(|value| value.parse().ok()).unwrap_or(0)
+    }
+
+    /// The hypervisor's own share of the time, and for what.
+    #[expect(clippy::cast_precision_loss, reason = "for people")]
+    fn shares(&self, microsecond: Option<f64>) -> String {
+        let kinds = self.0.keys().filter_map(|name| name.strip_prefix("outside."));
+        let mut outside: Vec<_> = kinds.map(|kind| (self.number(&format!("outside.{kind}")), kind)).collect();
+        let sum = outside.iter().map(|(ticks, _)| ticks).sum::<u64>();
+        let all = (sum + self.number("inside")) as f64;
+        if sum == 0 {
+            return String::new();
+        }
+        outside.sort_unstable();
+        let percent = |ticks: u64| 100.0 * ticks as f64 / all;
+        let mut text = format!("{:.1} % of the time", percent(sum));
+        for &(ticks, kind) in outside.iter().rev().filter(|(ticks, _)| percent(*ticks) >= 0.1) {
+            let _ = write!(text, ", {} {:.1} %", kind.replace('_', " "), percent(ticks));
+            let count = self.number(&format!("exits.{kind}"));
+            if let Some(microsecond) = microsecond.filter(|_| count > 0) {
+                let _ = write!(text, " ({:.1} µs each)", ticks as f64 / count as f64 / microsecond);
+            }
+        }
+        text
+    }
+
+    /// What each processor has done, where there are several.
+    fn processors(&self) -> String {
+        let faults = |number: usize| self.0.get(&format!("processor.{number}.faults"));
+        let all: Vec<_> = (0..).map_while(|number| faults(number).map(|faults| (number, faults))).collect();
+        if all.len() < 2 {
+            return String::new();
+        }
+        let words = all.into_iter().map(|(number, faults)| {
+            let kicks = self.number(&format!("processor.{number}.kicks"));
+            let faults = faults.parse().map_or_else(|_| faults.clone(), grouped);
+            format!("{number}: {faults} faults, brought out {} times", grouped(kicks))
+        });
+        words.collect::<Vec<_>>().join("; ")
     }
 
     /// Those whose names begin so, without those that are 0 and mean nothing special.
@@ -191,6 +235,22 @@ mod tests {
             text.contains("faults 1 234 567") && text.contains("differ 0") && !text.contains("calls"),
             "{text}"
         );
+        let several = ended(
+            Some(33),
+            &[
+                ("inside", "900"),
+                ("outside.faults", "60"),
+                ("outside.ticks", "40"),
+                ("outside.calls", "0"),
+                ("processor.0.faults", "12345"),
+                ("processor.1.faults", "7"),
+                ("processor.1.kicks", "1"),
+            ],
+        );
+        let text = several.text();
+        assert!(text.contains("10.0 % of the time, faults 6.0 %, ticks 4.0 %\n"), "{text}");
+        let processors = "0: 12 345 faults, brought out 0 times; 1: 7 faults, brought out 1 times";
+        assert!(text.contains(processors), "{text}");
         let json = run.json();
         assert!(
             json.contains("\"verdict\": \"a \\\"b\\\"\"") && json.contains("\"exits.faults\": 1234567"),

@@ -43,9 +43,12 @@ pub(crate) struct Args {
     /// How written pages are noticed again
     #[arg(long, default_value = "protect")]
     rearm: Rearm,
-    /// The guest's processors
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1))]
+    /// Linux's processors; more than one leave the machine's first alone, because of a bug of QEMU
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
     smp: u32,
+    /// Leave other processors their old translations when a flush is due: `dirty` must see pages lost, now and then
+    #[arg(long, requires = "smp")]
+    no_shootdown: bool,
     /// How often the guest fills its memory and checks it
     #[arg(long, value_name = "N", default_value_t = 2)]
     rounds: u32,
@@ -238,15 +241,22 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
     let hotplug = if scenario == Scenario::Hotplug { 3 * args.rounds } else { 0 };
     let container = files.container(&format!("{common} MEMSLOT_HYPERVISOR=1 MEMSLOT_HOTPLUG={hotplug}"))?;
     let words = format!(
-        "scenario={} memory={} pages={} rearm={}",
+        "scenario={} memory={} pages={} rearm={} processors={} shootdown={}",
         word(&scenario),
         args.memory >> 20,
         word(&args.pages),
-        word(&args.rearm)
+        word(&args.rearm),
+        if scenario == Scenario::Shootdown { 1 } else { args.smp },
+        if args.no_shootdown { "off" } else { "on" },
     );
     // Besides the guest's memory: the hypervisor's own, modules, firmware, and the copy that some scenarios keep.
     let copy = if scenario == Scenario::Dirty { args.memory } else { 0 };
-    let processors = if scenario == Scenario::Shootdown { 2 } else { args.smp };
+    // The hypervisor keeps the first processor of several from the guest.
+    let processors = match args.smp {
+        _ if scenario == Scenario::Shootdown => 2,
+        1 => 1,
+        more => more + 1,
+    };
     let mut qemu = machine::qemu(args.memory + copy + (192 << 20), processors, args.repeatable);
     let figures = files.folder.join("figures");
     qemu.arg("-debugcon").arg(format!("file:{}", figures.display()));
@@ -259,6 +269,7 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
         ("pages", word(&args.pages)),
         ("rearm", word(&args.rearm)),
         ("memory", (args.memory >> 20).to_string()),
+        ("smp", args.smp.to_string()),
     ];
     Ok(Run { what, ended, plain })
 }
