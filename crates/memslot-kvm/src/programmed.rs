@@ -6,6 +6,7 @@ use memslot::rules::{KVM_MEM_GUEST_MEMFD, UserMemoryRegion, UserMemoryRegion2};
 use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, HvaRange, PageSize, SlotFlags};
 
 use crate::ids::SlotIds;
+use crate::plan::Step;
 
 /// One memory slot of the kernel's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -166,8 +167,20 @@ impl Programmed {
         }
     }
 
+    /// Does what the kernel does with this step.
+    pub(crate) fn apply(&mut self, step: &Step) {
+        match step {
+            Step::Delete(slot) => self.remove(slot),
+            Step::Create(slot) | Step::Flags { to: slot, .. } => self.insert(*slot),
+            Step::Move { from, to } => {
+                self.remove(from);
+                self.insert(*to);
+            }
+        }
+    }
+
     /// The kernel has this slot now. One with the same id, and the same first frame, is replaced.
-    pub(crate) fn insert(&mut self, slot: KvmSlot) {
+    fn insert(&mut self, slot: KvmSlot) {
         let Some(space) = self.spaces.get_mut(usize::from(slot.address_space.get())) else { return };
         let id = usize::from(slot.id);
         if id >= space.by_id.len() {
@@ -180,7 +193,7 @@ impl Programmed {
     }
 
     /// The kernel does not have this slot any more.
-    pub(crate) fn remove(&mut self, slot: &KvmSlot) {
+    fn remove(&mut self, slot: &KvmSlot) {
         let Some(space) = self.spaces.get_mut(usize::from(slot.address_space.get())) else { return };
         space.by_gfn.remove(&slot.gfns.start());
         if let Some(place) = space.by_id.get_mut(usize::from(slot.id)) {
