@@ -4,6 +4,7 @@ pub mod guest;
 
 mod host;
 mod role;
+pub mod slot_set;
 mod stats;
 mod vcpu;
 
@@ -14,6 +15,7 @@ use memslot::{AddressSpaceId, GfnRange, HvaRange, OutOfMemory, SlotTable};
 
 pub use self::host::{GuestMemory, ShadowHost};
 pub use self::role::{Key, Reading, Role};
+pub use self::slot_set::{SlotSet, SlotSetCache};
 pub use self::stats::{RMAP_CLASSES, ShadowStats};
 pub use self::vcpu::{RootKind, ShadowFault, ShadowRoot, ShadowVcpu};
 use crate::host::Context;

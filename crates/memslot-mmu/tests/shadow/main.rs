@@ -4,6 +4,7 @@
 
 mod memory;
 mod naive;
+mod slot_set;
 mod walk_cases;
 mod walk_model;
 
