@@ -31,6 +31,7 @@ mod invalidate;
 mod level;
 pub mod nested;
 pub mod rmap;
+pub mod shadow;
 mod sync;
 pub mod user;
 
