@@ -38,7 +38,6 @@ use self::follow::Follower;
 pub use self::host::{GuestMemory, ShadowHost};
 pub use self::rearm::{ShadowAger, ShadowRearm};
 pub use self::role::{Key, Reading, Role};
-mod shared;
 use self::shared::Shared;
 pub use self::slot_set::{SlotSet, SlotSetCache};
 pub use self::stats::{RMAP_CLASSES, ShadowStats};
