@@ -70,15 +70,13 @@ pub(crate) mod zap;
 #[cfg(all(test, loom))]
 mod loom_tests;
 
-use alloc::boxed::Box;
-use alloc::sync::Arc;
-
 use memslot::dirty::DirtyLog;
 use memslot::{AddressSpaceId, OutOfMemory, PageSize, SlotTable};
 
 use self::follow::Follower;
 pub(crate) use self::shared::{Pin, Published, Shared};
 pub use self::walker::Walker;
+use crate::counted::{Counted, try_box};
 use crate::format::Format;
 use crate::host::{Context, Host, Pfn};
 use crate::level::Level;
@@ -210,7 +208,7 @@ pub struct Stats {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Mmu<F: Format, H: Host> {
-    pub(crate) shared: Arc<Shared<F, H>>,
+    pub(crate) shared: Counted<Shared<F, H>>,
 }
 
 impl<F: Format, H: Host> Clone for Mmu<F, H> {
@@ -233,9 +231,10 @@ impl<F: Format, H: Host + Send + Sync + 'static> Mmu<F, H> {
         if config.dirty == DirtyMode::Hardware && F::DIRTY == 0 {
             return Err(AttachError::NoDirtyBit { format: F::NAME });
         }
-        let shared = Arc::new(Shared::new(host, config, table.snapshot())?);
+        let shared = Counted::new(Shared::new(host, config, table.snapshot())?).map_err(TableError::from)?;
         let mmu = Self { shared };
-        table.add_listener(Box::new(Follower::new(mmu.clone()))).map_err(TableError::from)?;
+        let follower = try_box(Follower::new(mmu.clone())).map_err(TableError::from)?;
+        table.add_listener(follower).map_err(TableError::from)?;
         Ok(mmu)
     }
 }

@@ -1,7 +1,6 @@
 //! What walkers and operations share, and the two ways to hold tables: a [`Pin`] in an epoch, and the lock.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 
@@ -10,6 +9,7 @@ use memslot::{AddressSpaceId, GfnRange, OutOfMemory, Slot, SlotFlags, Snapshot, 
 use super::epoch::{Cell, Cells, Epoch};
 use super::graves::{Chain, Grave, Graves};
 use super::{AttachError, Config, DirtyMode, Stats, TableError};
+use crate::counted::{Counted, try_box};
 use crate::format::Format;
 use crate::host::{Host, Pfn};
 use crate::invalidate::{Invalidations, ends, range};
@@ -199,11 +199,11 @@ impl<F: Format, H: Host> Shared<F, H> {
         unsafe { self.host.free(table, 1) };
     }
 
-    pub(crate) fn add_cell(&self) -> Result<Arc<Cell>, OutOfMemory> {
+    pub(crate) fn add_cell(&self) -> Result<Counted<Cell>, OutOfMemory> {
         self.lock().cells.add()
     }
 
-    pub(crate) fn remove_cell(&self, cell: &Arc<Cell>) {
+    pub(crate) fn remove_cell(&self, cell: &Counted<Cell>) {
         self.lock().cells.remove(cell);
     }
 
@@ -460,20 +460,4 @@ pub(crate) fn hull(a: Option<GfnRange>, b: GfnRange) -> GfnRange {
     }
     let ((a_start, a_end), (b_start, b_end)) = (ends(a), ends(b));
     range(a_start.min(b_start), a_end.max(b_end))
-}
-
-/// `Box::new` that can fail.
-pub(crate) fn try_box<T>(value: T) -> Result<Box<T>, OutOfMemory> {
-    use alloc::alloc::{Layout, alloc};
-    const { assert!(size_of::<T>() > 0) };
-    // SAFETY: the size is not zero.
-    let memory: *mut T = unsafe { alloc(Layout::new::<T>()) }.cast();
-    if memory.is_null() {
-        return Err(OutOfMemory);
-    }
-    // SAFETY: fresh memory of a box's layout, which is written before it becomes one.
-    unsafe {
-        memory.write(value);
-        Ok(Box::from_raw(memory))
-    }
 }
