@@ -67,6 +67,8 @@ pub(crate) mod split;
 pub(crate) mod walker;
 pub(crate) mod zap;
 
+#[cfg(all(test, not(loom)))]
+mod counter_tests;
 #[cfg(all(test, loom))]
 mod loom_tests;
 
@@ -224,6 +226,16 @@ impl<F: Format, H: Host + Send + Sync + 'static> Mmu<F, H> {
     /// # Errors
     /// [`AttachError`].
     pub fn attach(table: &mut SlotTable, host: H, config: Config) -> Result<Self, AttachError> {
+        Self::starting_at(table, host, config, 0)
+    }
+
+    /// With all counters at a value of the caller's choice, so that tests can go through the wrap.
+    pub(crate) fn starting_at(
+        table: &mut SlotTable,
+        host: H,
+        config: Config,
+        counters: u64,
+    ) -> Result<Self, AttachError> {
         let page = table.view().page_size();
         if page != PageSize::K4 {
             return Err(AttachError::PageSize(page));
@@ -231,7 +243,8 @@ impl<F: Format, H: Host + Send + Sync + 'static> Mmu<F, H> {
         if config.dirty == DirtyMode::Hardware && F::DIRTY == 0 {
             return Err(AttachError::NoDirtyBit { format: F::NAME });
         }
-        let shared = Counted::new(Shared::new(host, config, table.snapshot())?).map_err(TableError::from)?;
+        let shared = Shared::starting_at(host, config, table.snapshot(), counters)?;
+        let shared = Counted::new(shared).map_err(TableError::from)?;
         let mmu = Self { shared };
         let follower = try_box(Follower::new(mmu.clone())).map_err(TableError::from)?;
         table.add_listener(follower).map_err(TableError::from)?;

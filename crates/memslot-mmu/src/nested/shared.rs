@@ -40,7 +40,7 @@ pub(crate) struct Shared<F: Format, H: Host> {
     epoch: Epoch,
     pub(crate) invalidations: Invalidations,
     /// The last nonce that was given away.
-    nonce: AtomicU64,
+    pub(super) nonce: AtomicU64,
     flushes: AtomicU64,
     flushed_frames: AtomicU64,
     pub(crate) forgotten: AtomicU64,
@@ -75,11 +75,7 @@ pub(crate) struct Pending {
 }
 
 impl<F: Format, H: Host> Shared<F, H> {
-    pub(crate) fn new(host: H, config: Config, view: Snapshot) -> Result<Self, AttachError> {
-        Self::starting_at(host, config, view, 0)
-    }
-
-    /// With all counters at a value of the caller's choice, so that tests can go through the wrap.
+    /// With all counters at this value.
     pub(crate) fn starting_at(
         host: H,
         config: Config,
@@ -90,7 +86,8 @@ impl<F: Format, H: Host> Shared<F, H> {
         if limit < F::ROOT_TABLES {
             return Err(TableError::Limit { limit }.into());
         }
-        let published = try_box(Published::new(view)).map_err(TableError::from)?;
+        let published =
+            try_box(Published { serial: counters, ..Published::new(view) }).map_err(TableError::from)?;
         let root = host.allocate(F::ROOT_TABLES).ok_or(TableError::OutOfMemory)?;
         let state = State {
             cells: Cells::new(),
@@ -122,8 +119,17 @@ impl<F: Format, H: Host> Shared<F, H> {
     }
 
     /// A number for entries that are emptied, never given twice.
+    ///
+    /// An entry has room for fewer bits than a number has, so after some 2^50 operations entries are the same again as
+    /// those that were emptied then: whoever empties one looks that it changes. No entry becomes 0, which most are for
+    /// all that time.
     pub(crate) fn nonce(&self) -> u64 {
-        self.nonce.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+        loop {
+            let nonce = self.nonce.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+            if F::empty(nonce) != 0 {
+                return nonce;
+            }
+        }
     }
 
     /// The first frame that the tables cannot map.
