@@ -51,6 +51,7 @@ for_every_format! {
     logging_that_starts_beside_a_fault
     an_operation_that_finds_nothing_pays_for_who_has_not_flushed
     a_forgotten_flush_is_done_by_the_next
+    a_harvest_that_ends_early_owes_its_flush
     pages_beside_an_invalidation_are_small
 }
 
@@ -623,6 +624,34 @@ fn a_forgotten_flush_is_done_by_the_next<F: Format>(dirty: DirtyMode) {
     assert_eq!(guest.host.stale(&guest.mmu, range(0, 2048)), []);
     mmu.reclaim();
     assert!(guest.host.user.tables() < tables);
+}
+
+fn a_harvest_that_ends_early_owes_its_flush<F: Format>(dirty: DirtyMode) {
+    use memslot::dirty::Rearm;
+    for who in 0..3 {
+        let mut guest = Guest::<F>::new(dirty);
+        guest.create(0, 0, 64, HVA, LOG);
+        for gfn in [3, 9] {
+            assert_eq!(guest.write(gfn), Fault::Mapped(Level::K4));
+            assert!(guest.processor_writes(gfn));
+            guest.host.touch(&guest.mmu, gfn);
+        }
+        let mut rearm = guest.mmu.dirty_rearm().unwrap();
+        rearm.rearm(RAM, range(3, 1)).unwrap();
+        // Another backend fails now, say, so this one is not asked to flush. The next harvest, an operation, or the end
+        // of this one pays.
+        match who {
+            0 => {
+                let mut other = guest.mmu.dirty_rearm().unwrap();
+                other.rearm(RAM, range(3, 1)).unwrap();
+                other.flush().unwrap();
+            }
+            1 => guest.mmu.zap(range(3, 1)).discharge(),
+            _ => drop(rearm),
+        }
+        assert_eq!(guest.host.take_flushes().len(), 1, "{who}");
+        assert_eq!(guest.host.stale(&guest.mmu, range(3, 1)), []);
+    }
 }
 
 fn pages_beside_an_invalidation_are_small<F: Format>(dirty: DirtyMode) {

@@ -22,7 +22,8 @@ use memslot::{GfnRange, Listener, ListenerError, PieceKind, Slot, SlotFlags, Sna
 use super::Mmu;
 use super::operation::Task;
 use super::protect::Take;
-use super::shared::{Published, try_box};
+use super::shared::Published;
+use crate::counted::try_box;
 use crate::flush::Flush;
 use crate::format::Format;
 use crate::host::Host;

@@ -61,7 +61,7 @@ impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
     const EMPTIES: bool = true;
 
     fn empty(&mut self, at: &At<'_>) -> Next {
-        let mut new = F::empty(self.nonce);
+        let mut new = at.emptied::<F>(self.nonce);
         if at.seen & F::STALE != 0 {
             // Of what a fault has emptied, processors may use all; this operation flushes its own range.
             if !at.whole {

@@ -11,8 +11,8 @@ use memslot::{Gfn, GfnRange, OutOfMemory};
 use super::RmapError;
 use super::heads::{CHUNK, CHUNK_BITS, Chunk, ChunkRef, List};
 use super::shared::Shared;
+use crate::counted::try_box;
 use crate::level::Level;
-use crate::nested::shared::try_box;
 use crate::sync::{AtomicPtr, AtomicUsize, Ordering};
 
 /// log2 of the chunks that a directory leads to.

@@ -8,18 +8,19 @@ use super::RmapEntry;
 use super::descriptor::{CELLS, Descriptor, Head, Next};
 use super::heads::List;
 use super::shared::Shared;
+use crate::counted::Counted;
 use crate::nested::epoch::Cell;
 use crate::sync::Ordering;
 
 /// A thread's access to lists: walks them without a lock, beside whoever changes them.
 pub struct Walker<E> {
     shared: Arc<Shared>,
-    cell: Arc<Cell>,
+    cell: Counted<Cell>,
     entries: PhantomData<fn(E) -> E>,
 }
 
 impl<E: RmapEntry> Walker<E> {
-    pub(super) fn new(shared: Arc<Shared>, cell: Arc<Cell>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, cell: Counted<Cell>) -> Self {
         Self { shared, cell, entries: PhantomData }
     }
 
