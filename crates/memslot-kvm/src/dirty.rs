@@ -164,7 +164,8 @@ fn fetch<K: Kernel>(kernel: &K, state: &mut State) -> Result<u64, DirtyError> {
             .map_err(|error| DirtyError::Ioctl { what: "reset dirty rings".to_owned(), error })?;
     }
     if state.has_bitmaps() {
-        let logged: Vec<KvmSlot> = state.programmed.all().filter(|slot| slot.logs()).copied().collect();
+        let logged: Vec<KvmSlot> =
+            state.programmed.in_order().all().filter(|slot| slot.logs()).copied().collect();
         for slot in &logged {
             pages += state
                 .merge_bitmap(kernel, &marks, slot)
@@ -240,7 +241,9 @@ impl<K: Kernel> Rearm for KvmRearm<'_, K> {
         }
         let mut from = gfns.start();
         while let Some(rest) = GfnRange::new(from, gfns.end()).filter(|rest| !rest.is_empty()) {
-            let Some(slot) = self.state.programmed.in_range(space, rest).next().copied() else { break };
+            let Some(slot) = self.state.programmed.in_order().in_range(space, rest).next().copied() else {
+                break;
+            };
             if let Some(here) = slot.gfns.intersect(&rest).filter(|_| slot.logs()) {
                 self.add(&slot, here)?;
             }

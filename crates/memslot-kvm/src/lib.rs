@@ -108,6 +108,8 @@ mod programmed;
 #[cfg(target_os = "linux")]
 mod ring;
 #[cfg(target_os = "linux")]
+mod single;
+#[cfg(target_os = "linux")]
 mod slots;
 #[cfg(target_os = "linux")]
 mod steps;

@@ -33,7 +33,7 @@ use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, Hva, MAX_PAGES_PER_SLOT, S
 use crate::error::KvmError;
 use crate::ids::SlotIds;
 use crate::options::Options;
-use crate::programmed::{KvmSlot, Programmed};
+use crate::programmed::{InOrder, KvmSlot, Programmed};
 
 /// One ioctl.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -105,7 +105,7 @@ pub(crate) struct Plan {
     /// So the vCPUs have to stand still.
     pub(crate) needs_pause: bool,
     /// Ids are taken and given back as if the plan had been carried out already.
-    ids_are_ahead: bool,
+    pub(crate) ids_are_ahead: bool,
     going: Vec<KvmSlot>,
     coming: Vec<KvmSlot>,
     flags: Vec<Step>,
@@ -149,7 +149,7 @@ pub(crate) fn plan(
 }
 
 /// Slots that could be one with a neighbour: what the splits and flags of the past have left behind.
-fn parted(programmed: &Programmed, after: &View, options: &Options) -> Vec<KvmSlot> {
+fn parted(programmed: InOrder<'_>, after: &View, options: &Options) -> Vec<KvmSlot> {
     let mut found: Vec<KvmSlot> = Vec::new();
     let mut last: Option<&KvmSlot> = None;
     for slot in programmed.all() {
@@ -185,7 +185,7 @@ fn fill(
 ) -> Result<(), KvmError> {
     let Plan { steps, going, coming, flags, moves, .. } = plan;
     for &(space, gfns) in &*places {
-        for slot in programmed.in_range(space, gfns) {
+        for slot in programmed.in_order().in_range(space, gfns) {
             match wanted_flags(after, slot) {
                 Some(wanted) if wanted == slot.flags => {}
                 Some(wanted) => {
@@ -199,7 +199,7 @@ fn fill(
     }
     flags.dedup();
     if gather {
-        going.extend(parted(programmed, after, options));
+        going.extend(parted(programmed.in_order(), after, options));
         going.sort_unstable_by_key(key);
         going.dedup();
         flags.retain(|step| going.binary_search_by_key(&key(step.slot()), key).is_err());
@@ -209,7 +209,7 @@ fn fill(
         join(places);
     }
     for &(space, gfns) in &*places {
-        bare(programmed, going, after, space, gfns, options, coming)?;
+        bare(programmed.in_order(), going, after, space, gfns, options, coming)?;
     }
     let moved = find_moves(moves, going, coming, (before, after));
     let is_free = |slot: &KvmSlot| first_overlapping(going, slot).is_none();
@@ -245,7 +245,7 @@ fn fill(
 }
 
 /// The lowest free id.
-fn take(ids: &mut SlotIds) -> Option<u16> {
+pub(crate) fn take(ids: &mut SlotIds) -> Option<u16> {
     ids.allocate().and_then(|id| u16::try_from(id).ok())
 }
 
@@ -322,7 +322,7 @@ fn wanted_flags(after: &View, slot: &KvmSlot) -> Option<SlotFlags> {
 
 /// The slots (still without ids) for those frames that are wanted and that no slot covers which stays.
 fn bare(
-    programmed: &Programmed,
+    programmed: InOrder<'_>,
     going: &[KvmSlot],
     after: &View,
     space: AddressSpaceId,
@@ -369,7 +369,7 @@ fn bare(
 }
 
 /// The first slot's worth of a range: up to the next multiple of the largest size.
-fn cut(from: Gfn, end: Gfn, options: &Options) -> GfnRange {
+pub(crate) fn cut(from: Gfn, end: Gfn, options: &Options) -> GfnRange {
     let border = match options.max_pages {
         // Slots of the table have no more pages than the kernel's may have, so only this cuts them.
         Some(most) => (from.get() / most + 1).saturating_mul(most.get()),

@@ -55,8 +55,8 @@ impl Rings {
         // Where the kernel writes guest memory for no vCPU (the interrupt tables of arm64), it must have somewhere to put
         // that; it wants to know before there is any slot, and rings that are on cannot be turned off again.
         let with_bitmap = kernel.check_extension(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) > 0;
-        if with_bitmap && programmed.all().next().is_some() {
-            return Err(DirtyError::RingsAfterSlots { slots: programmed.all().count() });
+        if with_bitmap && programmed.len() > 0 {
+            return Err(DirtyError::RingsAfterSlots { slots: programmed.len() });
         }
         kernel.enable_cap(cap, u64::from(entries) * ENTRY_BYTES).map_err(refused)?;
         self.entries = entries;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_CAP_MULTI_ADDRESS_SPACE, KVM_CAP_NR_MEMSLOTS};
 use memslot::{
-    AddressSpaceId, Gfn, GfnRange, Handle, Listener, ListenerError, PieceKind, SlotTable, Snapshot, Update,
-    View,
+    AddressSpaceId, Gfn, GfnRange, Handle, Listener, ListenerError, PieceKind, SlotChange, SlotTable,
+    Snapshot, Update, View,
 };
 
 use crate::error::{AttachError, KvmError};
@@ -16,6 +16,7 @@ use crate::kernel::Kernel;
 use crate::options::{Options, Vcpus};
 use crate::plan::{Place, Plan, Step, plan};
 use crate::programmed::{KvmSlot, Programmed};
+use crate::single::single;
 use crate::steps::State;
 use crate::vm::Vm;
 
@@ -119,14 +120,14 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     /// The slots that the kernel has, in order of address space and gfn.
     #[must_use]
     pub fn slots(&self) -> Vec<KvmSlot> {
-        self.shared.state().programmed.all().copied().collect()
+        self.shared.state().programmed.in_order().all().copied().collect()
     }
 
     /// The slot of the kernel's that covers a frame.
     #[must_use]
     pub fn slot_at(&self, space: AddressSpaceId, gfn: Gfn) -> Option<KvmSlot> {
         let gfns = GfnRange::with_len(gfn, 1)?;
-        self.shared.state().programmed.in_range(space, gfns).next().copied()
+        self.shared.state().programmed.in_order().in_range(space, gfns).next().copied()
     }
 
     /// The slot of the kernel's with this id.
@@ -151,7 +152,7 @@ impl<K: Kernel + 'static> KvmSlots<K> {
 
 impl<K> fmt::Debug for KvmSlots<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.shared.state().programmed.all()).finish()
+        f.debug_list().entries(self.shared.state().programmed.in_order().all()).finish()
     }
 }
 
@@ -168,6 +169,20 @@ struct Follower<K> {
 }
 
 impl<K: Kernel> Follower<K> {
+    /// Plans a change of one slot, which most changes are. Returns whether it could: not where more than that slot of the
+    /// kernel's has to change.
+    fn plan_single(&mut self, change: &SlotChange) -> bool {
+        let mut state = self.shared.state();
+        if !state.out_of_step.is_empty() {
+            return false;
+        }
+        self.plan.settle_ids(&mut state.programmed);
+        self.plan.clear();
+        let planned = single(&mut state.programmed, change, &self.shared.options, &mut self.plan);
+        self.plan.needs_pause = self.plan.leaves_gap || (self.plan.ends_log && state.log.is_some());
+        planned
+    }
+
     fn plan(&mut self, before: &View, after: &View) -> Result<(), KvmError> {
         let Shared { options, spaces, .. } = &*self.shared;
         let beyond = (*spaces..after.limits().address_spaces).map(AddressSpaceId::new);
@@ -264,6 +279,11 @@ impl<K: Kernel> Listener for Follower<K> {
     }
 
     fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        if let [change] = update.slots {
+            if self.plan_single(change) {
+                return Ok(());
+            }
+        }
         self.places.clear();
         self.places.extend(update.pieces.iter().filter_map(|piece| match piece.kind {
             PieceKind::Changed { old, new } if old.flags() == new.flags() => None,

@@ -82,15 +82,15 @@ impl State {
     }
 
     /// Whether a slot that should have gone has the id or the frames of the one that this step makes.
-    fn is_in_the_way(&self, step: &Step) -> bool {
+    fn is_in_the_way(&mut self, step: &Step) -> bool {
         let (new, old) = match step {
             Step::Create(slot) => (slot, None),
             Step::Move { from, to } => (to, Some(from)),
             Step::Delete(_) | Step::Flags { .. } => return false,
         };
-        let mut there = self.programmed.in_range(new.address_space, new.gfns);
-        there.any(|there| Some(there) != old)
-            || (old.is_none() && self.programmed.with_id(new.address_space, new.id).is_some())
+        let has_id = self.programmed.with_id(new.address_space, new.id).is_some();
+        let mut there = self.programmed.in_order().in_range(new.address_space, new.gfns);
+        there.any(|there| Some(there) != old) || (old.is_none() && has_id)
     }
 
     /// Issues a step. `back_to` is the version that it is a step back to.
