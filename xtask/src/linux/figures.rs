@@ -41,10 +41,13 @@ impl Run {
         Some(ticks as f64 / time.as_secs_f64() / 1e6).filter(|ticks| *ticks >= 1.0)
     }
 
-    /// How many times as long as without the hypervisor.
-    fn ratio(&self) -> Option<f64> {
-        let plain = self.plain.as_ref()?;
-        Some(self.ended.wall.as_secs_f64() / plain.wall.as_secs_f64())
+    /// How many times as long as without the hypervisor; and the same of the processor time, which says more on a machine that
+    /// does something else as well.
+    fn ratios(&self) -> Option<(f64, Option<f64>)> {
+        let (ended, plain) = (&self.ended, self.plain.as_ref()?);
+        let ratio = |one: Duration, other: Duration| one.as_secs_f64() / other.as_secs_f64();
+        let processor = ended.processor.zip(plain.processor).map(|(one, other)| ratio(one, other));
+        Some((ratio(ended.wall, plain.wall), processor))
     }
 
     /// The summary.
@@ -61,8 +64,10 @@ impl Run {
             format!("{} in all{}", seconds(ended.wall), userland.unwrap_or_default())
         };
         line("time", times(&self.ended));
-        if let (Some(plain), Some(ratio)) = (&self.plain, self.ratio()) {
-            line("plain QEMU", format!("{}; with the hypervisor {ratio:.2} times that", times(plain)));
+        if let (Some(plain), Some((wall, processor))) = (&self.plain, self.ratios()) {
+            line("plain QEMU", times(plain));
+            let processor = processor.map(|ratio| format!(", {ratio:.2} times the processor time"));
+            line("ratio", format!("{wall:.2} times as long{}", processor.unwrap_or_default()));
         }
         line("hypervisor", figures.shares(self.microsecond()));
         line("exits", figures.list("exits."));
@@ -90,6 +95,9 @@ impl Run {
         fields.push(format!("\"verdict\": {}", quoted(&verdict)));
         let mut times = |name: &str, ended: &Ended| {
             fields.push(format!("\"{name}_seconds\": {:.3}", ended.wall.as_secs_f64()));
+            if let Some(processor) = ended.processor {
+                fields.push(format!("\"{name}_processor_seconds\": {:.3}", processor.as_secs_f64()));
+            }
             if let Some(userland) = ended.userland {
                 fields.push(format!("\"{name}_userland_seconds\": {:.3}", userland.as_secs_f64()));
             }
@@ -203,7 +211,7 @@ mod tests {
     fn ended(status: Option<i32>, figures: &[(&str, &str)]) -> Run {
         let figures = figures.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let wall = Duration::from_secs(3);
-        let ended = Ended { wall, userland: None, console: String::new(), figures, status };
+        let ended = Ended { wall, processor: None, userland: None, console: String::new(), figures, status };
         Run { what: vec![("scenario", "boot".to_owned())], ended, plain: None }
     }
 
