@@ -2,20 +2,45 @@
 
 pub mod guest;
 
+mod check;
+mod directory;
+mod entry;
+mod fast;
+mod fault;
+mod find;
+mod follow;
 mod host;
+mod install;
+mod page;
+mod rearm;
+mod reserve;
 mod role;
+mod shared;
+mod slots;
+mod spte;
 mod stats;
+mod sync;
+mod tables;
+mod track;
 mod vcpu;
+mod zap;
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 use memslot::dirty::DirtyLog;
-use memslot::{AddressSpaceId, GfnRange, HvaRange, OutOfMemory, SlotTable};
+use memslot::{AddressSpaceId, Gfn, Gpa, OutOfMemory, PageSize, SlotTable};
+
+use self::follow::Follower;
 
 pub use self::host::{GuestMemory, ShadowHost};
+pub use self::rearm::{ShadowAger, ShadowRearm};
 pub use self::role::{Key, Reading, Role};
+use self::shared::Shared;
 pub use self::stats::{RMAP_CLASSES, ShadowStats};
 pub use self::vcpu::{RootKind, ShadowFault, ShadowRoot, ShadowVcpu};
+pub use self::zap::ShadowInvalidation;
 use crate::host::Context;
 use crate::level::Level;
 use crate::nested::{AttachError, TableError};
@@ -70,9 +95,11 @@ impl<E> From<OutOfMemory> for ShadowError<E> {
     }
 }
 
-/// The shadow tables of one guest, all of its address spaces. A handle: clones are the same tables, on any thread.
+/// The shadow tables of one guest, all of its address spaces. See the [module documentation](self).
+///
+/// A handle: clones are the same tables, on any thread.
 pub struct Shadow<H: ShadowHost> {
-    pub(crate) shared: Arc<H>,
+    shared: Arc<Shared<H>>,
 }
 
 impl<H: ShadowHost> Clone for Shadow<H> {
@@ -82,14 +109,20 @@ impl<H: ShadowHost> Clone for Shadow<H> {
 }
 
 impl<H: ShadowHost + Send + Sync + 'static> Shadow<H> {
-    /// Tables for the slots of `table`, none at first. They follow every later change of the slots, as one of the table's listeners. A
-    /// dirty log is attached before them.
+    /// Tables for the slots of `table`, none at first. They follow every later change of the slots, as one of the table's
+    /// listeners. A dirty log is attached before them.
     ///
     /// # Errors
     /// [`AttachError`].
     pub fn attach(table: &mut SlotTable, host: H, config: ShadowConfig) -> Result<Self, AttachError> {
-        let _ = (table, host, config);
-        todo!()
+        let page = table.view().page_size();
+        if page != PageSize::K4 {
+            return Err(AttachError::PageSize(page));
+        }
+        let shared = Shared::new(host, config, &table.snapshot()).map_err(TableError::from)?;
+        let shadow = Self { shared: Arc::new(shared) };
+        table.add_listener(Box::new(Follower::new(shadow.clone()))).map_err(TableError::from)?;
+        Ok(shadow)
     }
 }
 
@@ -99,120 +132,60 @@ impl<H: ShadowHost> Shadow<H> {
     /// # Errors
     /// [`OutOfMemory`].
     pub fn vcpu(&self) -> Result<ShadowVcpu<H>, OutOfMemory> {
-        todo!()
+        ShadowVcpu::new(self.clone())
     }
 
     /// The host.
     #[must_use]
     pub fn host(&self) -> &H {
-        &self.shared
+        &self.shared.host
     }
 
-    /// Somebody other than the guest's processors (a device, the VMM) has written `bytes` bytes of guest memory from `gpa` on, or
-    /// the write that was [`WriteTracked`](ShadowFault::WriteTracked) has been emulated. To be called after the write.
-    pub fn wrote(&self, space: AddressSpaceId, gpa: memslot::Gpa, bytes: u64) {
-        let _ = (space, gpa, bytes);
-        todo!()
+    /// What the tables were made with.
+    #[must_use]
+    pub fn config(&self) -> &ShadowConfig {
+        &self.shared.config
     }
 
-    /// Gives up all shadow pages of the table in this frame, so that the guest may write to it without being noticed. Returns whether
-    /// there were any.
+    /// Somebody other than the guest's processors (a device, the VMM) has written `bytes` bytes of guest memory from `gpa` on,
+    /// or the write that was [`WriteTracked`](ShadowFault::WriteTracked) has been emulated. To be called after the write.
+    pub fn wrote(&self, space: AddressSpaceId, gpa: Gpa, bytes: u64) {
+        self.shared.with(|locked| locked.wrote(space, gpa, bytes));
+    }
+
+    /// Gives up all shadow pages of the table in this frame, so that the guest may write to it without being noticed. Returns
+    /// whether there were any.
     ///
     /// What a hypervisor without an instruction emulator does with [`WriteTracked`](ShadowFault::WriteTracked) before the guest
     /// tries again.
-    pub fn unprotect(&self, gfn: memslot::Gfn) -> bool {
-        let _ = gfn;
-        todo!()
-    }
-
-    /// Nothing maps these frames of the address space any more, and no processor has a translation to them, when this returns. One flush.
-    pub fn zap_gfn_range(&self, space: AddressSpaceId, gfns: GfnRange) {
-        let _ = (space, gfns);
-        todo!()
-    }
-
-    /// Gives up all shadow pages, in bounded steps. Virtual processors find their roots [stale](ShadowVcpu::is_stale).
-    pub fn zap_all(&self) {
-        todo!()
-    }
-
-    /// Begins to invalidate host memory: when this returns, no processor has a translation to it, and until the result is dropped no
-    /// fault makes one.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`]; nothing was invalidated.
-    pub fn invalidate_hva(&self, hvas: HvaRange) -> Result<ShadowInvalidation<'_, H>, OutOfMemory> {
-        let _ = hvas;
-        todo!()
-    }
-
-    /// How many of the pages that map these frames were used since they were aged last; takes no lock.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`]: for a place among those who walk.
-    pub fn age(&self, space: AddressSpaceId, gfns: GfnRange) -> Result<u64, OutOfMemory> {
-        let _ = (space, gfns);
-        todo!()
-    }
-
-    /// What a harvest of the dirty log needs of these tables.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`].
-    pub fn dirty_rearm(&self) -> Result<ShadowRearm<H>, OutOfMemory> {
-        todo!()
+    pub fn unprotect(&self, gfn: Gfn) -> bool {
+        self.shared.with(|locked| locked.zap_pages_of(gfn))
     }
 
     /// What there is, and what was done so far.
     #[must_use]
     pub fn stats(&self) -> ShadowStats {
-        todo!()
+        self.shared.with(|locked| locked.stats())
     }
 
     /// The shadow pages that there are, by role and number.
     #[must_use]
-    pub fn roles(&self) -> alloc::vec::Vec<(Role, usize)> {
-        todo!()
+    pub fn roles(&self) -> Vec<(Role, usize)> {
+        let mut roles: Vec<(Role, usize)> = Vec::new();
+        self.shared.with(|locked| {
+            for page in locked.pages() {
+                match roles.iter_mut().find(|(role, _)| *role == page.key.role) {
+                    Some((_, count)) => *count += 1,
+                    None => roles.push((page.key.role, 1)),
+                }
+            }
+        });
+        roles
     }
 
-    /// Looks whether everything is as it must be between two operations (KVM's invariants of rmap, shadow pages, write tracking), and says
-    /// what is not. Slow.
-    ///
-    /// # Errors
-    /// The rule that is broken.
-    pub fn check(&self) -> Result<(), alloc::string::String> {
-        todo!()
-    }
-}
-
-/// An invalidation under way: nothing maps what it covers, and nothing will until it is dropped.
-#[must_use = "faults retry for as long as this exists: keep it until the memory has changed"]
-pub struct ShadowInvalidation<'m, H: ShadowHost> {
-    shadow: &'m Shadow<H>,
-}
-
-impl<H: ShadowHost> ShadowInvalidation<'_, H> {
-    /// The memory has changed: faults find it as it is now. The same as dropping it.
-    pub fn end(self) {
-        let _ = self.shadow;
-    }
-}
-
-/// Re-arms pages for a consumer of the dirty log, by write protection through the reverse map, without a lock. Implements
-/// [`Rearm`](memslot::dirty::Rearm).
-pub struct ShadowRearm<H: ShadowHost> {
-    shadow: Shadow<H>,
-}
-
-impl<H: ShadowHost> memslot::dirty::Rearm for ShadowRearm<H> {
-    type Error = core::convert::Infallible;
-
-    fn rearm(&mut self, space: AddressSpaceId, gfns: GfnRange) -> Result<(), Self::Error> {
-        let _ = (space, gfns, &self.shadow);
-        todo!()
-    }
-
-    fn flush(&mut self) -> Result<(), Self::Error> {
-        todo!()
+    /// Frees every table that is out of use, those that are kept to be used again included: for when memory is short, and for the
+    /// end of tests.
+    pub fn reclaim(&self) {
+        self.shared.with(|locked| locked.free_spare());
     }
 }
