@@ -96,7 +96,7 @@ pub(crate) mod call {
     pub(crate) const ZAP: u64 = 0x746f_720e;
     /// Whether the dirty log has a frame. What it had is forgotten.
     pub(crate) const DIRTY: u64 = 0x746f_720f;
-    /// All invariants are checked.
+    /// All invariants are checked; if it has the argument 1, without looking at the guest's tables.
     pub(crate) const CHECK: u64 = 0x746f_7210;
     /// The processor enters an address space: its number.
     pub(crate) const SPACE: u64 = 0x746f_7211;
