@@ -26,6 +26,7 @@ mod cpu;
 mod guest;
 mod heap;
 mod linux;
+mod maps;
 mod options;
 mod paging;
 mod physical;
@@ -33,9 +34,11 @@ mod pool;
 mod processors;
 mod running;
 mod scenario;
+mod shadow;
 mod start_info;
 mod summary;
 mod svm;
+mod torture;
 mod traps;
 mod vcpu;
 mod wakeup;
@@ -50,6 +53,7 @@ use self::console::{report, say};
 use self::guest::{FaultCounts, Guest};
 pub use self::heap::Heap;
 use self::linux::Boot;
+use self::maps::Maps;
 use self::options::{Options, Scenario};
 use self::paging::Host;
 use self::pool::{BLOCK, Pool, SPARE};
@@ -111,6 +115,11 @@ fn run_and_leave(info: &StartInfo, options: &Options, heap: &Heap) -> ! {
     }
 }
 
+/// Says where this program is in memory, for the guest that is a copy of it.
+pub fn lies_at(image: core::ops::Range<u64>) {
+    scenario::torture::IMAGE.call_once(|| image);
+}
+
 /// Ends the run because of the hypervisor itself.
 pub fn give_up(why: &dyn Display) -> ! {
     say!("memslot-hypervisor: {why}");
@@ -138,10 +147,12 @@ fn run(info: &StartInfo, options: &Options) -> Result<(), String> {
     let work = match options.scenario {
         Scenario::Trivial => scenario::trivial::run,
         Scenario::Shootdown => scenario::shootdown::run,
+        Scenario::Torture => scenario::torture::run,
         _ => return linux(info, options, guest, vcpu, copy),
     };
     let result = work(&mut Turn { guest: &mut guest, vcpu: &mut vcpu });
     summary::report(&guest, &[(0, (vcpu.counts, FaultCounts::default()))]);
+    vcpu.shadow = None;
     result.and_then(|()| guest.take_down())
 }
 
@@ -188,10 +199,14 @@ fn linux(
     };
     linux::load(&mut guest, &boot)?;
     linux::start(&mut vcpu, &boot);
+    if let Maps::Shadow(shadow) = guest.maps {
+        vcpu.use_shadow(&guest, shadow)?;
+    }
     processors::neglect_others(!options.has_shootdown);
     report!("started {}", cpu::ticks());
     let running = Running::new(guest, scenario, power, options.processors);
     let (mut state, verdict) = running.run(&mut vcpu);
+    vcpu.shadow = None;
     summary::report(&state.guest, &state.counted);
     verdict.and_then(|()| state.guest.take_down())
 }

@@ -165,6 +165,10 @@ impl Running {
                         self.start_others()?;
                     }
                 }
+                Exit::Nothing { gpa, access } => {
+                    self.state.lock().turn(vcpu, |scenario, turn| scenario.hole(turn, gpa, access))?;
+                }
+                Exit::Later => self.state.lock().turn(vcpu, |scenario, turn| scenario.later(turn))?,
                 Exit::Tick => self.state.lock().tick(vcpu)?,
                 Exit::TickOver | Exit::Kick | Exit::Register => {}
                 Exit::Port(port) => {
@@ -174,7 +178,7 @@ impl Running {
                     vcpu.pass_port(port);
                 }
                 Exit::Call => self.state.lock().call(vcpu)?,
-                exit @ (Exit::Shutdown | Exit::Halt | Exit::Other(_)) => {
+                exit @ (Exit::Shutdown | Exit::Halt | Exit::Stuck(_) | Exit::Shadow(_) | Exit::Other(_)) => {
                     let rip = vcpu.vmcb.save.rip;
                     return Err(format!("the guest came out with {exit:x?} at rip {rip:#x}"));
                 }

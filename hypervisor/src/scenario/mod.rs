@@ -8,6 +8,7 @@ pub(crate) mod dirty;
 pub(crate) mod hotplug;
 pub(crate) mod shootdown;
 pub(crate) mod storm;
+pub(crate) mod torture;
 pub(crate) mod trivial;
 
 use alloc::format;
