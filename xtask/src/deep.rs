@@ -101,6 +101,9 @@ fn linux(report: &mut Report) {
         ("two processors", &two),
         ("four processors", &four),
     ];
+    let repeatable = ["--icount", "--twice", "--memory=256M", "--rounds=1", "--scenario=dirty", "--pages=4k"];
+    let step = ["xtask", "linux", "--quiet"].into_iter().chain(repeatable);
+    report.run(&Step::cargo("linux, repeatable", step).xtask());
     for (name, arguments) in runs {
         for rearm in ["protect", "bits"] {
             let name = format!("linux, {name}, {rearm}");
