@@ -42,7 +42,7 @@ impl Drop for Pinned<'_> {
     }
 }
 
-/// Resolves a fault for which the entry is there, or lacks only W; `None` where there is more to be done.
+/// Resolves a write's fault for which the entry lacks only W; `None` where there is more to be done.
 pub(super) fn fast_fault<H: ShadowHost>(
     shared: &Shared<H>,
     cell: &Cell,
@@ -50,7 +50,7 @@ pub(super) fn fast_fault<H: ShadowHost>(
     va: u64,
     access: GuestAccess,
 ) -> Option<ShadowFault> {
-    if loaded.is_stale(shared) {
+    if !access.contains(GuestAccess::WRITE) || loaded.is_stale(shared) {
         return None;
     }
     shared.epoch.enter(cell);
@@ -77,11 +77,9 @@ pub(super) fn fast_fault<H: ShadowHost>(
     if !spte::is_leaf(seen, level) || !is_permitted(loaded, seen | spte::WRITE, access) {
         return None;
     }
-    if seen & spte::WRITE != 0 || !access.contains(GuestAccess::WRITE) {
-        return Some(ShadowFault::AlreadyMapped);
-    }
-    // Large pages in logged slots are split by the slow path.
-    if seen & spte::MMU_WRITABLE == 0 || level > Level::K4 {
+    // Where the entry allows the access already, the processor had an old translation, which a fault makes it forget: the slow path looks
+    // whether the guest has changed its tables since. Large pages in logged slots are split there, too.
+    if seen & (spte::MMU_WRITABLE | spte::WRITE) != spte::MMU_WRITABLE || level > Level::K4 {
         return None;
     }
     let gfn = page.leaf_gfn(index, page.gptes[index].load(Ordering::SeqCst))?;

@@ -1,7 +1,5 @@
 //! The guest's tables, through the slots: what the guest's walk reads and writes.
 
-use core::convert::Infallible;
-
 use memslot::{AddressSpaceId, Gfn, Gpa, SlotFlags};
 
 use super::ShadowHost;
@@ -24,23 +22,30 @@ fn place(table: &Table, gpa: Gpa) -> (&AtomicU64, u64) {
     (&table.0[offset / 8 % table.0.len()], if offset % 8 == 0 { 0 } else { 32 })
 }
 
+/// The memory is there, and about to change: the walk has to be done again.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unreachable;
+
 impl<H: ShadowHost> GuestTables for Tables<'_, '_, H> {
-    type Error = Infallible;
+    type Error = Unreachable;
 
     #[inline]
-    fn read(&self, gpa: Gpa, size: EntrySize) -> Result<Option<u64>, Infallible> {
+    fn read(&self, gpa: Gpa, size: EntrySize) -> Result<Option<u64>, Unreachable> {
         let gfn = Gfn::new(gpa.get() >> PAGE_SHIFT);
-        Ok(self.locked.read_guest(self.space, gfn, |table| {
+        let Some(slot) = self.locked.slot_at(self.space, gfn) else { return Ok(None) };
+        let value = self.locked.shared.host.with_page(&slot, gfn, |table| {
             let (word, shift) = place(table, gpa);
             let value = word.load(Ordering::SeqCst);
             match size {
                 EntrySize::Eight => value,
                 EntrySize::Four => value >> shift & 0xffff_ffff,
             }
-        }))
+        });
+        // A device has no memory that tables could be in.
+        if value.is_none() && slot.hva().is_some() { Err(Unreachable) } else { Ok(value) }
     }
 
-    fn exchange(&self, gpa: Gpa, size: EntrySize, old: u64, new: u64) -> Result<Exchange, Infallible> {
+    fn exchange(&self, gpa: Gpa, size: EntrySize, old: u64, new: u64) -> Result<Exchange, Unreachable> {
         let gfn = Gfn::new(gpa.get() >> PAGE_SHIFT);
         let Some(slot) = self.locked.slot_at(self.space, gfn) else { return Ok(Exchange::NotWritable) };
         if slot.flags().contains(SlotFlags::READONLY) {
@@ -67,7 +72,11 @@ impl<H: ShadowHost> GuestTables for Tables<'_, '_, H> {
                 }
             }
         });
-        let result = result.unwrap_or(Exchange::NotWritable);
+        let result = match result {
+            Some(result) => result,
+            None if slot.hva().is_some() => return Err(Unreachable),
+            None => Exchange::NotWritable,
+        };
         if result == Exchange::Done && shared.is_logged(&slot) {
             shared.mark(self.space, range(gfn.get(), gfn.get() + 1));
         }

@@ -3,7 +3,7 @@
 //! What is shadowed is found by the frame, in both address spaces: a table that is shadowed in system management mode must not be writable
 //! outside either. Large pages are not made where any of their frames is shadowed.
 
-use memslot::{AddressSpaceId, Gfn, Gpa};
+use memslot::{Gfn, Gpa};
 
 use super::ShadowHost;
 use super::guest::{EntrySize, Mode};
@@ -66,8 +66,19 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         Verdict::Yes
     }
 
-    /// Guest memory was written: what is made of it is made anew.
-    pub(super) fn wrote(&mut self, space: AddressSpaceId, gpa: Gpa, bytes: u64) {
+    /// All pages of the table in this frame become unsync. Returns whether any was not.
+    pub(super) fn unprotect(&mut self, gfn: Gfn) -> bool {
+        let mut any = false;
+        for page in self.pages_of(gfn).filter(|page| !page.is_direct()) {
+            any |= !page.is_unsync();
+            self.set_unsync(page);
+            page.wake();
+        }
+        any
+    }
+
+    /// Guest memory was written: what is made of it is made anew. In all address spaces, which may have the same memory there.
+    pub(super) fn wrote(&mut self, gpa: Gpa, bytes: u64) {
         let (first, last) = (gpa.get(), gpa.get().saturating_add(bytes.saturating_sub(1)));
         if bytes == 0 {
             return;
@@ -75,15 +86,16 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         for gfn in first >> PAGE_SHIFT..=last >> PAGE_SHIFT {
             let start = gfn << PAGE_SHIFT;
             let (from, to) = (first.max(start) - start, last.min(start + 0xfff) - start);
-            self.wrote_table(space, Gfn::new(gfn), (from, to));
+            self.wrote_table(Gfn::new(gfn), (from, to));
         }
     }
 
     /// Bytes `from` to `to` of a frame were written.
-    fn wrote_table(&mut self, space: AddressSpaceId, gfn: Gfn, (from, to): (u64, u64)) {
-        let of_this = |page: &&'g ShadowPage| !page.is_direct() && page.key.role.address_space == space;
+    fn wrote_table(&mut self, gfn: Gfn, (from, to): (u64, u64)) {
+        let of_this = |page: &&'g ShadowPage| !page.is_direct();
         let mut flooded = false;
         for page in self.pages_of(gfn).filter(of_this) {
+            let space = page.key.role.address_space;
             let size = match page.key.role.reading.mode {
                 Mode::Off | Mode::Bits32 => EntrySize::Four,
                 _ => EntrySize::Eight,

@@ -45,9 +45,6 @@ mod paging;
 mod tables;
 mod walk;
 
-#[cfg(all(test, not(loom)))]
-mod tests;
-
 pub use access::{ErrorCode, GuestAccess, PageFault, Rights};
 pub use entry::{Entry, EntrySize};
 pub use paging::{BadPdpte, GuestPaging, Mode, Processor, Registers};
