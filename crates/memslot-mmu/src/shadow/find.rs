@@ -11,6 +11,7 @@ use super::reserve::Reserve;
 use super::role::Key;
 use super::shared::{Locked, everything};
 use super::stats::Counter;
+use crate::level::Level;
 use crate::sync::Ordering;
 
 /// Where the limit is reached, so many pages are given up at once.
@@ -30,7 +31,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     /// The page for this key, in sync with the guest's table as it is now; made if there is none. `None` where the reserve is empty.
     ///
     /// One that is unsync stays so: it is compared, which makes it as good as new, but not write-protected before the guest
-    /// flushes.
+    /// flushes. So is all that is unsync below: the guest may have flushed while nothing led there.
     pub(super) fn page_for(
         &mut self,
         reserve: &mut Reserve,
@@ -38,8 +39,8 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         paging: &GuestPaging,
     ) -> Option<&'g ShadowPage> {
         if let Some(page) = self.find(&key) {
-            if page.is_unsync() {
-                self.sync_page(page);
+            if page.needs_sync() {
+                self.compare(page, Level::K4);
             }
             page.writes.store(0, Ordering::Relaxed);
             return Some(page);

@@ -99,7 +99,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         must_flush
     }
 
-    fn compare(&mut self, page: &'g ShadowPage, lowest: Level) {
+    pub(super) fn compare(&mut self, page: &'g ShadowPage, lowest: Level) {
         if page.is_unsync() && page.level() >= lowest {
             let is_protected = page.quiet.load(Ordering::Relaxed) == PROTECTED;
             let changed = self.sync_page(page);
