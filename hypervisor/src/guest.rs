@@ -18,9 +18,11 @@ use memslot::{
     TransactionError,
 };
 use memslot_mmu::format::Access;
+use memslot_mmu::shadow::{Shadow, ShadowConfig};
 use memslot_mmu::{Config, DirtyMode, Fault, Level};
 
 use crate::cpu::index;
+use crate::maps::Maps;
 use crate::options::Options;
 use crate::paging::{Host, Mmu, Walker, census};
 use crate::physical;
@@ -66,6 +68,8 @@ pub(crate) struct Guest {
     pub(crate) table: SlotTable,
     pub(crate) log: DirtyLog,
     pub(crate) mmu: Mmu,
+    /// What the guest's processors run on: these tables, or shadow tables beside them.
+    pub(crate) maps: Maps,
     pub(crate) host: &'static Host,
     pub(crate) ram: Vec<Ram>,
     pub(crate) windows: Vec<GfnRange>,
@@ -73,6 +77,8 @@ pub(crate) struct Guest {
     pub(crate) faults: FaultCounts,
     /// How many tables there were at first.
     tables: usize,
+    /// See [`has_other_tables`](Self::has_other_tables).
+    other_tables: usize,
 }
 
 /// Frames from an address up to another.
@@ -98,8 +104,33 @@ impl Guest {
         let mmu =
             Mmu::attach(&mut table, host, config).map_err(|_| "no memory for the guest's page tables")?;
         let walker = mmu.walker().map_err(|_| no_memory)?;
+        let maps = if options.shadow {
+            let config = ShadowConfig {
+                largest: if options.large_pages { Level::M2 } else { Level::K4 },
+                pages: options.shadow_pages,
+                unsync: Level::new(options.unsync).unwrap_or(Level::K4),
+                log: Some(log.clone()),
+                ..ShadowConfig::default()
+            };
+            let shadow = Shadow::attach(&mut table, host, config);
+            Maps::shadow(shadow.map_err(|_| "no memory for the guest's shadow tables")?)
+        } else {
+            Maps::nested(&mmu)
+        };
         let (faults, tables) = (FaultCounts::default(), mmu.stats().tables);
-        Ok(Self { table, log, mmu, host, ram: Vec::new(), windows: Vec::new(), walker, faults, tables })
+        Ok(Self {
+            table,
+            log,
+            mmu,
+            maps,
+            host,
+            ram: Vec::new(),
+            windows: Vec::new(),
+            walker,
+            faults,
+            tables,
+            other_tables: 0,
+        })
     }
 
     /// Gives it the memory of a PC: `bytes` of RAM, of which a quarter is high, and windows to the machine from `top` on.
@@ -146,10 +177,25 @@ impl Guest {
         // The old walker has tables in reserve.
         self.walker = self.mmu.walker().map_err(|_| "no memory")?;
         self.mmu.reclaim();
+        let shadow = match self.maps {
+            Maps::Nested(_) => 0,
+            Maps::Shadow(shadow) => {
+                shadow.check()?;
+                shadow.zap_all();
+                let stats = shadow.stats();
+                if (stats.pages, stats.leaves) != (0, 0) {
+                    return Err(format!(
+                        "{} shadow pages and {} entries are left",
+                        stats.pages, stats.leaves
+                    ));
+                }
+                stats.tables
+            }
+        };
         let (tables, frames) = (self.mmu.stats().tables, self.host.table_frames());
-        if tables != self.tables || frames != self.tables {
+        if tables != self.tables || frames != self.tables + self.other_tables + shadow {
             return Err(format!(
-                "{tables} page tables are left in {frames} frames, at first there were {}",
+                "{tables} page tables are left in {frames} frames, {shadow} of them shadow tables, at first there were {}",
                 self.tables
             ));
         }
@@ -161,6 +207,11 @@ impl Guest {
             return Err("a frame of the pool is lost, or in two places".into());
         }
         Ok(())
+    }
+
+    /// There are so many tables besides, for another address space, which go with the program only.
+    pub(crate) fn has_other_tables(&mut self, tables: usize) {
+        self.other_tables = tables;
     }
 
     /// How many pages of RAM it has.

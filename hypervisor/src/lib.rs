@@ -25,15 +25,18 @@ mod cpu;
 mod guest;
 mod heap;
 mod linux;
+mod maps;
 mod options;
 mod paging;
 mod physical;
 mod pool;
 mod processors;
 mod scenario;
+mod shadow;
 mod start_info;
 mod summary;
 mod svm;
+mod torture;
 mod traps;
 mod vcpu;
 
@@ -47,6 +50,7 @@ use self::console::{report, say};
 use self::guest::Guest;
 pub use self::heap::Heap;
 use self::linux::Boot;
+use self::maps::Maps;
 use self::options::{Options, Scenario};
 use self::paging::Host;
 use self::pool::{BLOCK, Pool, SPARE};
@@ -90,6 +94,11 @@ pub unsafe fn main(start_info: u64, heap: &Heap, trampoline: Trampoline) -> ! {
     }
 }
 
+/// Says where this program is in memory, for the guest that is a copy of it.
+pub fn lies_at(image: core::ops::Range<u64>) {
+    scenario::torture::IMAGE.call_once(|| image);
+}
+
 /// Ends the run because of the hypervisor itself.
 pub fn give_up(why: &dyn Display) -> ! {
     say!("memslot-hypervisor: {why}");
@@ -120,9 +129,11 @@ fn run(info: &StartInfo) -> Result<(), String> {
     let result = match options.scenario {
         Scenario::Trivial => scenario::trivial::run(&mut turn),
         Scenario::Shootdown => scenario::shootdown::run(&mut turn),
+        Scenario::Torture => scenario::torture::run(&mut turn),
         _ => linux(info, &options, &mut turn, copy),
     };
     summary::report(&turn);
+    vcpu.shadow = None;
     result.and_then(|()| guest.take_down())
 }
 
@@ -156,6 +167,9 @@ fn linux(info: &StartInfo, options: &Options, turn: &mut Turn<'_>, copy: u64) ->
     };
     linux::load(turn.guest, &boot)?;
     linux::start(turn.vcpu, &boot);
+    if let Maps::Shadow(shadow) = turn.guest.maps {
+        turn.vcpu.use_shadow(turn.guest, shadow)?;
+    }
     report!("started {}", cpu::ticks());
     scenario::run(&mut *scenario, turn, power)
 }

@@ -9,6 +9,7 @@ pub(crate) enum Scenario {
     Hotplug,
     Storm,
     Shootdown,
+    Torture,
 }
 
 /// See the [module documentation](self).
@@ -21,6 +22,12 @@ pub(crate) struct Options {
     pub(crate) large_pages: bool,
     /// Whether the processor's dirty bits are used, instead of write protection.
     pub(crate) dirty_bits: bool,
+    /// Whether the guest runs on shadow tables, without nested paging.
+    pub(crate) shadow: bool,
+    /// How many shadow pages there may be.
+    pub(crate) shadow_pages: usize,
+    /// Up to which level the guest's tables may be unsync.
+    pub(crate) unsync: u8,
     /// How many timer interrupts lie between two rounds of a scenario.
     pub(crate) round: u64,
 }
@@ -36,6 +43,9 @@ impl Options {
             memory: 512 << 20,
             large_pages: true,
             dirty_bits: false,
+            shadow: false,
+            shadow_pages: 1 << 13,
+            unsync: 5,
             round: 25,
         };
         for word in text.split_ascii_whitespace() {
@@ -48,6 +58,11 @@ impl Options {
                 ("scenario", "hotplug") => options.scenario = Scenario::Hotplug,
                 ("scenario", "storm") => options.scenario = Scenario::Storm,
                 ("scenario", "shootdown") => options.scenario = Scenario::Shootdown,
+                ("scenario", "torture") => options.scenario = Scenario::Torture,
+                ("paging", "nested") => options.shadow = false,
+                ("paging", "shadow") => options.shadow = true,
+                ("shadow-pages", _) => options.shadow_pages = value.parse().map_err(|_| word)?,
+                ("unsync", "1" | "2" | "3" | "4" | "5") => options.unsync = value.as_bytes()[0] - b'0',
                 ("memory", _) => options.memory = value.parse::<u64>().map_err(|_| word)? << 20,
                 ("pages", "4k") => options.large_pages = false,
                 ("pages", "2m") => options.large_pages = true,

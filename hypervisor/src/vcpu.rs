@@ -19,6 +19,7 @@ use memslot_mmu::format::Access;
 
 use crate::cpu;
 use crate::processors::Processor;
+use crate::shadow::{self, Event};
 use crate::svm::{
     self, EVENT_ERROR_CODE, EVENT_VALID, Registers, V_IGNORE_TPR, V_IRQ, Vmcb, event, exit, intercept,
 };
@@ -28,6 +29,14 @@ use crate::svm::{
 pub(crate) enum Exit {
     /// The nested tables did not allow an access.
     Fault { gpa: Gpa, access: Access },
+    /// With shadow tables, which are brought up to date without an exit: there is nothing, or nothing that may be written.
+    Nothing { gpa: Gpa, access: Access },
+    /// With shadow tables: something is changing there.
+    Later,
+    /// Shadow paging cannot go on.
+    Stuck(&'static str),
+    /// Shadow paging is at work; no one else sees this.
+    Shadow(Event),
     /// A physical interrupt: the scenario's turn.
     Tick,
     /// The guest's interrupt handler has returned: ticks are on again.
@@ -84,6 +93,8 @@ pub(crate) struct Vcpu {
     flushed: u64,
     has_ticks: bool,
     left: u64,
+    /// Without nested paging.
+    pub(crate) shadow: Option<Box<shadow::Paging>>,
 }
 
 impl Vcpu {
@@ -115,6 +126,7 @@ impl Vcpu {
             flushed: u64::MAX,
             has_ticks: false,
             left: cpu::ticks(),
+            shadow: None,
         }
     }
 
@@ -125,6 +137,15 @@ impl Vcpu {
         unsafe { *crate::physical::pointer::<u8>(map) |= 1 << (port % 8) };
     }
 
+    /// Exits at accesses to a model-specific register, one of C000_0000 to C000_1FFF.
+    pub(crate) fn watch_register(&mut self, register: u32) {
+        let register = u64::from(register & 0x1fff);
+        // Two bits for each, read and write; the second group of registers has the second 2 KiB.
+        let map = self.vmcb.control.msr_permissions + 0x800 + register / 4;
+        // SAFETY: the map is this processor's own, and has bits for each register of the group.
+        unsafe { *crate::physical::pointer::<u8>(map) |= 3 << (register % 4 * 2) };
+    }
+
     /// Exits at physical interrupts, as [`Exit::Tick`].
     pub(crate) fn want_ticks(&mut self) {
         self.has_ticks = true;
@@ -133,15 +154,36 @@ impl Vcpu {
 
     /// Runs the guest until something happens.
     pub(crate) fn run(&mut self) -> Exit {
+        let Some(mut shadow) = self.shadow.take() else { return self.run_once() };
+        let exit = loop {
+            if let Err(why) = shadow.prepare(self.vmcb) {
+                break Exit::Stuck(why);
+            }
+            match self.run_once() {
+                Exit::Shadow(event) => match shadow.resolve(self, event) {
+                    Ok(None) => {}
+                    Ok(Some(exit)) => break exit,
+                    Err(why) => break Exit::Stuck(why),
+                },
+                exit => break exit,
+            }
+        };
+        self.shadow = Some(shadow);
+        exit
+    }
+
+    fn run_once(&mut self) -> Exit {
         self.make_pending();
         let request = self.processor.enter();
-        self.vmcb.control.tlb_control = u32::from(request != self.flushed);
+        // Whoever has set the bit, or the requests since the last entry, want a flush.
+        self.vmcb.control.tlb_control |= u32::from(request != self.flushed);
         self.flushed = request;
         let entered = cpu::ticks();
         // SAFETY: the tables that the control block names have the guest's memory only.
         unsafe { svm::run(self.vmcb, &mut self.registers, self.host) };
         let now = cpu::ticks();
         self.processor.leave();
+        self.vmcb.control.tlb_control = 0;
         self.counts.outside += entered.wrapping_sub(self.left);
         self.counts.inside += now.wrapping_sub(entered);
         self.left = now;
@@ -194,6 +236,20 @@ impl Vcpu {
                 self.vmcb.save.rip += 3;
                 Exit::Call
             }
+            #[expect(clippy::cast_possible_truncation, reason = "the number of a register")]
+            exit::READ_CONTROL_0..=exit::READ_CONTROL_15 => {
+                Exit::Shadow(Event::Read((code - exit::READ_CONTROL_0) as u8))
+            }
+            #[expect(clippy::cast_possible_truncation, reason = "the number of a register")]
+            exit::WRITE_CONTROL_0..=exit::WRITE_CONTROL_15 => {
+                Exit::Shadow(Event::Write((code - exit::WRITE_CONTROL_0) as u8))
+            }
+            #[expect(clippy::cast_possible_truncation, reason = "an error code has 32 bits")]
+            exit::PAGE_FAULT => Exit::Shadow(Event::Fault { va: info_2, error_code: info_1 as u32 }),
+            exit::INVLPG => Exit::Shadow(Event::Invalidate),
+            exit::REGISTER if self.registers.rcx & 0xffff_ffff == u64::from(cpu::EFER) => {
+                Exit::Shadow(Event::Efer { is_write: info_1 & 1 != 0 })
+            }
             exit::HALT => Exit::Halt,
             exit::SHUTDOWN => Exit::Shutdown,
             other => {
@@ -208,7 +264,8 @@ impl Vcpu {
         let control = &mut self.vmcb.control;
         control.event = 0;
         let info = control.exit_interrupt_info;
-        if info & EVENT_VALID == 0 || control.exit_code != exit::NESTED_PAGE_FAULT {
+        let is_fault = matches!(control.exit_code, exit::NESTED_PAGE_FAULT | exit::PAGE_FAULT);
+        if info & EVENT_VALID == 0 || !is_fault {
             return;
         }
         self.counts.events_again += 1;

@@ -8,6 +8,7 @@ pub(crate) mod dirty;
 pub(crate) mod hotplug;
 pub(crate) mod shootdown;
 pub(crate) mod storm;
+pub(crate) mod torture;
 pub(crate) mod trivial;
 
 use alloc::format;
@@ -90,6 +91,8 @@ pub(crate) fn run(scenario: &mut dyn Scenario, turn: &mut Turn<'_>, power: u16) 
                 Resolved::Later => scenario.later(turn)?,
                 Resolved::Nothing => scenario.hole(turn, gpa, access)?,
             },
+            Exit::Nothing { gpa, access } => scenario.hole(turn, gpa, access)?,
+            Exit::Later => scenario.later(turn)?,
             Exit::Tick => {
                 ticks += 1;
                 if ticks % scenario.ticks().max(1) == 0 {
@@ -108,7 +111,7 @@ pub(crate) fn run(scenario: &mut dyn Scenario, turn: &mut Turn<'_>, power: u16) 
                 call::RESULT => result = Some(turn.vcpu.registers.rbx),
                 _ => scenario.call(turn)?,
             },
-            exit @ (Exit::Shutdown | Exit::Halt | Exit::Other(_)) => {
+            exit @ (Exit::Shutdown | Exit::Halt | Exit::Stuck(_) | Exit::Shadow(_) | Exit::Other(_)) => {
                 let rip = turn.vcpu.vmcb.save.rip;
                 return Err(format!("the guest came out with {exit:x?} at rip {rip:#x}"));
             }

@@ -28,9 +28,9 @@ pub(crate) struct Ended {
 const USERLAND: &str = "memslot-init: userland";
 
 /// The program, with the machine that all runs have.
-pub(crate) fn qemu(memory: u64, processors: u32, repeatable: bool) -> Command {
+pub(crate) fn qemu(processor: &str, memory: u64, processors: u32, repeatable: bool) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-accel", "tcg", "-cpu", "max", "-machine", "pc", "-nodefaults", "-no-reboot"]);
+    command.args(["-accel", "tcg", "-cpu", processor, "-machine", "pc", "-nodefaults", "-no-reboot"]);
     command.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
     command.args(["-m", &(memory >> 20).to_string(), "-smp", &processors.to_string()]);
     if repeatable {

@@ -46,7 +46,8 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             return Some(page);
         }
         let mut page = reserve.take()?;
-        page.become_page(key, *paging, self.shared.generation.load(Ordering::SeqCst));
+        let generation = self.shared.generation.load(Ordering::SeqCst);
+        page.become_page(key, *paging, generation, &mut reserve.nodes);
         let page = self.shared.directory.insert(page);
         // SAFETY: just inserted, and no page is freed for 'g.
         let page: &'g ShadowPage = unsafe { &*page };
