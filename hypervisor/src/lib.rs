@@ -64,9 +64,9 @@ use self::start_info::StartInfo;
 use self::vcpu::Vcpu;
 
 /// Where things are in the machine's memory. The image lies at 1 MiB, modules and ACPI's tables at the top.
-const HEAP: core::ops::Range<u64> = 8 << 20..40 << 20;
-const TABLES: core::ops::Range<u64> = 40 << 20..72 << 20;
-const POOL: u64 = 72 << 20;
+const HEAP: core::ops::Range<u64> = 8 << 20..136 << 20;
+const TABLES: core::ops::Range<u64> = 136 << 20..184 << 20;
+const POOL: u64 = 184 << 20;
 /// Pages of the pool that are no RAM at first: the last ones.
 const PLUGGED: u64 = 16 * BLOCK;
 
@@ -152,7 +152,9 @@ fn run(info: &StartInfo, options: &Options) -> Result<(), String> {
     };
     let result = work(&mut Turn { guest: &mut guest, vcpu: &mut vcpu });
     summary::report(&guest, &[(0, (vcpu.counts, FaultCounts::default()))]);
-    vcpu.shadow = None;
+    if let Some(shadow) = vcpu.shadow.take() {
+        shadow.report();
+    }
     result.and_then(|()| guest.take_down())
 }
 
@@ -206,7 +208,9 @@ fn linux(
     report!("started {}", cpu::ticks());
     let running = Running::new(guest, scenario, power, options.processors);
     let (mut state, verdict) = running.run(&mut vcpu);
-    vcpu.shadow = None;
     summary::report(&state.guest, &state.counted);
+    if let Some(shadow) = vcpu.shadow.take() {
+        shadow.report();
+    }
     verdict.and_then(|()| state.guest.take_down())
 }

@@ -22,16 +22,16 @@ pub(crate) struct Options {
     pub(crate) large_pages: bool,
     /// Whether the processor's dirty bits are used, instead of write protection.
     pub(crate) dirty_bits: bool,
-    /// How many processors Linux has.
-    pub(crate) processors: usize,
-    /// Whether processors inside the guest are brought out to flush. Not, to show what that does.
-    pub(crate) has_shootdown: bool,
     /// Whether the guest runs on shadow tables, without nested paging.
     pub(crate) shadow: bool,
     /// How many shadow pages there may be.
     pub(crate) shadow_pages: usize,
     /// Up to which level the guest's tables may be unsync.
     pub(crate) unsync: u8,
+    /// How many processors Linux has.
+    pub(crate) processors: usize,
+    /// Whether processors inside the guest are brought out to flush. Not, to show what that does.
+    pub(crate) has_shootdown: bool,
     /// How many timer interrupts lie between two rounds of a scenario.
     pub(crate) round: u64,
 }
@@ -47,11 +47,11 @@ impl Options {
             memory: 512 << 20,
             large_pages: true,
             dirty_bits: false,
-            processors: 1,
-            has_shootdown: true,
             shadow: false,
             shadow_pages: 1 << 13,
             unsync: 5,
+            processors: 1,
+            has_shootdown: true,
             round: 25,
         };
         for word in text.split_ascii_whitespace() {

@@ -2,6 +2,7 @@
 
 use crate::console::report;
 use crate::guest::Guest;
+use crate::maps::Maps;
 use crate::paging::census;
 use crate::processors;
 use crate::running::Counted;
@@ -27,6 +28,9 @@ pub(crate) fn report(guest: &Guest, counted: &[(usize, Counted)]) {
         report!("processor.{number}.faults {}", counts.exits(Kind::Fault));
         report!("processor.{number}.kicks {}", counts.exits(Kind::Kick));
         report!("processor.{number}.inside {}", counts.inside);
+    }
+    if let Maps::Shadow(_) = guest.maps {
+        return;
     }
     let census = census(&guest.mmu);
     report!("tables.linked {}", census.tables);

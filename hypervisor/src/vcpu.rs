@@ -82,21 +82,28 @@ pub(crate) enum Kind {
     Kick,
     Port,
     Call,
-    /// Something that touches paging, without nested paging.
-    Shadow,
+    PageFault,
+    RootWrite,
+    ControlWrite,
+    ControlRead,
+    Invalidate,
     Other,
 }
 
 impl Kind {
     /// All, with the names that they are reported by.
-    pub(crate) const ALL: [(Self, &str); 8] = [
+    pub(crate) const ALL: [(Self, &str); 12] = [
         (Self::Fault, "faults"),
         (Self::Tick, "ticks"),
         (Self::TickOver, "ticks_over"),
         (Self::Kick, "kicks"),
         (Self::Port, "ports"),
         (Self::Call, "calls"),
-        (Self::Shadow, "shadow"),
+        (Self::PageFault, "page_faults"),
+        (Self::RootWrite, "cr3_writes"),
+        (Self::ControlWrite, "control_writes"),
+        (Self::ControlRead, "control_reads"),
+        (Self::Invalidate, "invlpgs"),
         (Self::Other, "others"),
     ];
 }
@@ -136,10 +143,10 @@ pub(crate) struct Vcpu {
     /// The last request for a flush that was fulfilled.
     flushed: u64,
     has_ticks: bool,
-    /// The last exit, and when it was.
-    left: Option<(Kind, u64)>,
     /// Without nested paging.
     pub(crate) shadow: Option<Box<shadow::Paging>>,
+    /// The last exit, and when it was.
+    left: Option<(Kind, u64)>,
 }
 
 impl Vcpu {
@@ -173,8 +180,8 @@ impl Vcpu {
             pending: [0; 4],
             flushed: u64::MAX,
             has_ticks: false,
-            left: None,
             shadow: None,
+            left: None,
         }
     }
 
@@ -284,19 +291,21 @@ impl Vcpu {
             }
             #[expect(clippy::cast_possible_truncation, reason = "the number of a register")]
             exit::READ_CONTROL_0..=exit::READ_CONTROL_15 => {
-                (Kind::Shadow, Exit::Shadow(Event::Read((code - exit::READ_CONTROL_0) as u8)))
+                (Kind::ControlRead, Exit::Shadow(Event::Read((code - exit::READ_CONTROL_0) as u8)))
             }
             #[expect(clippy::cast_possible_truncation, reason = "the number of a register")]
             exit::WRITE_CONTROL_0..=exit::WRITE_CONTROL_15 => {
-                (Kind::Shadow, Exit::Shadow(Event::Write((code - exit::WRITE_CONTROL_0) as u8)))
+                let kind =
+                    if code == exit::WRITE_CONTROL_0 + 3 { Kind::RootWrite } else { Kind::ControlWrite };
+                (kind, Exit::Shadow(Event::Write((code - exit::WRITE_CONTROL_0) as u8)))
             }
             #[expect(clippy::cast_possible_truncation, reason = "an error code has 32 bits")]
             exit::PAGE_FAULT => {
-                (Kind::Shadow, Exit::Shadow(Event::Fault { va: info_2, error_code: info_1 as u32 }))
+                (Kind::PageFault, Exit::Shadow(Event::Fault { va: info_2, error_code: info_1 as u32 }))
             }
-            exit::INVLPG => (Kind::Shadow, Exit::Shadow(Event::Invalidate)),
+            exit::INVLPG => (Kind::Invalidate, Exit::Shadow(Event::Invalidate)),
             exit::REGISTER if self.registers.rcx & 0xffff_ffff == u64::from(cpu::EFER) => {
-                (Kind::Shadow, Exit::Shadow(Event::Efer { is_write: info_1 & 1 != 0 }))
+                (Kind::ControlWrite, Exit::Shadow(Event::Efer { is_write: info_1 & 1 != 0 }))
             }
             exit::REGISTER => {
                 // WRMSR has two bytes.

@@ -176,7 +176,7 @@ fn fuzz(report: &mut Report, seconds: u32) {
     if !tools::has_fuzz() {
         return report.skip("fuzz", "cargo-fuzz or a nightly toolchain is not installed");
     }
-    for target in ["trace", "ring", "dirty"] {
+    for target in ["trace", "ring", "dirty", "shadow"] {
         let corpus = format!("fuzz/corpus/{target}");
         if let Err(error) = fs::create_dir_all(step::workspace_root().join(&corpus)) {
             return report.skip("fuzz", &format!("{corpus} cannot be made: {error}"));

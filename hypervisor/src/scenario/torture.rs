@@ -74,7 +74,7 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
             Exit::Nothing { gpa, access } => {
                 nothing(turn.vcpu, gpa, access).map_err(|why| host.in_step(&why))?;
             }
-            Exit::Kick | Exit::Later => {}
+            Exit::Kick | Exit::Later | Exit::Register => {}
             exit => {
                 let rip = turn.vcpu.vmcb.save.rip;
                 return Err(host.in_step(&format!("{exit:x?} at rip {rip:#x}")));

@@ -70,9 +70,14 @@ impl Run {
         line("faults", figures.list("faults."));
         line("processors", figures.processors());
         let (linked, all) = (figures.number("tables.linked"), figures.number("tables.all"));
-        line("tables", format!("{linked} linked, {all} in all"));
+        if all > 0 {
+            line("tables", format!("{linked} linked, {all} in all"));
+        }
         line("pages", figures.list("pages."));
         line("flushes", figures.list("flushes."));
+        line("shadow", figures.list("shadow."));
+        line("roles", figures.list("roles."));
+        line("rmap", figures.lengths());
         for part in ["dirty", "hotplug", "storm", "shootdown"] {
             line(part, figures.list(&format!("{part}.")));
         }
@@ -185,6 +190,20 @@ impl Figures<'_> {
         words.collect::<Vec<_>>().join("; ")
     }
 
+    /// How many frames have so many entries that map them.
+    fn lengths(&self) -> String {
+        let all = self.0.iter().filter_map(|(name, value)| {
+            let length: u64 = name.strip_prefix("rmap.")?.parse().ok()?;
+            Some((length, value.parse().ok()?))
+        });
+        let all: BTreeMap<u64, u64> = all.filter(|(_, frames)| *frames > 0).collect();
+        let words = all.iter().map(|(length, frames)| match length {
+            1 | 2 => format!("{length}: {}", grouped(*frames)),
+            _ => format!("{}-{length}: {}", length / 2 + 1, grouped(*frames)),
+        });
+        words.collect::<Vec<_>>().join(", ")
+    }
+
     /// Those whose names begin so, without those that are 0 and mean nothing special.
     fn list(&self, prefix: &str) -> String {
         let all = self.0.iter().filter_map(|(name, value)| Some((name.strip_prefix(prefix)?, value)));
@@ -276,6 +295,10 @@ mod tests {
                 ("result", "a \"b\""),
                 ("dirty.differ", "0"),
                 ("exits.faults", "1234567"),
+                ("rmap.1", "4000"),
+                ("rmap.2", "0"),
+                ("rmap.16", "5"),
+                ("rmap.4", "6"),
                 ("exits.calls", "0"),
             ],
         );
@@ -300,6 +323,7 @@ mod tests {
         assert!(text.contains("10.0 % of the time, faults 6.0 %, ticks 4.0 %\n"), "{text}");
         let processors = "0: 12 345 faults, brought out 0 times; 1: 7 faults, brought out 1 times";
         assert!(text.contains(processors), "{text}");
+        assert!(text.contains("1: 4 000, 3-4: 6, 9-16: 5"), "{text}");
         let json = run.json();
         assert!(
             json.contains("\"verdict\": \"a \\\"b\\\"\"") && json.contains("\"exits.faults\": 1234567"),

@@ -264,6 +264,9 @@ fn write(file: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
+    if args.paging == Paging::Shadow && (args.smp > 1 || scenario == Scenario::Shootdown) {
+        bail!("shadow paging is for one processor here");
+    }
     let mut common =
         format!("console=ttyS0 panic=-1 MEMSLOT_ROUNDS={} MEMSLOT_PERCENT={}", args.rounds, args.percent);
     if args.pti {
@@ -276,12 +279,15 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
     let hotplug = if scenario == Scenario::Hotplug { 3 * args.rounds } else { 0 };
     let container = files.container(&format!("{common} MEMSLOT_HYPERVISOR=1 MEMSLOT_HOTPLUG={hotplug}"))?;
     let words = format!(
-        "scenario={} paging={} memory={} pages={} rearm={} processors={} shootdown={} unsync={} shadow-pages={}",
+        "scenario={} paging={} memory={} pages={} rearm={} unsync={} shadow-pages={} processors={} shootdown={}",
         word(&scenario),
         word(&args.paging),
         args.memory >> 20,
         word(&args.pages),
         word(&args.rearm),
+        args.unsync,
+        // Few, where it is the point that they run out.
+        args.shadow_pages.unwrap_or(if scenario == Scenario::Torture { 128 } else { 8192 }),
         if scenario == Scenario::Shootdown { 1 } else { args.smp },
         if args.no_shootdown { "off" } else { "on" },
         args.unsync,
@@ -296,7 +302,7 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
         1 => 1,
         more => more + 1,
     };
-    let mut qemu = machine::qemu(args.cpu(), args.memory + copy + (192 << 20), processors, args.icount);
+    let mut qemu = machine::qemu(args.cpu(), args.memory + copy + (304 << 20), processors, args.icount);
     let figures = files.folder.join("figures");
     qemu.arg("-debugcon").arg(format!("file:{}", figures.display()));
     qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-append", &words]);
@@ -310,9 +316,9 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
         ("pages", word(&args.pages)),
         ("rearm", word(&args.rearm)),
         ("memory", (args.memory >> 20).to_string()),
-        ("smp", args.smp.to_string()),
         ("pti", args.pti.to_string()),
         ("kaslr", (!args.no_kaslr).to_string()),
+        ("smp", args.smp.to_string()),
     ];
     Ok(Run { what, ended, again, plain })
 }

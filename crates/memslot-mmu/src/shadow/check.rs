@@ -213,6 +213,9 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let (level, space) = (page.level(), page.key.role.address_space);
         let has = |bit: u64| entry & bit != 0;
         let slot = self.slot_at(space, gfn).ok_or("maps a frame without a slot")?;
+        require(page.slots.lock().contains(slot.id()), || {
+            format!("its page does not know that it maps {slot}")
+        })?;
         let block = level.block(gfn).ok_or("is too large")?;
         require(slot.gfns().contains_range(&block), || format!("maps more than {slot}"))?;
         let (host, mmu, write) = (has(spte::HOST_WRITABLE), has(spte::MMU_WRITABLE), has(spte::WRITE));

@@ -79,14 +79,14 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     /// Makes an entry map a page of memory. One that maps the same frames already stays filed and gets the access that `new`
     /// has; any other is dropped first. Returns whether anything has changed.
     ///
-    /// `space` and `gfn`: where it is filed; its list was reserved.
+    /// `slot` and `gfn`: where it is filed; its list was reserved.
     pub(super) fn map(
         &mut self,
         reserve: &mut Reserve,
         page: &'g ShadowPage,
         index: usize,
         gpte: u64,
-        (space, gfn): (AddressSpaceId, Gfn),
+        (slot, gfn): (&Slot, Gfn),
         new: u64,
     ) -> Result<bool, RmapError> {
         let entry = &self.table(page).0[index];
@@ -102,8 +102,9 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         }
         self.drop_entry(page, index);
         let slots = self.state.slots.clone();
-        let list = slots.rmap_at(space, gfn).and_then(|rmap| rmap.list(level, gfn));
+        let list = slots.rmap_at(slot.address_space(), gfn).and_then(|rmap| rmap.list(level, gfn));
         let list = list.ok_or(RmapError::NotReserved)?;
+        self.note_slot(reserve, page, slot)?;
         self.file(list, page.reference(index), &mut reserve.descriptors)?;
         page.version.fetch_add(1, Ordering::SeqCst);
         page.gptes[index].store(gpte, Ordering::SeqCst);

@@ -27,9 +27,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         self.pages_of(key.gfn).find(|page| page.key == *key && !self.is_obsolete(page))
     }
 
-    /// The page for this key, in sync with the guest's table as it is now; made if there is none. `None` where the reserve is empty.
+    /// The page for this key, which with all below it agrees with the guest's tables as they are now; made if there is none. `None`
+    /// where the reserve is empty.
     ///
-    /// One that is unsync stays so: it is compared, which makes it as good as new, but not write-protected before the guest
+    /// What is unsync stays so: it is compared, which makes it as good as new, but not write-protected before the guest
     /// flushes.
     pub(super) fn page_for(
         &mut self,
@@ -38,14 +39,13 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         paging: &GuestPaging,
     ) -> Option<&'g ShadowPage> {
         if let Some(page) = self.find(&key) {
-            if page.is_unsync() {
-                self.sync_page(page);
-            }
+            self.compare_all(page);
             page.writes.store(0, Ordering::Relaxed);
             return Some(page);
         }
         let mut page = reserve.take()?;
-        page.become_page(key, *paging, self.shared.generation.load(Ordering::SeqCst));
+        let generation = self.shared.generation.load(Ordering::SeqCst);
+        page.become_page(key, *paging, generation, &mut reserve.nodes);
         let page = self.shared.directory.insert(page);
         // SAFETY: just inserted, and no page is freed for 'g.
         let page: &'g ShadowPage = unsafe { &*page };

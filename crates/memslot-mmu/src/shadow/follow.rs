@@ -8,7 +8,7 @@
 //! | it becomes writable again | stay; the next write faults | |
 //! | logging starts | stay; the next write faults, unless the log says that all pages are dirty at first | |
 //! | logging stops | stay | |
-//! | split, merged, grown | zapped: the lists of the reverse map are a slot's | |
+//! | split, merged, grown, another id | zapped: the lists of the reverse map are a slot's | |
 //!
 //! What loses its backing is zapped *before* the new version is put in place: the reverse map of a slot is found through the version
 //! that has it. Meanwhile those frames are *closed*: faults there try again, so that nothing is mapped. Access that is taken away is
@@ -27,6 +27,9 @@ use super::slots::Slots;
 use super::zap::Task;
 use super::{Shadow, ShadowHost, spte};
 use crate::sync::Ordering;
+
+/// So many chunks of lists are freed when a change has settled; the rest by and by.
+const CHUNKS: usize = 512;
 
 /// See the [module documentation](self).
 pub(super) struct Follower<H: ShadowHost> {
@@ -60,9 +63,18 @@ fn changes(update: &Update<'_>, forwards: bool) -> impl Iterator<Item = Change> 
 }
 
 impl Change {
-    /// Whether the entries have to go.
+    /// Whether the entries have to go. Those that stay do so under the same slot, as far as the reverse map and the pages know.
     fn zaps(&self) -> bool {
-        self.new.is_none_or(|new| new.gfns() != self.old.gfns())
+        self.new.is_none_or(|new| new.gfns() != self.old.gfns() || new.id() != self.old.id())
+    }
+
+    /// Does it to the entries.
+    fn work_on<H: ShadowHost>(&self, shared: &Shared<H>, task: Task) {
+        if self.gfns == self.old.gfns() {
+            shared.work_on_slot(task, &self.old);
+        } else {
+            shared.work_on(task, self.space, self.gfns);
+        }
     }
 }
 
@@ -91,7 +103,7 @@ impl<H: ShadowHost> Follower<H> {
                     Some(further) => Task::ZapMoved(further),
                     None => Task::Zap,
                 };
-            shared.work_on(task, change.space, change.gfns);
+            change.work_on(shared, task);
         }
         let old = shared.with(|locked| {
             for change in changes(update, forwards).filter(|change| change.new.is_none()) {
@@ -113,9 +125,9 @@ impl<H: ShadowHost> Follower<H> {
                 && !shared.config.log.as_ref().is_some_and(|log| log.initially_set());
             if is_read_only(&new) && !is_read_only(&change.old) {
                 let all = spte::WRITE | spte::MMU_WRITABLE | spte::HOST_WRITABLE;
-                shared.work_on(Task::Take(all), change.space, change.gfns);
+                change.work_on(shared, Task::Take(all));
             } else if starts_log {
-                shared.work_on(Task::Take(spte::WRITE), change.space, change.gfns);
+                change.work_on(shared, Task::Take(spte::WRITE));
             }
         }
         shared.with(|locked| {
@@ -180,7 +192,9 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
 
     fn settled(&mut self, _: &Update<'_>) {
         // The lists of slots that are gone.
-        self.previous = None;
+        if self.previous.take().is_some() {
+            self.shadow.shared.with(|locked| _ = locked.state.writer.reclaim(CHUNKS));
+        }
     }
 
     fn abort(&mut self, _: &Update<'_>) {

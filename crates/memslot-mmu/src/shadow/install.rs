@@ -147,7 +147,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         if is_write && new & spte::WRITE != 0 {
             new |= spte::DIRTY;
         }
-        let at = (slot.address_space(), first);
+        let at = (slot, first);
         let changed = self.map(reserve, page, index, gpte, at, new).ok()?;
         if new & spte::WRITE != 0 {
             self.granted(slot, first, level);
@@ -200,7 +200,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
                 untracked: may_write && matches!(self.may_write(gfn, false), track::Verdict::Yes),
                 write: !self.shared.is_logged(&slot),
             };
-            if self.map(reserve, page, index, gpte, (space, gfn), leaf.entry()).is_err() {
+            if self.map(reserve, page, index, gpte, (&slot, gfn), leaf.entry()).is_err() {
                 return;
             }
             self.count(Counter::Prefetched);

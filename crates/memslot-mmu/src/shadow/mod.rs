@@ -24,6 +24,7 @@
 //!   map a piece of guest memory as it is.
 //! * The [reverse map](crate::rmap) knows for each guest frame which entries map it, and for each shadow page which
 //!   entries lead to it. Every entry's record says where it is filed, and it is removed from there.
+//! * Each page also has the [set of slots](slot_set) that its leaves are of.
 //! * **Write tracking** (`track`): frames with a shadowed table are write-protected, or the shadow page is *unsync*.
 //! * **Unsync** (`sync`): a table that the guest is writing is left alone until the guest flushes.
 //! * **The fault path** (`fault`, `install`, `fast`), and what takes away (`zap`, `follow`, `find`).
@@ -150,6 +151,7 @@
 
 pub mod guest;
 
+mod by_slot;
 mod check;
 mod directory;
 mod entry;

@@ -7,13 +7,14 @@ use memslot::Gfn;
 
 use super::guest::{Entry, EntrySize, GuestPaging, Mode};
 use super::role::Key;
+use super::slot_set::{SlotSet, SlotSetCache};
 use super::spte::SpteRef;
 use crate::counted::try_box;
 use crate::host::{Host, Pfn};
 use crate::level::{ENTRIES, Level, Table};
 use crate::nested::TableError;
 use crate::rmap::{Parents, Rmap};
-use crate::sync::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{AtomicPtr, AtomicU64, AtomicUsize, Mutex, Ordering};
 
 /// See the [module documentation](self).
 ///
@@ -47,6 +48,10 @@ pub(super) struct ShadowPage {
     pub(super) writes: AtomicUsize,
     /// What to do about it at the next flush of the guest's.
     pub(super) quiet: AtomicUsize,
+    /// The slots that its leaves are of.
+    pub(super) slots: Mutex<SlotSet>,
+    /// By whom it was looked through last.
+    pub(super) visited: AtomicU64,
     pub(super) links: Links,
 }
 
@@ -95,6 +100,8 @@ impl ShadowPage {
             roots: AtomicUsize::new(0),
             writes: AtomicUsize::new(0),
             quiet: AtomicUsize::new(0),
+            slots: Mutex::new(SlotSet::default()),
+            visited: AtomicU64::new(0),
             links: Links::new(),
         })?;
         // Frame 0 cannot be named by the reverse map.
@@ -103,7 +110,14 @@ impl ShadowPage {
     }
 
     /// Makes a page that was given up, and that nobody knows any more, one for something else.
-    pub(super) fn become_page(&mut self, key: Key, paging: GuestPaging, generation: u64) {
+    pub(super) fn become_page(
+        &mut self,
+        key: Key,
+        paging: GuestPaging,
+        generation: u64,
+        nodes: &mut SlotSetCache,
+    ) {
+        self.slots.lock().clear(nodes);
         self.key = key;
         self.paging = paging;
         self.generation = generation;

@@ -13,6 +13,7 @@ use super::guest::{GuestPaging, Processor, Registers, Rights};
 use super::page::ShadowPage;
 use super::role::{Key, Reading, Role};
 use super::shared::Shared;
+use super::slot_set::SlotSetCache;
 use crate::level::Level;
 use crate::nested::TableError;
 use crate::rmap;
@@ -26,11 +27,13 @@ const DESCRIPTORS: usize = 16;
 pub(super) struct Reserve {
     pages: Vec<Box<ShadowPage>>,
     pub(super) descriptors: rmap::Cache,
+    /// For the pages' sets of slots.
+    pub(super) nodes: SlotSetCache,
 }
 
 impl Reserve {
     pub(super) fn new(descriptors: rmap::Cache) -> Self {
-        Self { pages: Vec::new(), descriptors }
+        Self { pages: Vec::new(), descriptors, nodes: SlotSetCache::default() }
     }
 
     /// A page. There are as many as were reserved.
@@ -41,6 +44,7 @@ impl Reserve {
     /// Makes sure that there is enough for one fault, or for loading a root.
     pub(super) fn top_up<H: ShadowHost>(&mut self, shared: &Shared<H>) -> Result<(), TableError> {
         self.descriptors.reserve(DESCRIPTORS).map_err(|_| TableError::OutOfMemory)?;
+        self.nodes.top_up(super::fault::GROUP)?;
         if self.pages.len() >= PAGES {
             return Ok(());
         }

@@ -15,6 +15,7 @@ use memslot::{AddressSpaceId, Gfn, GfnRange, OutOfMemory, Slot, SlotFlags};
 
 use super::directory::Directory;
 use super::page::ShadowPage;
+use super::slot_set::SlotSetCache;
 use super::slots::{Changes, Slots};
 use super::spte::SpteRef;
 use super::stats::{Counter, Counters};
@@ -73,6 +74,10 @@ pub(super) struct State {
     limbo: (*mut ShadowPage, *mut ShadowPage),
     /// Pages that can be used again, linked by `older`, and how many.
     spare: (*mut ShadowPage, usize),
+    /// Nodes of pages' sets of slots that came back.
+    pub(super) nodes: SlotSetCache,
+    /// Counts passes over pages.
+    pub(super) visits: u64,
     /// The first mistake that the reverse map has noticed.
     pub(super) broken: Option<RmapError>,
 }
@@ -119,6 +124,8 @@ impl<H: ShadowHost> Shared<H> {
             dying: ptr::null_mut(),
             limbo: (ptr::null_mut(), ptr::null_mut()),
             spare: (ptr::null_mut(), 0),
+            nodes: SlotSetCache::default(),
+            visits: counters,
             broken: None,
         };
         Ok(Self {

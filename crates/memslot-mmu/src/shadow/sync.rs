@@ -15,7 +15,7 @@
 //! * **Parents know**: each page says which of its entries have something unsync below, up to the roots. A page that becomes
 //!   unsync tells its parents; a page that is linked while something below it is unsync tells its new parent. So what a root can
 //!   reach is found without looking at what is in sync. The marks are cleared by those who look and find nothing.
-//! * **Pages are brought in sync before they are linked**, since the guest may have flushed while they could not be reached.
+//! * **Pages are compared before they are linked, with all below them**, since the guest may have flushed while they could not be reached.
 //! * **Faults compare what they go through**, whether it is unsync or not.
 //!
 //! # When to write-protect again
@@ -119,6 +119,19 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             }
             if child.is_none_or(|child| !child.needs_sync()) {
                 page.set_unsync_below(index, false);
+            }
+        }
+    }
+
+    /// Compares a page and everything below it, as far as it is unsync, before something leads there: whoever gets there may have
+    /// flushed since it could be reached last.
+    pub(super) fn compare_all(&mut self, page: &'g ShadowPage) {
+        if page.is_unsync() {
+            self.sync_page(page);
+        }
+        for index in page.unsync_entries() {
+            if let Some(child) = self.child(page, index) {
+                self.compare_all(child);
             }
         }
     }

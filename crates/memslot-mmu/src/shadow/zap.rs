@@ -2,9 +2,10 @@
 //!
 //! Each works in steps, between which others get the lock; what is taken away in all of them is flushed once, at the end.
 
-use memslot::{AddressSpaceId, GfnRange, HvaRange, OutOfMemory};
+use memslot::{AddressSpaceId, Gfn, GfnRange, HvaRange, OutOfMemory};
 
 use super::shared::{Locked, Shared};
+use super::spte::SpteRef;
 use super::{Shadow, ShadowHost, spte};
 use crate::invalidate::{Covered, ends, range};
 use crate::level::Level;
@@ -39,36 +40,61 @@ impl<H: ShadowHost> Locked<'_, H> {
                 if budget == 0 {
                     return gfn.get().max(at);
                 }
-                match task {
-                    Task::Zap | Task::ZapMoved(_) => {
-                        while let Some(entry) = self.state.writer.entries(list).next() {
-                            budget = budget.saturating_sub(1);
-                            let Some(page) = self.page(entry.table()) else { break };
-                            let seen = self.load(page, entry.index());
-                            if let (Task::ZapMoved(further), true) = (task, seen & spte::WRITE != 0) {
-                                let first = gfn.get().wrapping_add(further);
-                                self.shared.mark(space, range(first, first.wrapping_add(level.pages())));
-                            }
-                            if !self.drop_entry(page, entry.index()) {
-                                debug_assert!(false, "an entry is filed and not present");
-                                break;
-                            }
+                if task.zaps() {
+                    while let Some(entry) = self.state.writer.entries(list).next() {
+                        budget = budget.saturating_sub(1);
+                        if !self.work_on_entry(task, space, (gfn, level), entry) {
+                            break;
                         }
                     }
-                    Task::Take(bits) => {
-                        let mut taken = 0;
-                        for entry in self.state.writer.entries(list) {
-                            budget = budget.saturating_sub(1);
-                            taken |= self.take_bits(entry, bits);
-                        }
-                        if taken != 0 {
-                            self.owe(range(gfn.get(), gfn.get() + level.pages()));
-                        }
+                } else {
+                    let mut taken = 0;
+                    for entry in self.state.writer.entries(list) {
+                        budget = budget.saturating_sub(1);
+                        taken |= self.take_bits(entry, task.bits());
+                    }
+                    if taken != 0 {
+                        self.owe(range(gfn.get(), gfn.get() + level.pages()));
                     }
                 }
             }
         }
         end
+    }
+
+    /// Does it to one entry, which maps this page of guest memory. Returns whether it was there.
+    pub(super) fn work_on_entry(
+        &mut self,
+        task: Task,
+        space: AddressSpaceId,
+        (gfn, level): (Gfn, Level),
+        entry: SpteRef,
+    ) -> bool {
+        let Some(page) = self.page(entry.table()) else { return false };
+        if !task.zaps() {
+            if self.take_bits(entry, task.bits()) != 0 {
+                self.owe(range(gfn.get(), gfn.get() + level.pages()));
+            }
+            return true;
+        }
+        let seen = self.load(page, entry.index());
+        if let (Task::ZapMoved(further), true) = (task, seen & spte::WRITE != 0) {
+            let first = gfn.get().wrapping_add(further);
+            self.shared.mark(space, range(first, first.wrapping_add(level.pages())));
+        }
+        let was_present = self.drop_entry(page, entry.index());
+        debug_assert!(was_present, "an entry is filed and not present");
+        was_present
+    }
+}
+
+impl Task {
+    pub(super) fn zaps(self) -> bool {
+        !matches!(self, Self::Take(_))
+    }
+
+    fn bits(self) -> u64 {
+        if let Self::Take(bits) = self { bits } else { 0 }
     }
 }
 
@@ -76,9 +102,7 @@ impl<H: ShadowHost> Shared<H> {
     /// Does it to all entries that map any of these frames. What that owes is left pending.
     pub(super) fn work_on(&self, task: Task, space: AddressSpaceId, gfns: GfnRange) {
         let (start, end) = ends(gfns);
-        if task != Task::Zap || start < end {
-            self.with(|locked| locked.state.changes.add(space, gfns));
-        }
+        self.with(|locked| locked.state.changes.add(space, gfns));
         for level in LEVELS {
             let mut at = start;
             while at < end {

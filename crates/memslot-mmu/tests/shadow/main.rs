@@ -4,9 +4,12 @@
 
 mod memory;
 mod naive;
+mod past_bugs;
+mod programs;
 mod slot_set;
 mod walk_cases;
 mod walk_model;
+mod world;
 
 /// So many random cases for each property, or as many as `PROPTEST_CASES` says.
 fn cases(default: u32) -> u32 {

@@ -50,6 +50,12 @@ impl Memory {
     }
 }
 
+impl crate::naive::Source for Memory {
+    fn entry(&self, gpa: u64, size: EntrySize) -> Option<u64> {
+        (!self.holes.contains(&(gpa >> 12))).then(|| self.get(gpa, size))
+    }
+}
+
 impl GuestTables for Memory {
     type Error = Infallible;
 

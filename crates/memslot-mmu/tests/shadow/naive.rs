@@ -3,7 +3,11 @@
 
 use memslot_mmu::shadow::guest::{EntrySize, Processor, Registers};
 
-use crate::memory::Memory;
+/// Where the entries are.
+pub trait Source {
+    /// The entry at this address; `None` where there is no memory.
+    fn entry(&self, gpa: u64, size: EntrySize) -> Option<u64>;
+}
 
 /// What an access does, in the words of the manual.
 #[derive(Clone, Copy, Debug)]
@@ -29,7 +33,7 @@ pub struct Found {
 
 /// A walk in progress.
 struct Walker<'a> {
-    memory: &'a Memory,
+    memory: &'a dyn Source,
     registers: Registers,
     processor: Processor,
     want: Want,
@@ -45,7 +49,7 @@ fn bit(value: u64, number: u32) -> bool {
 
 /// The page, or the error code.
 pub fn naive_walk(
-    memory: &Memory,
+    memory: &dyn Source,
     registers: Registers,
     processor: Processor,
     pdptes: [u64; 4],
@@ -95,10 +99,7 @@ impl Walker<'_> {
     }
 
     fn read(&mut self, gpa: u64, size: EntrySize) -> Result<u64, u32> {
-        if self.memory.holes.contains(&(gpa / 4096)) {
-            return Err(self.fault(false, false));
-        }
-        let entry = self.memory.get(gpa, size);
+        let Some(entry) = self.memory.entry(gpa, size) else { return Err(self.fault(false, false)) };
         self.entries.push((gpa, entry));
         if !bit(entry, 0) {
             return Err(self.fault(false, false));
@@ -198,39 +199,41 @@ impl Walker<'_> {
         self.page(frame(pte), 4096, address)
     }
 
-    /// Section 4.6, "Access Rights", case by case.
     fn page(self, base: u64, bytes: u64, address: u64) -> Result<Found, u32> {
-        let user_address = self.all_user;
-        let wp = bit(self.registers.cr0, 16);
-        let smep = bit(self.registers.cr4, 20);
-        let smap = bit(self.registers.cr4, 21);
-        let Want { write, user, fetch, ac } = self.want;
-        let allowed = match (user, user_address) {
-            // Supervisor-mode accesses to supervisor-mode addresses.
-            (false, false) if fetch => !self.any_nx,
-            (false, false) if write => !wp || self.all_writable,
-            (false, false) => true,
-            // Supervisor-mode accesses to user-mode addresses.
-            (false, true) if fetch => !smep && !self.any_nx,
-            (false, true) if write => (!smap || ac) && (!wp || self.all_writable),
-            (false, true) => !smap || ac,
-            // User-mode accesses.
-            (true, false) => false,
-            (true, true) if fetch => !self.any_nx,
-            (true, true) if write => self.all_writable,
-            (true, true) => true,
-        };
-        if !allowed {
-            return Err(self.fault(true, false));
-        }
-        Ok(Found {
+        let found = Found {
             gpa: base + address % bytes,
             bytes,
             user: self.all_user,
             writable: self.all_writable,
             executable: !self.any_nx,
             dirty_at: self.entries.last().unwrap().0,
-            entries: self.entries,
-        })
+            entries: self.entries.clone(),
+        };
+        if found.allows(self.registers, self.want) { Ok(found) } else { Err(self.fault(true, false)) }
+    }
+}
+
+impl Found {
+    /// Section 4.6, "Access Rights", case by case.
+    pub fn allows(&self, registers: Registers, want: Want) -> bool {
+        let wp = bit(registers.cr0, 16);
+        let smep = bit(registers.cr4, 20);
+        let smap = bit(registers.cr4, 21);
+        let Want { write, user, fetch, ac } = want;
+        match (user, self.user) {
+            // Supervisor-mode accesses to supervisor-mode addresses.
+            (false, false) if fetch => self.executable,
+            (false, false) if write => !wp || self.writable,
+            (false, false) => true,
+            // Supervisor-mode accesses to user-mode addresses.
+            (false, true) if fetch => !smep && self.executable,
+            (false, true) if write => (!smap || ac) && (!wp || self.writable),
+            (false, true) => !smap || ac,
+            // User-mode accesses.
+            (true, false) => false,
+            (true, true) if fetch => self.executable,
+            (true, true) if write => self.writable,
+            (true, true) => true,
+        }
     }
 }

@@ -269,10 +269,13 @@ impl GuestPaging {
         sign == 0 || sign == u64::MAX >> above
     }
 
-    /// Whether the rights of all entries of a walk together allow this.
+    /// Whether the rights of all entries of a walk together allow this. Without paging everything is allowed.
     #[inline]
     #[must_use]
     pub const fn permits(&self, rights: Rights, access: GuestAccess) -> bool {
+        if matches!(self.mode, Mode::Off) {
+            return true;
+        }
         if access.contains(GuestAccess::FETCH) && !rights.contains(Rights::EXECUTE) {
             return false;
         }
