@@ -290,9 +290,6 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
         args.shadow_pages.unwrap_or(if scenario == Scenario::Torture { 128 } else { 8192 }),
         if scenario == Scenario::Shootdown { 1 } else { args.smp },
         if args.no_shootdown { "off" } else { "on" },
-        args.unsync,
-        // Few, where it is the point that they run out.
-        args.shadow_pages.unwrap_or(if scenario == Scenario::Torture { 128 } else { 8192 }),
     );
     // Besides the guest's memory: the hypervisor's own, modules, firmware, and the copy that some scenarios keep.
     let copy = if scenario == Scenario::Dirty { args.memory } else { 0 };
