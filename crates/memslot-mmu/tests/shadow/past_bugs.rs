@@ -202,10 +202,10 @@ fn row_30_the_same_frame_as_a_large_page_and_as_a_table() {
             let at = (50 * round, 50 * round + 100);
             let is_large = entry == large;
             if is_large {
-                guest.leads(round as usize % 2, at.0 << 12, USER, LARGE + at.0);
+                guest.leads(usize::from(round % 2 == 1), at.0 << 12, USER, LARGE + at.0);
                 guest.leads(0, at.1 << 12, USER_WRITE, LARGE + at.1);
             } else {
-                guest.leads(round as usize % 2, 201 << 12, USER, 30);
+                guest.leads(usize::from(round % 2 == 1), 201 << 12, USER, 30);
                 guest.leads(0, 301 << 12, USER_WRITE, 31);
             }
             guest.tell();
