@@ -246,6 +246,13 @@ impl Paging {
                 }
             }
             ShadowFault::Inject(fault) => {
+                if !fault.error_code.contains(ErrorCode::PRESENT) {
+                    let paging = self.paging();
+                    if let Some(gpa) = self.memory.missing_table(self.space, &paging, va, access) {
+                        self.counts.mmio += 1;
+                        return Ok(Some(Exit::Nothing { gpa, access: Access::READ }));
+                    }
+                }
                 self.counts.injected += 1;
                 return Ok(self.inject(vmcb, fault));
             }
