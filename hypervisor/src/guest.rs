@@ -18,9 +18,11 @@ use memslot::{
     TransactionError,
 };
 use memslot_mmu::format::Access;
+use memslot_mmu::shadow::{Shadow, ShadowConfig};
 use memslot_mmu::{Config, DirtyMode, Fault, Level};
 
 use crate::cpu::index;
+use crate::maps::Maps;
 use crate::options::Options;
 use crate::paging::{Host, Mmu, Walker, census};
 use crate::physical;
@@ -50,6 +52,12 @@ pub(crate) struct FaultCounts {
     pub(crate) other: u64,
 }
 
+/// A virtual processor's access to the tables, and what became of its faults.
+pub(crate) struct Faults {
+    pub(crate) walker: Walker,
+    pub(crate) counts: FaultCounts,
+}
+
 /// Whether the guest can go on after a fault.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Resolved {
@@ -66,13 +74,15 @@ pub(crate) struct Guest {
     pub(crate) table: SlotTable,
     pub(crate) log: DirtyLog,
     pub(crate) mmu: Mmu,
+    /// What the guest's processors run on: these tables, or shadow tables beside them.
+    pub(crate) maps: Maps,
     pub(crate) host: &'static Host,
     pub(crate) ram: Vec<Ram>,
     pub(crate) windows: Vec<GfnRange>,
-    pub(crate) walker: Walker,
-    pub(crate) faults: FaultCounts,
     /// How many tables there were at first.
     tables: usize,
+    /// See [`has_other_tables`](Self::has_other_tables).
+    other_tables: usize,
 }
 
 /// Frames from an address up to another.
@@ -97,9 +107,31 @@ impl Guest {
         };
         let mmu =
             Mmu::attach(&mut table, host, config).map_err(|_| "no memory for the guest's page tables")?;
-        let walker = mmu.walker().map_err(|_| no_memory)?;
-        let (faults, tables) = (FaultCounts::default(), mmu.stats().tables);
-        Ok(Self { table, log, mmu, host, ram: Vec::new(), windows: Vec::new(), walker, faults, tables })
+        let maps = if options.shadow {
+            let config = ShadowConfig {
+                largest: if options.large_pages { Level::M2 } else { Level::K4 },
+                pages: options.shadow_pages,
+                unsync: Level::new(options.unsync).unwrap_or(Level::K4),
+                log: Some(log.clone()),
+                ..ShadowConfig::default()
+            };
+            let shadow = Shadow::attach(&mut table, host, config);
+            Maps::shadow(shadow.map_err(|_| "no memory for the guest's shadow tables")?)
+        } else {
+            Maps::nested(&mmu)
+        };
+        let tables = mmu.stats().tables;
+        Ok(Self {
+            table,
+            log,
+            mmu,
+            maps,
+            host,
+            ram: Vec::new(),
+            windows: Vec::new(),
+            tables,
+            other_tables: 0,
+        })
     }
 
     /// Gives it the memory of a PC: `bytes` of RAM, of which a quarter is high, and windows to the machine from `top` on.
@@ -135,7 +167,17 @@ impl Guest {
         Ok(())
     }
 
-    /// Takes all memory away again, and looks whether anything is left behind: page tables, or frames of the pool.
+    /// A virtual processor's own access to the tables.
+    ///
+    /// # Errors
+    /// For want of memory.
+    pub(crate) fn faults(&self) -> Result<Faults, &'static str> {
+        let walker = self.mmu.walker().map_err(|_| "no memory for a walker of the guest's page tables")?;
+        Ok(Faults { walker, counts: FaultCounts::default() })
+    }
+
+    /// Takes all memory away again, and looks whether anything is left behind: page tables, or frames of the pool. No
+    /// [`Faults`] are left, as they have tables in reserve.
     ///
     /// # Errors
     /// What is.
@@ -143,13 +185,26 @@ impl Guest {
         let ids: Vec<_> = self.table.view().slots(SPACE).map(Slot::id).collect();
         let deleted = self.table.transaction(|tx| ids.iter().try_for_each(|&id| tx.delete(SPACE, id)));
         deleted.map_err(|error| format!("slots could not be deleted: {error}"))?;
-        // The old walker has tables in reserve.
-        self.walker = self.mmu.walker().map_err(|_| "no memory")?;
         self.mmu.reclaim();
+        let shadow = match self.maps {
+            Maps::Nested(_) => 0,
+            Maps::Shadow(shadow) => {
+                shadow.check()?;
+                shadow.zap_all();
+                let stats = shadow.stats();
+                if (stats.pages, stats.leaves) != (0, 0) {
+                    return Err(format!(
+                        "{} shadow pages and {} entries are left",
+                        stats.pages, stats.leaves
+                    ));
+                }
+                stats.tables
+            }
+        };
         let (tables, frames) = (self.mmu.stats().tables, self.host.table_frames());
-        if tables != self.tables || frames != self.tables {
+        if tables != self.tables || frames != self.tables + self.other_tables + shadow {
             return Err(format!(
-                "{tables} page tables are left in {frames} frames, at first there were {}",
+                "{tables} page tables are left in {frames} frames, {shadow} of them shadow tables, at first there were {}",
                 self.tables
             ));
         }
@@ -163,35 +218,14 @@ impl Guest {
         Ok(())
     }
 
+    /// There are so many tables besides, for another address space, which go with the program only.
+    pub(crate) fn has_other_tables(&mut self, tables: usize) {
+        self.other_tables = tables;
+    }
+
     /// How many pages of RAM it has.
     pub(crate) fn pages(&self) -> u64 {
         self.ram.iter().map(|ram| ram.gfns.len()).sum()
-    }
-
-    /// Resolves a fault, or says why not.
-    ///
-    /// # Errors
-    /// For want of page tables.
-    pub(crate) fn fault(&mut self, gpa: Gpa, access: Access) -> Result<Resolved, &'static str> {
-        let counts = &mut self.faults;
-        match self.walker.fault(gpa, access) {
-            Ok(Fault::Mapped(level)) => counts.mapped[usize::from(level.get()) - 1] += 1,
-            Ok(Fault::AlreadyMapped) => counts.already_mapped += 1,
-            Ok(Fault::Retry) => {
-                counts.retry += 1;
-                return Ok(Resolved::Later);
-            }
-            Ok(Fault::Mmio) => {
-                counts.mmio += 1;
-                return Ok(Resolved::Nothing);
-            }
-            Ok(_) => {
-                counts.other += 1;
-                return Ok(Resolved::Nothing);
-            }
-            Err(_) => return Err("no memory for a page table"),
-        }
-        Ok(Resolved::Yes)
     }
 
     /// The frame behind one of RAM, as the slots and the pool say.
@@ -218,6 +252,34 @@ impl Guest {
             (at, rest) = (at + now.len() as u64, later);
         }
         Ok(())
+    }
+}
+
+impl Faults {
+    /// Resolves a fault, or says why not. Takes no lock: any number of virtual processors do this at the same time.
+    ///
+    /// # Errors
+    /// For want of page tables.
+    pub(crate) fn resolve(&mut self, gpa: Gpa, access: Access) -> Result<Resolved, &'static str> {
+        let counts = &mut self.counts;
+        match self.walker.fault(gpa, access) {
+            Ok(Fault::Mapped(level)) => counts.mapped[usize::from(level.get()) - 1] += 1,
+            Ok(Fault::AlreadyMapped) => counts.already_mapped += 1,
+            Ok(Fault::Retry) => {
+                counts.retry += 1;
+                return Ok(Resolved::Later);
+            }
+            Ok(Fault::Mmio) => {
+                counts.mmio += 1;
+                return Ok(Resolved::Nothing);
+            }
+            Ok(_) => {
+                counts.other += 1;
+                return Ok(Resolved::Nothing);
+            }
+            Err(_) => return Err("no memory for a page table"),
+        }
+        Ok(Resolved::Yes)
     }
 }
 

@@ -11,6 +11,7 @@ use core::sync::atomic::Ordering;
 
 use memslot::{Gfn, GfnRange, Slot};
 use memslot_mmu::format::{Access, Format, MemoryType, Npt};
+use memslot_mmu::shadow::GuestMemory;
 use memslot_mmu::{Answer, Context, Frame, Frames, Level, Pfn, Table, TableMemory, TlbFlush};
 use spin::Mutex;
 
@@ -107,6 +108,17 @@ impl Frames for &'static Host {
             (pool.frame(page), pool.run(gfn, page), MemoryType::WriteBack)
         };
         Ok(Answer::Frame(Frame { pfn: Pfn::new(pfn), run, access: Access::all(), memory }))
+    }
+}
+
+impl GuestMemory for Host {
+    fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
+        let page = slot.hva_of(gfn).and_then(|hva| self.pool.page_at(hva))?;
+        self.pool.with_frame(page, |frame| {
+            let table = physical::pointer::<Table>(frame << 12);
+            // SAFETY: a frame of the pool is memory for as long as the program runs; nothing but atomic words is in it for Rust.
+            work(unsafe { &*table })
+        })
     }
 }
 

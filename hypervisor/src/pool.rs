@@ -65,6 +65,13 @@ impl Pool {
         self.frames[index(page)].load(Ordering::SeqCst)
     }
 
+    /// Does something with the frame behind a page, which stays behind it meanwhile.
+    pub(crate) fn with_frame<R>(&self, page: u64, work: impl FnOnce(u64) -> R) -> Option<R> {
+        let _no_move = self.spare.lock();
+        let frame = self.frames.get(index(page))?.load(Ordering::SeqCst);
+        Some(work(frame))
+    }
+
     /// The page at a pool address.
     pub(crate) fn page_at(&self, address: Hva) -> Option<u64> {
         let page = address.get().checked_sub(FIRST)? >> 12;

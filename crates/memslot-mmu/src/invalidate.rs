@@ -59,7 +59,7 @@ impl Invalidations {
         Ok(number)
     }
 
-    fn end(&self, number: u64) {
+    pub(crate) fn end(&self, number: u64) {
         let mut list = self.list.lock();
         if let Some(at) = list.under_way.iter().position(|&(other, _)| other == number) {
             list.under_way.swap_remove(at);

@@ -1,8 +1,8 @@
-//! Second-stage page tables driven by memory slots: how guest memory is *mapped*.
+//! Page tables driven by memory slots: how guest memory is *mapped*.
 //!
 //! [`memslot`] says what guest memory is; this crate brings it into the tables that a processor walks for a guest
-//! (nested page tables, extended page tables, stage 2), and keeps them true while slots, memory and the dirty log
-//! change.
+//! (nested page tables, extended page tables, stage 2; or [shadow tables](shadow) made of the guest's own), and keeps them true while
+//! slots, memory and the dirty log change.
 //!
 //! * [`Mmu`] has the tables of one guest. It follows a [`SlotTable`](memslot::SlotTable) as a listener.
 //! * [`Walker`] is a virtual processor's own access: [`fault`](Walker::fault) takes no lock and waits for nobody.
@@ -11,14 +11,15 @@
 //! * [`format`](mod@format) says how entries are written, [`host`] what is needed of the machine: frames, and the
 //!   flush.
 //!
-//! The protocol that makes all this safe is in [`nested`].
+//! The protocol that makes all this safe is in [`nested`]. Shadow paging has its own part, [`shadow`], on top of the reverse map
+//! ([`rmap`]).
 //!
 //! # What it does not do
 //!
 //! * It does not hold guest memory: what [`Frames`] answers stays right because the host invalidates first.
 //! * It does not know processors. Whoever implements [`TlbFlush`] brings all of them to flush, also those that
 //!   do not run the guest at the moment.
-//! * There are no tables for guests' own page tables (shadow paging), no encrypted or protected guests.
+//! * There are no encrypted or protected guests.
 #![cfg_attr(not(feature = "std"), no_std)]
 
 extern crate alloc;
@@ -32,6 +33,7 @@ mod invalidate;
 mod level;
 pub mod nested;
 pub mod rmap;
+pub mod shadow;
 mod sync;
 pub mod user;
 

@@ -11,6 +11,7 @@ core::arch::global_asm!(include_str!("../entry.s"));
 static HEAP: hypervisor::Heap = hypervisor::Heap::new();
 
 unsafe extern "C" {
+    static image_end: u8;
     static ap_trampoline: u8;
     static ap_trampoline_end: u8;
     static mut ap_stack: u64;
@@ -27,6 +28,7 @@ fn trampoline() -> hypervisor::Trampoline {
 /// Called once by `entry.s`, with the address of the start information.
 #[unsafe(no_mangle)]
 extern "C" fn hypervisor_main(start_info: u64) -> ! {
+    hypervisor::lies_at(0x10_0000..(&raw const image_end).addr() as u64);
     // SAFETY: this is the first and only call, on the boot processor.
     unsafe { hypervisor::main(start_info, &HEAP, trampoline()) }
 }

@@ -3,19 +3,21 @@
 //!
 //! With pages of 4 KiB the log runs from the start. With pages of 2 MiB it starts when the guest is up and has large pages:
 //! then all of RAM is copied once, and what is written is split.
+//!
+//! With several processors the others go on while one harvests and copies. A page is copied after it was re-armed and all translations
+//! were flushed: who writes to it during the copy faults first, and the page is in the next harvest. Without the flush (`--no-shootdown`)
+//! another processor goes on writing through what it translated before, and those pages differ at the end.
 
 use alloc::format;
 use alloc::string::String;
 
 use memslot::dirty::Consumer;
 use memslot::{Gfn, GfnRange, SlotFlags, SlotId};
-use memslot_mmu::DirtyRearm;
-use memslot_mmu::format::Npt;
 
 use super::{Scenario, Turn};
 use crate::console::report;
 use crate::guest::{Guest, SPACE};
-use crate::paging::Host;
+use crate::maps::Log;
 use crate::physical::{copy_page, same_page};
 
 /// Rounds before the log starts, where it starts late.
@@ -24,7 +26,7 @@ const LATE: u64 = 4;
 /// See the [module documentation](self).
 pub(crate) struct Dirty {
     consumer: Consumer,
-    rearm: DirtyRearm<Npt, &'static Host>,
+    log: Log,
     /// The first frame of the copy, which has a page for each of the pool.
     copy: u64,
     ticks: u64,
@@ -42,12 +44,12 @@ impl Dirty {
     pub(crate) fn new(guest: &Guest, copy: u64, ticks: u64, is_on: bool) -> Result<Self, &'static str> {
         let no_memory = "no memory for a consumer of the dirty log";
         let consumer = guest.log.consumer().map_err(|_| no_memory)?;
-        let rearm = guest.mmu.dirty_rearm().map_err(|_| no_memory)?;
-        Ok(Self { consumer, rearm, copy, ticks, is_on, rounds: 0, harvests: 0, copied: 0 })
+        let log = guest.maps.log().map_err(|_| no_memory)?;
+        Ok(Self { consumer, log, copy, ticks, is_on, rounds: 0, harvests: 0, copied: 0 })
     }
 
     fn harvest(&mut self, guest: &Guest) -> Result<(), String> {
-        let harvest = self.rearm.harvest(&self.consumer);
+        let harvest = self.log.harvest(&self.consumer);
         let harvest = harvest.map_err(|error| format!("a harvest failed: {error}"))?;
         for run in harvest.runs() {
             self.copied += update(self.copy, guest, run.gfns);
@@ -80,7 +82,7 @@ fn update(copy: u64, guest: &Guest, gfns: GfnRange) -> u64 {
     let mut copied = 0;
     for gfn in (gfns.start().get()..gfns.end().get()).map(Gfn::new) {
         let (Some(frame), Some(copy)) = (guest.frame(gfn), place(copy, guest, gfn)) else { continue };
-        // SAFETY: the copy is this scenario's own; the guest stands still.
+        // SAFETY: the copy is this scenario's own; what of the guest's memory is written meanwhile is copied again.
         unsafe { copy_page(frame << 12, copy << 12) };
         copied += 1;
     }

@@ -6,20 +6,19 @@
 //!
 //! The guest checks every word of its memory. At the end all pieces are back, and nothing may be left over.
 
-use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
 use memslot::{Gfn, GfnRange, Gpa, Hva, HvaRange, SlotFlags, SlotId, SlotSpec};
-use memslot_mmu::format::{Access, Npt};
-use memslot_mmu::{Invalidation, Work};
+use memslot_mmu::Work;
+use memslot_mmu::format::Access;
 
 use super::{Scenario, Turn};
 use crate::console::report;
 use crate::cpu::index;
 use crate::guest::{Guest, SPACE};
-use crate::paging::{Host, Mmu};
+use crate::maps::{Held, Maps};
 
 /// Changes at each tick.
 const CHANGES: u64 = 24;
@@ -40,12 +39,12 @@ struct Piece {
 
 /// See the [module documentation](self).
 pub(crate) struct Storm {
-    mmu: &'static Mmu,
+    maps: Maps,
     random: u64,
     /// Ids of slots are used in turn.
     next_id: u32,
     pieces: Vec<Piece>,
-    held: Option<Invalidation<'static, Npt, &'static Host>>,
+    held: Option<Held>,
     slots: usize,
     changes: u64,
     moves: u64,
@@ -58,7 +57,7 @@ impl Storm {
     /// For a guest that has its memory.
     pub(crate) fn new(guest: &Guest) -> Self {
         Self {
-            mmu: Box::leak(Box::new(guest.mmu.clone())),
+            maps: guest.maps,
             random: 0x9e37_79b9_7f4a_7c15,
             next_id: 100,
             pieces: Vec::new(),
@@ -99,7 +98,7 @@ impl Storm {
         let gfn = self.frames(guest).start();
         let Some(slot) = guest.table.view().slot_at(SPACE, gfn) else { return Ok(()) };
         let Some(hva) = slot.hva_of(gfn) else { return Ok(()) };
-        let invalidation = self.mmu.invalidate_hva(page(hva)).map_err(|_| "no memory for an invalidation")?;
+        let invalidation = self.maps.invalidate(page(hva)).map_err(|_| "no memory for an invalidation")?;
         let pool = guest.host.pool();
         // SAFETY: the page is invalidated until the end of this function.
         let is_moved = pool.page_at(hva).is_some_and(|page| unsafe { pool.move_page(page) });
@@ -112,7 +111,8 @@ impl Storm {
     /// An invalidation that lasts until the next tick.
     fn hold(&mut self, guest: &Guest) -> Result<(), String> {
         let gfns = self.frames(guest);
-        self.held = Some(self.mmu.invalidate_gfns(gfns).map_err(|_| "no memory for an invalidation")?);
+        let held = self.maps.invalidate_frames(guest, gfns);
+        self.held = Some(held.map_err(|_| "no memory for an invalidation")?);
         self.invalidations += 1;
         Ok(())
     }
@@ -178,7 +178,7 @@ impl Scenario for Storm {
                 3 => {
                     let work = [Work::Zap, Work::WriteProtect, Work::Collapse][index(self.below(3))];
                     let gfns = self.frames(guest);
-                    self.mmu.begin(work, gfns).run().discharge();
+                    self.maps.change(work, gfns).map_err(|_| "no memory to change what is mapped")?;
                 }
                 4..6 if self.pieces.len() < PIECES => self.cut(guest)?,
                 _ => drop(self.put_back(guest)?),

@@ -49,6 +49,13 @@ pub(crate) struct Control {
     unused_b8: [u64; 105],
 }
 
+impl Control {
+    /// The next VMRUN flushes all translations of the guest.
+    pub(crate) fn flush(&mut self) {
+        self.tlb_control = 1;
+    }
+}
+
 /// The guest's state.
 #[repr(C)]
 pub(crate) struct Save {
@@ -129,8 +136,12 @@ pub(crate) mod intercept {
     pub(crate) const NMI: u32 = 1 << 1;
     /// Word 3: the return from an interrupt.
     pub(crate) const IRET: u32 = 1 << 20;
+    /// Word 3: INVLPG.
+    pub(crate) const INVLPG: u32 = 1 << 25;
     /// Word 3: ports, as the permission map says.
     pub(crate) const PORTS: u32 = 1 << 27;
+    /// Word 3: model-specific registers, as the permission map says.
+    pub(crate) const REGISTERS: u32 = 1 << 28;
     /// Word 3: a triple fault.
     pub(crate) const SHUTDOWN: u32 = 1 << 31;
     /// Word 4: must be set.
@@ -141,11 +152,18 @@ pub(crate) mod intercept {
 
 /// Exit codes.
 pub(crate) mod exit {
+    pub(crate) const READ_CONTROL_0: u64 = 0x00;
+    pub(crate) const READ_CONTROL_15: u64 = 0x0f;
+    pub(crate) const WRITE_CONTROL_0: u64 = 0x10;
+    pub(crate) const WRITE_CONTROL_15: u64 = 0x1f;
+    pub(crate) const PAGE_FAULT: u64 = 0x4e;
     pub(crate) const INTERRUPT: u64 = 0x60;
     pub(crate) const NMI: u64 = 0x61;
     pub(crate) const IRET: u64 = 0x74;
     pub(crate) const HALT: u64 = 0x78;
+    pub(crate) const INVLPG: u64 = 0x79;
     pub(crate) const PORT: u64 = 0x7b;
+    pub(crate) const REGISTER: u64 = 0x7c;
     pub(crate) const SHUTDOWN: u64 = 0x7f;
     pub(crate) const VMMCALL: u64 = 0x81;
     pub(crate) const NESTED_PAGE_FAULT: u64 = 0x400;

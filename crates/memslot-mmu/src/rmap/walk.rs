@@ -5,12 +5,12 @@ use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
 use super::RmapEntry;
-use super::descriptor::{CELLS, Descriptor, Head, Next};
+use super::descriptor::{CELLS, Descriptor, Head};
 use super::heads::List;
 use super::shared::Shared;
 use crate::counted::Counted;
 use crate::nested::epoch::Cell;
-use crate::sync::Ordering;
+use crate::sync::{AtomicU64, Ordering};
 
 /// A thread's access to lists: walks them without a lock, beside whoever changes them.
 pub struct Walker<E> {
@@ -81,8 +81,6 @@ impl<E: RmapEntry> Inside<'_, E> {
 pub struct Entries<'a, E> {
     /// The one entry of a list without descriptors.
     one: u64,
-    /// What follows the descriptor that is being walked.
-    next: Next,
     descriptor: Option<&'a Descriptor>,
     /// How many of its cells are still to be seen, from the last filled one down.
     left: usize,
@@ -99,8 +97,7 @@ impl<'a, E: RmapEntry> Entries<'a, E> {
             Head::One(word) => (word, None),
             Head::Many(first) => (0, Some(first)),
         };
-        let mut entries =
-            Self { one, next: Next::new(None, 0), descriptor: None, left: 0, entries: PhantomData };
+        let mut entries = Self { one, descriptor: None, left: 0, entries: PhantomData };
         entries.go_to(descriptor);
         entries
     }
@@ -109,10 +106,20 @@ impl<'a, E: RmapEntry> Entries<'a, E> {
     fn go_to(&mut self, descriptor: Option<&'a Descriptor>) {
         self.descriptor = descriptor;
         if let Some(descriptor) = descriptor {
-            self.next = descriptor.next();
-            self.left = self.next.filled().min(CELLS);
+            self.left = descriptor.place().cell();
         }
     }
+}
+
+/// An entry that is in a cell.
+///
+/// # Safety
+/// The cell is one of those that were filled.
+#[inline(always)]
+unsafe fn entry<E: RmapEntry>(cell: &AtomicU64) -> E {
+    let word = cell.load(Ordering::Acquire);
+    // SAFETY: what is in a cell is replaced by other entries only, never by 0.
+    E::from_word(unsafe { NonZeroU64::new_unchecked(word) })
 }
 
 impl<E: RmapEntry> Iterator for Entries<'_, E> {
@@ -126,15 +133,13 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
         }
         loop {
             let descriptor = self.descriptor?;
-            while self.left > 0 {
-                self.left -= 1;
-                // 0 where the last entry has moved on, to a cell that is still to come.
-                if let Some(word) = NonZeroU64::new(descriptor.get(self.left)) {
-                    return Some(E::from_word(word));
-                }
+            if let Some(left) = self.left.checked_sub(1) {
+                self.left = left;
+                // SAFETY: below those that were filled when the walk came here.
+                return Some(unsafe { entry(descriptor.cells.get(left)?) });
             }
-            // SAFETY: read from a descriptor of the list; see `new`.
-            self.go_to(unsafe { self.next.descriptor() });
+            // SAFETY: a descriptor of the list; see `new`.
+            self.go_to(unsafe { descriptor.next() });
         }
     }
 
@@ -148,27 +153,25 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
             // Most have a length that the compiler knows: all but the first.
             if self.left == CELLS {
                 for cell in descriptor.cells.iter().rev() {
-                    if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
-                        result = f(result, E::from_word(word));
-                    }
+                    // SAFETY: all were filled when the walk came here.
+                    result = f(result, unsafe { entry(cell) });
                 }
             } else {
-                let mut cells = descriptor.cells[..self.left].rchunks_exact(4);
-                for four in &mut cells {
-                    for cell in four.iter().rev() {
-                        if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
-                            result = f(result, E::from_word(word));
-                        }
+                let mut cells = descriptor.cells.get(..self.left).unwrap_or_default();
+                while let [before @ .., a, b, c, d] = cells {
+                    for cell in [d, c, b, a] {
+                        // SAFETY: below those that were filled when the walk came here.
+                        result = f(result, unsafe { entry(cell) });
                     }
+                    cells = before;
                 }
-                for cell in cells.remainder().iter().rev() {
-                    if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
-                        result = f(result, E::from_word(word));
-                    }
+                for cell in cells.iter().rev() {
+                    // SAFETY: as above.
+                    result = f(result, unsafe { entry(cell) });
                 }
             }
             // SAFETY: as in `next`.
-            self.go_to(unsafe { self.next.descriptor() });
+            self.go_to(unsafe { descriptor.next() });
         }
         result
     }

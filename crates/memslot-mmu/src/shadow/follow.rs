@@ -1,0 +1,203 @@
+//! Shadow tables as a listener of the slot table: what becomes of them when slots change.
+//!
+//! | change | entries | shadow pages |
+//! |---|---|---|
+//! | frames lose their backing (delete, move, shrink) | zapped, those frames and no others | those of tables in them |
+//! | frames gain a backing | nothing was mapped, and nothing says "no memory here" | |
+//! | the slot becomes read-only | stay, without writing | |
+//! | it becomes writable again | stay; the next write faults | |
+//! | logging starts | stay; the next write faults, unless the log says that all pages are dirty at first | |
+//! | logging stops | stay | |
+//! | split, merged, grown, another id | zapped: the lists of the reverse map are a slot's | |
+//!
+//! What loses its backing is zapped *before* the new version is put in place: the reverse map of a slot is found through the version
+//! that has it. Meanwhile those frames are *closed*: faults there try again, so that nothing is mapped. Access that is taken away is
+//! taken away *after* the new version is in place, so that no fault gives it again. One flush for all of it.
+//!
+//! Nothing of this can fail: what a commit and its undoing need is reserved before.
+
+use alloc::sync::Arc;
+
+use memslot::{
+    AddressSpaceId, GfnRange, Listener, ListenerError, OutOfMemory, PieceKind, Slot, SlotFlags, Update,
+};
+
+use super::shared::{Locked, Shared};
+use super::slots::Slots;
+use super::zap::Task;
+use super::{Shadow, ShadowHost, spte};
+use crate::sync::Ordering;
+
+/// So many chunks of lists are freed when a change has settled; the rest by and by.
+const CHUNKS: usize = 512;
+
+/// See the [module documentation](self).
+pub(super) struct Follower<H: ShadowHost> {
+    shadow: Shadow<H>,
+    /// For the commit.
+    next: Option<Arc<Slots>>,
+    /// What the last commit replaced.
+    previous: Option<Arc<Slots>>,
+}
+
+/// What is done with a range, forwards or backwards.
+struct Change {
+    space: AddressSpaceId,
+    gfns: GfnRange,
+    old: Slot,
+    /// The slot that has the frames afterwards with the same backing.
+    new: Option<Slot>,
+}
+
+fn changes(update: &Update<'_>, forwards: bool) -> impl Iterator<Item = Change> {
+    update.pieces.iter().filter_map(move |piece| {
+        let (old, new) = match (piece.kind, forwards) {
+            (PieceKind::Removed { old }, true) => (old, None),
+            (PieceKind::Added { new }, false) => (new, None),
+            (PieceKind::Changed { old, new }, true) => (old, Some(new)),
+            (PieceKind::Changed { old, new }, false) => (new, Some(old)),
+            (PieceKind::Removed { .. }, false) | (PieceKind::Added { .. }, true) => return None,
+        };
+        Some(Change { space: piece.address_space, gfns: piece.gfns, old, new })
+    })
+}
+
+impl Change {
+    /// Whether the entries have to go. Those that stay do so under the same slot, as far as the reverse map and the pages know.
+    fn zaps(&self) -> bool {
+        self.new.is_none_or(|new| new.gfns() != self.old.gfns() || new.id() != self.old.id())
+    }
+
+    /// Does it to the entries.
+    fn work_on<H: ShadowHost>(&self, shared: &Shared<H>, task: Task) {
+        if self.gfns == self.old.gfns() {
+            shared.work_on_slot(task, &self.old);
+        } else {
+            shared.work_on(task, self.space, self.gfns);
+        }
+    }
+}
+
+impl<H: ShadowHost> Follower<H> {
+    pub(super) fn new(shadow: Shadow<H>) -> Self {
+        Self { shadow, next: None, previous: None }
+    }
+
+    /// Puts `next` in place of the slots as they are. Returns those.
+    fn follow(&mut self, update: &Update<'_>, next: Arc<Slots>, forwards: bool) -> Arc<Slots> {
+        let shared = &*self.shadow.shared;
+        shared.with(|locked| {
+            // `prepare` has made room.
+            let closed = &mut locked.state.closed;
+            for change in changes(update, forwards).filter(Change::zaps) {
+                if closed.len() < closed.capacity() {
+                    closed.push((change.space, change.gfns));
+                }
+            }
+        });
+        for change in changes(update, forwards).filter(Change::zaps) {
+            let now = if forwards { update.after } else { update.before };
+            let task =
+                match now.slot(change.space, change.old.id()).and_then(|new| moved(shared, &change.old, new))
+                {
+                    Some(further) => Task::ZapMoved(further),
+                    None => Task::Zap,
+                };
+            change.work_on(shared, task);
+        }
+        let old = shared.with(|locked| {
+            for change in changes(update, forwards).filter(|change| change.new.is_none()) {
+                locked.zap_tables_in(change.space, change.gfns);
+            }
+            for change in changes(update, forwards) {
+                locked.state.changes.add(change.space, change.gfns);
+            }
+            let old = core::mem::replace(&mut locked.state.slots, next);
+            locked.shared.serial.fetch_add(1, Ordering::SeqCst);
+            locked.state.closed.clear();
+            old
+        });
+        for change in changes(update, forwards) {
+            let Some(new) = change.new else { continue };
+            let is_read_only = |slot: &Slot| slot.flags().contains(SlotFlags::READONLY);
+            let starts_log = shared.is_logged(&new)
+                && !shared.is_logged(&change.old)
+                && !shared.config.log.as_ref().is_some_and(|log| log.initially_set());
+            if is_read_only(&new) && !is_read_only(&change.old) {
+                let all = spte::WRITE | spte::MMU_WRITABLE | spte::HOST_WRITABLE;
+                change.work_on(shared, Task::Take(all));
+            } else if starts_log {
+                change.work_on(shared, Task::Take(spte::WRITE));
+            }
+        }
+        shared.with(|locked| {
+            for change in changes(update, forwards) {
+                locked.flush_later(change.gfns);
+            }
+        });
+        old
+    }
+}
+
+/// How much further the memory of a logged slot is, if it has moved and is logged still.
+fn moved<H: ShadowHost>(shared: &Shared<H>, old: &Slot, new: &Slot) -> Option<u64> {
+    let is_moved = old.backing() == new.backing() && old.base_gfn() != new.base_gfn();
+    (is_moved && shared.is_logged(old) && shared.is_logged(new))
+        .then(|| new.base_gfn().get().wrapping_sub(old.base_gfn().get()))
+}
+
+impl<H: ShadowHost> Locked<'_, H> {
+    /// The tables of the guest's in these frames are no more.
+    fn zap_tables_in(&mut self, space: AddressSpaceId, gfns: GfnRange) {
+        for page in self.pages() {
+            let role = &page.key.role;
+            if role.address_space == space && !role.direct && gfns.contains(page.key.gfn) {
+                self.zap_page(page);
+            }
+        }
+        self.must_flush = false;
+    }
+}
+
+impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
+    fn name(&self) -> &str {
+        "shadow page tables"
+    }
+
+    fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        let shared = &*self.shadow.shared;
+        let now = shared.with(|locked| locked.state.slots.clone());
+        let next = Slots::new(&shared.rmap, update.after, now.view.clone(), Some(&now))?;
+        self.previous = None;
+        self.next = Some(Arc::new(next));
+        let pieces = update.pieces.len();
+        shared.with(|locked| locked.state.closed.try_reserve(pieces)).map_err(|_| OutOfMemory)?;
+        Ok(())
+    }
+
+    fn commit(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        let (Some(view), Some(mut next)) = (update.snapshot(), self.next.take()) else { return Ok(()) };
+        if let Some(next) = Arc::get_mut(&mut next) {
+            next.view = view;
+        }
+        self.previous = Some(self.follow(update, next, true));
+        Ok(())
+    }
+
+    fn undo(&mut self, update: &Update<'_>) {
+        if let Some(previous) = self.previous.take() {
+            self.follow(update, previous, false);
+        }
+    }
+
+    fn settled(&mut self, _: &Update<'_>) {
+        // The lists of slots that are gone.
+        if self.previous.take().is_some() {
+            self.shadow.shared.with(|locked| _ = locked.state.writer.reclaim(CHUNKS));
+        }
+    }
+
+    fn abort(&mut self, _: &Update<'_>) {
+        self.next = None;
+    }
+}

@@ -1,0 +1,231 @@
+//! Unsync tables: tables that the guest may write, and when that is looked at.
+//!
+//! A processor may remember translations until it is told to forget them, so a guest that changes its tables has to flush (load CR3,
+//! INVLPG …) before it can rely on the change. Shadow tables make use of that: a table that the guest writes is not
+//! write-protected again at once, but becomes *unsync*. The guest writes as much as it likes; when it flushes, we compare
+//! each entry that is present with the guest's entry it was made of, and drop or restrict it where the two differ.
+//!
+//! Any number of tables can be unsync, of all levels up to [`ShadowConfig::unsync`](super::ShadowConfig::unsync). (KVM's are
+//! of the lowest level only, since it emulates writes to the others; we have no emulator to fall back on.) What makes that right:
+//!
+//! * **An entry that is present has a snapshot** of the guest's entry, which is what it is compared with. One that is not present
+//!   needs no comparison: the next access faults.
+//! * **A page that shadows a table in sync has no MMU-writable entry for the table's frame anywhere.** A page becomes unsync
+//!   before an entry becomes writable, and entries are made read-only and flushed before a page is compared for the last time.
+//! * **Parents know**: each page says which of its entries have something unsync below, up to the roots. A page that becomes
+//!   unsync tells its parents; a page that is linked while something below it is unsync tells its new parent. So what a root can
+//!   reach is found without looking at what is in sync. The marks are cleared by those who look and find nothing.
+//! * **Pages are compared before they are linked, with all below them**, since the guest may have flushed while they could not be reached.
+//! * **Faults compare what they go through**, whether it is unsync or not.
+//!
+//! # When to write-protect again
+//!
+//! Comparing costs a look at 512 entries, write-protecting costs a fault for each table that is written again. A table that had changed when it
+//! was compared last is likely to change again and stays writable; one that had not is write-protected, compared, and in sync.
+
+use super::ShadowHost;
+use super::guest::{Entry, Rights};
+use super::page::ShadowPage;
+use super::shared::Locked;
+use super::spte;
+use super::stats::Counter;
+use crate::level::{ENTRIES, Level};
+use crate::rmap::Under;
+use crate::sync::Ordering;
+
+/// [`ShadowPage::quiet`]: had changed when it was compared last, or was not yet.
+const BUSY: usize = 0;
+/// Had not.
+const QUIET: usize = 1;
+/// Was write-protected again, and is to be compared for the last time.
+const PROTECTED: usize = 2;
+
+impl<'g, H: ShadowHost> Locked<'g, H> {
+    /// The guest may write to the page's table from now on.
+    pub(super) fn set_unsync(&mut self, page: &'g ShadowPage) {
+        if page.is_unsync() {
+            return;
+        }
+        self.count(Counter::Unsyncs);
+        page.quiet.store(BUSY, Ordering::Relaxed);
+        page.set_unsync(true);
+        self.tell_parents(page);
+    }
+
+    /// The entries that lead to a page have something unsync below.
+    fn tell_parents(&self, page: &'g ShadowPage) {
+        for entry in self.state.writer.entries(page.parents.list()) {
+            if let Some(parent) = self.page(entry.table()) {
+                self.note_unsync_below(parent, entry.index());
+            }
+        }
+    }
+
+    /// Something below this entry is unsync. As deep as there are levels.
+    pub(super) fn note_unsync_below(&self, page: &'g ShadowPage, index: usize) {
+        let knew = page.has_unsync_below();
+        page.set_unsync_below(index, true);
+        if !knew {
+            self.tell_parents(page);
+        }
+    }
+
+    /// Makes everything at a page and below it agree with what the guest's tables are now, as far as its levels are
+    /// `lowest` and more.
+    pub(super) fn sync_below(&mut self, page: &'g ShadowPage, lowest: Level) {
+        if !page.needs_sync() {
+            return;
+        }
+        if self.protect_quiet(page, lowest) {
+            self.flush_now();
+        }
+        self.compare(page, lowest);
+    }
+
+    /// Write-protects the tables that are to be in sync. Returns whether a flush is needed before they are compared.
+    fn protect_quiet(&mut self, page: &'g ShadowPage, lowest: Level) -> bool {
+        let mut must_flush = false;
+        if page.is_unsync() && page.level() >= lowest && page.quiet.load(Ordering::Relaxed) == QUIET {
+            must_flush |= self.write_protect(page.key.gfn);
+            page.quiet.store(PROTECTED, Ordering::Relaxed);
+        }
+        if page.level() > lowest {
+            for index in page.unsync_entries() {
+                if let Some(child) = self.child(page, index) {
+                    must_flush |= self.protect_quiet(child, lowest);
+                }
+            }
+        }
+        must_flush
+    }
+
+    fn compare(&mut self, page: &'g ShadowPage, lowest: Level) {
+        if page.is_unsync() && page.level() >= lowest {
+            let is_protected = page.quiet.load(Ordering::Relaxed) == PROTECTED;
+            let changed = self.sync_page(page);
+            if is_protected {
+                page.set_unsync(false);
+            }
+            let next = if changed == 0 && !is_protected { QUIET } else { BUSY };
+            page.quiet.store(next, Ordering::Relaxed);
+        }
+        if page.level() <= lowest {
+            return;
+        }
+        for index in page.unsync_entries() {
+            let child = self.child(page, index);
+            if let Some(child) = child {
+                self.compare(child, lowest);
+            }
+            if child.is_none_or(|child| !child.needs_sync()) {
+                page.set_unsync_below(index, false);
+            }
+        }
+    }
+
+    /// Compares a page and everything below it, as far as it is unsync, before something leads there: whoever gets there may have
+    /// flushed since it could be reached last.
+    pub(super) fn compare_all(&mut self, page: &'g ShadowPage) {
+        if page.is_unsync() {
+            self.sync_page(page);
+        }
+        for index in page.unsync_entries() {
+            if let Some(child) = self.child(page, index) {
+                self.compare_all(child);
+            }
+        }
+    }
+
+    /// Compares a page with the guest's table. Returns how many entries have changed.
+    pub(super) fn sync_page(&mut self, page: &'g ShadowPage) -> u64 {
+        self.count(Counter::Syncs);
+        let (space, gfn) = (page.key.role.address_space, page.key.gfn);
+        let slot = self.slot_at(space, gfn);
+        let shared = self.shared;
+        let mut changed = 0;
+        let compared = slot.and_then(|slot| {
+            shared.host.with_page(&slot, gfn, |table| {
+                for index in 0..ENTRIES {
+                    let seen = page.gptes[index].load(Ordering::Relaxed);
+                    if seen == 0 {
+                        continue;
+                    }
+                    let now = page.guest_entry(table, index);
+                    if now != seen {
+                        self.sync_entry(page, index, now);
+                        changed += 1;
+                    }
+                }
+            })
+        });
+        if compared.is_none() {
+            // There is no memory any more: nothing is present.
+            for index in 0..ENTRIES {
+                changed += u64::from(self.drop_entry(page, index));
+            }
+        }
+        shared.counters.add(Counter::SyncedEntries, changed);
+        changed
+    }
+
+    /// The guest's entry is another one than that which an entry was made of.
+    ///
+    /// Access is taken away here and never given: what the guest allows now and did not before, the next fault finds out.
+    pub(super) fn sync_entry(&mut self, page: &'g ShadowPage, index: usize, gpte: u64) {
+        const ACCESSED: u64 = 1 << 5;
+        const DIRTY: u64 = 1 << 6;
+        let level = page.level();
+        let entry = self.load(page, index);
+        // Without the accessed bit the guest wants to know of the next use.
+        let keeps = gpte & ACCESSED != 0
+            && match page.paging.entry(level, gpte) {
+                Entry::NotPresent | Entry::Reserved => false,
+                Entry::Table(gfn) => self.child(page, index).is_some_and(|child| {
+                    let role = &child.key.role;
+                    !role.direct
+                        && child.key.gfn == gfn
+                        && role.rights == page.key.role.rights & page.paging.rights_of(gpte)
+                }),
+                Entry::Page(_) => {
+                    let same = |gfn| self.filed_for(page, index) == Some(Under::Gfn { gfn, level });
+                    spte::is_leaf(entry, level) && page.leaf_gfn(index, gpte).is_some_and(same)
+                }
+            };
+        if !keeps {
+            self.drop_entry(page, index);
+            return;
+        }
+        page.gptes[index].store(gpte, Ordering::SeqCst);
+        if spte::is_leaf(entry, level) {
+            let mut rights = page.key.role.rights & page.paging.rights_of(gpte);
+            if gpte & DIRTY == 0 {
+                rights -= Rights::WRITE;
+            }
+            self.restrict(page, index, rights);
+        }
+    }
+
+    /// Takes from a leaf what these rights do not have.
+    fn restrict(&mut self, page: &'g ShadowPage, index: usize, rights: Rights) {
+        // With CR0.WP clear, a supervisor's write has made a read-only page writable, and not a user's: that starts anew.
+        if !page.key.role.reading.write_protect {
+            self.drop_entry(page, index);
+            return;
+        }
+        loop {
+            let old = self.load(page, index);
+            let new = spte::restricted(old, rights);
+            if new == old {
+                return;
+            }
+            // The fast path may have set W meanwhile.
+            let entry = &self.table(page).0[index];
+            if entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                break;
+            }
+        }
+        if let Some(Under::Gfn { gfn, level }) = self.filed_for(page, index) {
+            self.owe(crate::invalidate::range(gfn.get(), gfn.get() + level.pages()));
+        }
+    }
+}

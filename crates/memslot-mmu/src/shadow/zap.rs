@@ -1,0 +1,184 @@
+//! Taking away what is mapped: ranges of frames, memory of the host, everything.
+//!
+//! Each works in steps, between which others get the lock; what is taken away in all of them is flushed once, at the end.
+
+use memslot::{AddressSpaceId, Gfn, GfnRange, HvaRange, OutOfMemory};
+
+use super::shared::{Locked, Shared};
+use super::spte::SpteRef;
+use super::{Shadow, ShadowHost, spte};
+use crate::invalidate::{Covered, ends, range};
+use crate::level::Level;
+use crate::sync::Ordering;
+
+/// So many entries are taken away before others get the lock.
+const STEP: usize = 1 << 10;
+/// So many shadow pages.
+const PAGES_STEP: usize = 16;
+
+const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
+
+/// What is done with the entries that map some frames.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Task {
+    /// They go.
+    Zap,
+    /// They go; the memory is so much further now, in a slot that is logged: what was writable is dirty there.
+    ZapMoved(u64),
+    /// They lose these bits.
+    Take(u64),
+}
+
+impl<H: ShadowHost> Locked<'_, H> {
+    /// Does it to the entries of one level from `at` on, with a budget. Returns where it has stopped.
+    fn work_on(&mut self, task: Task, space: AddressSpaceId, level: Level, gfns: GfnRange, at: u64) -> u64 {
+        let slots = self.state.slots.clone();
+        let (_, end) = ends(gfns);
+        let mut budget = STEP;
+        for rmap in slots.rmaps_in(space, range(at, end)) {
+            for (gfn, list) in rmap.lists(level, range(at, end)) {
+                if budget == 0 {
+                    return gfn.get().max(at);
+                }
+                if task.zaps() {
+                    while let Some(entry) = self.state.writer.entries(list).next() {
+                        budget = budget.saturating_sub(1);
+                        if !self.work_on_entry(task, space, (gfn, level), entry) {
+                            break;
+                        }
+                    }
+                } else {
+                    let mut taken = 0;
+                    for entry in self.state.writer.entries(list) {
+                        budget = budget.saturating_sub(1);
+                        taken |= self.take_bits(entry, task.bits());
+                    }
+                    if taken != 0 {
+                        self.owe(range(gfn.get(), gfn.get() + level.pages()));
+                    }
+                }
+            }
+        }
+        end
+    }
+
+    /// Does it to one entry, which maps this page of guest memory. Returns whether it was there.
+    pub(super) fn work_on_entry(
+        &mut self,
+        task: Task,
+        space: AddressSpaceId,
+        (gfn, level): (Gfn, Level),
+        entry: SpteRef,
+    ) -> bool {
+        let Some(page) = self.page(entry.table()) else { return false };
+        if !task.zaps() {
+            if self.take_bits(entry, task.bits()) != 0 {
+                self.owe(range(gfn.get(), gfn.get() + level.pages()));
+            }
+            return true;
+        }
+        let seen = self.load(page, entry.index());
+        if let (Task::ZapMoved(further), true) = (task, seen & spte::WRITE != 0) {
+            let first = gfn.get().wrapping_add(further);
+            self.shared.mark(space, range(first, first.wrapping_add(level.pages())));
+        }
+        let was_present = self.drop_entry(page, entry.index());
+        debug_assert!(was_present, "an entry is filed and not present");
+        was_present
+    }
+}
+
+impl Task {
+    pub(super) fn zaps(self) -> bool {
+        !matches!(self, Self::Take(_))
+    }
+
+    fn bits(self) -> u64 {
+        if let Self::Take(bits) = self { bits } else { 0 }
+    }
+}
+
+impl<H: ShadowHost> Shared<H> {
+    /// Does it to all entries that map any of these frames. What that owes is left pending.
+    pub(super) fn work_on(&self, task: Task, space: AddressSpaceId, gfns: GfnRange) {
+        let (start, end) = ends(gfns);
+        self.with(|locked| locked.state.changes.add(space, gfns));
+        for level in LEVELS {
+            let mut at = start;
+            while at < end {
+                at = self.with(|locked| locked.work_on(task, space, level, gfns, at));
+            }
+        }
+    }
+
+    /// What is pending about these frames is flushed.
+    pub(super) fn flush(&self, gfns: GfnRange) {
+        self.with(|locked| locked.flush_later(gfns));
+    }
+}
+
+impl<H: ShadowHost> Shadow<H> {
+    /// Nothing maps these frames of the address space any more, and no processor has a translation to them, when this returns. One
+    /// flush.
+    pub fn zap_gfn_range(&self, space: AddressSpaceId, gfns: GfnRange) {
+        self.shared.work_on(Task::Zap, space, gfns);
+        self.shared.flush(gfns);
+    }
+
+    /// Gives up all shadow pages: they are obsolete at once, and taken apart in bounded steps. Virtual processors find their roots
+    /// [stale](super::ShadowVcpu::is_stale). One flush or a few.
+    pub fn zap_all(&self) {
+        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        while self.shared.with(|locked| locked.zap_obsolete(PAGES_STEP)) {}
+    }
+
+    /// Begins to invalidate host memory: when this returns, no processor has a translation to it (flushed already),
+    /// and until the result is dropped no fault makes one. In all address spaces; aliases are all found.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`]; nothing was invalidated.
+    pub fn invalidate_hva(&self, hvas: HvaRange) -> Result<ShadowInvalidation<'_, H>, OutOfMemory> {
+        let number = self.shared.invalidations.begin(Covered::Hva(hvas))?;
+        let invalidation = ShadowInvalidation { shadow: self, number };
+        // Taken after the invalidation is listed: a slot that this version lacks is published later, and whoever
+        // faults there sees the list.
+        let slots = self.shared.with(|locked| locked.state.slots.clone());
+        for space in slots.spaces() {
+            for hit in slots.view.slots_at_hva(space, hvas) {
+                self.shared.work_on(Task::Zap, space, hit.gfns);
+            }
+        }
+        self.shared.with(|locked| {
+            for space in slots.spaces() {
+                for hit in slots.view.slots_at_hva(space, hvas) {
+                    locked.flush_later(hit.gfns);
+                }
+            }
+        });
+        Ok(invalidation)
+    }
+
+    /// How many invalidations are under way.
+    #[must_use]
+    pub fn invalidations(&self) -> usize {
+        self.shared.invalidations.count()
+    }
+}
+
+/// An invalidation under way: nothing maps what it covers, and nothing will until it is dropped.
+#[must_use = "faults retry for as long as this exists: keep it until the memory has changed"]
+pub struct ShadowInvalidation<'m, H: ShadowHost> {
+    shadow: &'m Shadow<H>,
+    number: u64,
+}
+
+impl<H: ShadowHost> ShadowInvalidation<'_, H> {
+    /// The memory has changed: faults find it as it is now. The same as dropping it.
+    pub fn end(self) {}
+}
+
+impl<H: ShadowHost> Drop for ShadowInvalidation<'_, H> {
+    fn drop(&mut self) {
+        self.shadow.shared.invalidations.end(self.number);
+    }
+}

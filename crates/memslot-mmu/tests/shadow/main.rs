@@ -1,0 +1,17 @@
+//! Shadow paging. The walker of the guest's tables: cases computed by hand, and random tables beside a second walker.
+#![cfg(not(loom))]
+#![allow(missing_docs, unreachable_pub, reason = "a test program")]
+
+mod memory;
+mod naive;
+mod past_bugs;
+mod programs;
+mod slot_set;
+mod walk_cases;
+mod walk_model;
+mod world;
+
+/// So many random cases for each property, or as many as `PROPTEST_CASES` says.
+fn cases(default: u32) -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
+}

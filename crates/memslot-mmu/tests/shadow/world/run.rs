@@ -1,0 +1,176 @@
+//! Runs operations.
+
+use memslot::{AddressSpaceId, Gfn, Hva, HvaRange, SlotFlags, SlotId};
+
+use memslot_mmu::Level;
+use memslot_mmu::shadow::ShadowConfig;
+use memslot_mmu::shadow::guest::Mode;
+
+use super::host::HVA;
+use super::layout::{END, LARGE, SMALL};
+use super::op::{EntrySpec, Op};
+use super::{RAM, SMM, World, page_of, range, slot};
+use crate::naive::Want;
+
+/// A guest and its program from any bytes: the first says what guest, eight more are an operation each. No more than so
+/// many operations are run.
+pub fn run_bytes(bytes: &[u8], most: usize) {
+    let Some((&first, rest)) = bytes.split_first() else { return };
+    let mode = [Mode::Level4, Mode::Bits32, Mode::Pae, Mode::Level4][usize::from(first & 3)];
+    let unsync = [Level::K4, Level::M2, Level::G1, Level::new(5).unwrap()][usize::from(first >> 2 & 3)];
+    let largest = [Level::K4, Level::G1][usize::from(first >> 4 & 1)];
+    let config = ShadowConfig { unsync, largest, pages: 64, ..ShadowConfig::default() };
+    let mut world = World::new(mode, config);
+    world.emulates = first >> 5 & 1 != 0;
+    let mut program = Op::program(rest);
+    program.truncate(most);
+    world.run(&program);
+}
+
+fn space(smm: bool) -> AddressSpaceId {
+    if smm { SMM } else { RAM }
+}
+
+impl World {
+    /// Runs a program; after each operation everything is checked.
+    pub fn run(&mut self, program: &[Op]) {
+        for op in program {
+            self.step(op);
+            self.check();
+        }
+    }
+
+    /// One operation.
+    pub fn step(&mut self, op: &Op) {
+        self.now += 1;
+        self.apply(op);
+        self.note();
+    }
+
+    fn entry(&self, spec: EntrySpec) -> (u64, u64) {
+        let size = self.layout.size().bytes();
+        let index = match spec.index {
+            255 => self.layout.kernel_index(),
+            254 => spec.index / 8,
+            other => self.layout.index(other),
+        };
+        ((spec.table() << 12) + index * size, spec.value(size))
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match *op {
+            Op::Touch { cpu, address, how } => {
+                let bit = |bit: u8| how >> bit & 1 != 0;
+                let want =
+                    Want { write: bit(0) && !bit(2), user: bit(1), fetch: bit(2) && bit(3), ac: bit(4) };
+                let address = if how >= 0xf0 { address << 12 } else { self.layout.address(address) };
+                if let super::Touched::Emulated(gpa) = self.touch(cpu, address, want) {
+                    // What is written is what is there.
+                    let gpa = gpa & !7;
+                    let space = self.cpus[cpu].space;
+                    let value = self.peek(space, gpa).unwrap_or(0);
+                    self.device_write(space, gpa, value);
+                }
+            }
+            Op::Store { cpu, entry } => {
+                let (gpa, value) = self.entry(entry);
+                self.store(cpu, gpa, value);
+            }
+            Op::Device { entry } => {
+                let (gpa, value) = self.entry(entry);
+                self.device_write(RAM, gpa, value);
+            }
+            Op::Invlpg { cpu, address } => self.invlpg(cpu, self.layout.address(address)),
+            Op::Load { cpu, root, flags, smm, off } => {
+                self.load(cpu, root, flags, space(smm), off);
+            }
+            Op::FlushGuest { cpu } => self.flush_guest(cpu),
+            Op::Harvest => {
+                self.harvest();
+            }
+            Op::MoveMemory { page, meanwhile, unreachable } => self.move_memory(page, meanwhile, unreachable),
+            Op::HostReadOnly { page, on } => {
+                let hva = HVA + (page << 12);
+                let shadow = self.shadow.clone();
+                let invalidation = shadow.invalidate_hva(page_of(hva)).unwrap();
+                self.host.set_read_only(hva, on);
+                invalidation.end();
+            }
+            Op::ZapRange { smm, first, pages } => self.shadow.zap_gfn_range(space(smm), range(first, pages)),
+            Op::ZapAll => self.shadow.zap_all(),
+            Op::Unprotect { gfn } => {
+                self.shadow.unprotect(Gfn::new(gfn));
+            }
+            Op::Age => {
+                self.shadow.ager().unwrap().age(RAM, range(0, END));
+            }
+            _ => {
+                self.change_slots(op);
+                self.slots_changed();
+            }
+        }
+    }
+
+    /// The host moves a page, with an access in the middle.
+    fn move_memory(&mut self, page: u64, meanwhile: u64, unreachable: bool) {
+        let hva = HVA + (page << 12);
+        let shadow = self.shadow.clone();
+        let invalidation = shadow.invalidate_hva(page_of(hva)).unwrap();
+        self.host.set_changing(hva, unreachable);
+        let want = Want { write: meanwhile & 1 != 0, user: false, fetch: false, ac: true };
+        self.touch(0, self.layout.address(meanwhile >> 1), want);
+        // What it has mapped meanwhile is not of that page.
+        let pfn = self.host.pfn(hva);
+        for cpu in &self.cpus {
+            assert!(self.host.tlb(cpu.tlb).values().all(|cached| cached.pfn != pfn), "{page:#x} is used");
+        }
+        self.host.move_page(hva);
+        self.host.set_changing(hva, false);
+        invalidation.end();
+    }
+
+    /// Changes that the table refuses change nothing. No two slots of a space have the same host memory, as nobody tracks tables
+    /// through aliases.
+    fn change_slots(&mut self, op: &Op) {
+        let id = SlotId::new;
+        let flags = |bits: u32| SlotFlags::from_bits_truncate(bits);
+        let table = &mut self.table;
+        let _ = match *op {
+            Op::CreateSlot { smm, id, shape, flags: bits } => {
+                let (gfns, page) = match shape % 8 {
+                    0 => (range(0, SMALL), 0),
+                    1 => (range(0, 24), 0),
+                    2 => (range(24, SMALL - 24), 24),
+                    3 => (range(8, 20), 8),
+                    4 => (range(LARGE, END - LARGE), LARGE),
+                    5 => (range(LARGE + 3, 700), LARGE + 3),
+                    6 => (range(24, 24), 2048),
+                    // A guest's large page is none of the host's.
+                    _ => (range(LARGE, END - LARGE), 4097),
+                };
+                let hvas = HvaRange::with_len(Hva::new(HVA + (page << 12)), gfns.len() << 12).unwrap();
+                if table.view().slots_at_hva(space(smm), hvas).next().is_some() {
+                    return;
+                }
+                table.create(slot(space(smm), id, gfns, page, flags(bits)))
+            }
+            Op::DeleteSlot { smm, id: number } => table.delete(space(smm), id(number)),
+            Op::MoveSlot { smm, id: number, to } => {
+                let Some(slot) = table.view().slot(space(smm), id(number)) else { return };
+                let to = if slot.pages() > SMALL { LARGE + to % 64 } else { to % SMALL };
+                table.move_to(space(smm), id(number), Gfn::new(to))
+            }
+            Op::SlotFlags { smm, id: number, flags: bits } => table.transaction(|tx| {
+                tx.set_read_only(space(smm), id(number), flags(bits).contains(SlotFlags::READONLY))?;
+                tx.set_flags(space(smm), id(number), flags(bits))
+            }),
+            Op::SplitSlot { smm, id: number, at, new } => {
+                table.transaction(|tx| tx.split(space(smm), id(number), Gfn::new(at), id(new)))
+            }
+            Op::MergeSlots { smm, low, high } => {
+                table.transaction(|tx| tx.merge(space(smm), id(low), id(high)))
+            }
+            _ => unreachable!("{op:?} is about slots"),
+        };
+    }
+}

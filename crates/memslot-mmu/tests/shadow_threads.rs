@@ -1,0 +1,266 @@
+//! Shadow tables used by many threads at once: virtual processors that fault and load, a device that writes their tables, and a VMM that
+//! changes slots, moves memory, harvests the dirty log, ages and zaps. At the end, and now and then, everything must be as it must be.
+#![cfg(not(loom))]
+#![allow(missing_docs, unreachable_pub, reason = "a test program")]
+
+use std::convert::Infallible;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::thread;
+
+use memslot::dirty::DirtyLog;
+use memslot::{
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, Slot, SlotFlags, SlotId, SlotSpec,
+    SlotTable,
+};
+use memslot_mmu::format::Access;
+use memslot_mmu::shadow::guest::{GuestAccess, GuestPaging, Processor, Registers};
+use memslot_mmu::shadow::{GuestMemory, Shadow, ShadowConfig, ShadowFault};
+use memslot_mmu::user::UserHost;
+use memslot_mmu::{Answer, Context, Frames, Pfn, Table, TableMemory, TlbFlush};
+
+const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
+/// Tables are in the first frames, a slot of their own; data behind.
+const TABLES: u64 = 32;
+const PAGES: u64 = 2048;
+/// The page tables, each level's, and the roots.
+const PT: u64 = 16;
+const PD: u64 = 8;
+const PDPT: u64 = 4;
+
+#[derive(Clone)]
+struct TestHost {
+    user: Arc<UserHost>,
+    memory: Arc<Vec<Table>>,
+}
+
+impl TestHost {
+    fn new() -> Self {
+        let zero = || Table(std::array::from_fn(|_| AtomicU64::new(0)));
+        let memory = (0..PAGES).map(|_| zero()).collect();
+        Self { user: Arc::default(), memory: Arc::new(memory) }
+    }
+
+    fn hva(&self) -> u64 {
+        self.memory.as_ptr().addr() as u64
+    }
+
+    fn entry(&self, gfn: u64, index: u64) -> &AtomicU64 {
+        &self.memory[usize::try_from(gfn).unwrap()].0[usize::try_from(index).unwrap()]
+    }
+}
+
+// SAFETY: passed on.
+unsafe impl TableMemory for TestHost {
+    fn allocate(&self, tables: usize) -> Option<Pfn> {
+        self.user.allocate(tables)
+    }
+
+    unsafe fn free(&self, first: Pfn, tables: usize) {
+        // SAFETY: passed on.
+        unsafe { self.user.free(first, tables) }
+    }
+
+    fn reach(&self, table: Pfn) -> NonNull<Table> {
+        self.user.reach(table)
+    }
+}
+
+impl Frames for TestHost {
+    type Error = Infallible;
+
+    fn frame(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Answer, Infallible> {
+        self.user.frame(slot, gfn, access)
+    }
+}
+
+impl TlbFlush for TestHost {
+    fn flush(&self, context: Context, gfns: GfnRange) {
+        self.user.flush(context, gfns);
+    }
+}
+
+impl GuestMemory for TestHost {
+    fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
+        let page = (slot.hva_of(gfn)?.get() - self.hva()) >> 12;
+        Some(work(&self.memory[usize::try_from(page).unwrap()]))
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % below
+    }
+}
+
+fn slot(id: u32, gfns: (u64, u64), host: &TestHost, flags: SlotFlags) -> SlotSpec {
+    SlotSpec {
+        address_space: RAM,
+        id: SlotId::new(id),
+        gfns: GfnRange::with_len(Gfn::new(gfns.0), gfns.1).unwrap(),
+        backing: Backing::Host { hva: Hva::new(host.hva() + (gfns.0 << 12)) },
+        flags,
+    }
+}
+
+fn paging(root: u64) -> GuestPaging {
+    let registers = Registers { cr0: 0x8001_0011, cr3: root << 12, cr4: 0x20, efer: 0xd00 };
+    GuestPaging::new(registers, Processor::default())
+}
+
+/// What an entry of this table may be.
+fn entry(random: &mut Random, table: u64) -> u64 {
+    let flags = [0x27, 0x67, 0x67, 0x25, 0x65, 0x61, 0x26][usize::try_from(random.next(7)).unwrap()];
+    match table {
+        _ if table < PDPT => (PDPT + random.next(PD - PDPT)) << 12 | 0x27,
+        _ if table < PD => (PD + random.next(PT - PD)) << 12 | 0x27,
+        _ if table < PT && random.next(4) == 0 => {
+            [512, 1024][usize::try_from(random.next(2)).unwrap()] << 12 | 0x80 | flags
+        }
+        _ if table < PT => (PT + random.next(TABLES - PT)) << 12 | flags,
+        // Data, and now and then a table.
+        _ => {
+            let end = if random.next(8) == 0 { PAGES } else { 256 };
+            random.next(end) << 12 | flags
+        }
+    }
+}
+
+fn address(random: &mut Random) -> u64 {
+    random.next(2) << 39 | random.next(2) << 30 | random.next(3) << 21 | random.next(20) << 12
+}
+
+fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
+    let host = TestHost::new();
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    let log = DirtyLog::attach(&mut table).unwrap();
+    let config = ShadowConfig {
+        unsync: memslot_mmu::Level::new(unsync).unwrap(),
+        pages,
+        log: Some(log.clone()),
+        ..ShadowConfig::default()
+    };
+    let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
+    table.create(slot(0, (0, TABLES), &host, SlotFlags::empty())).unwrap();
+    table.create(slot(1, (TABLES, PAGES - TABLES), &host, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    let mut random = Random(seed | 1);
+    for gfn in 0..TABLES {
+        for index in 0..20 {
+            host.entry(gfn, index).store(entry(&mut random, gfn), Ordering::SeqCst);
+        }
+    }
+    // Whoever changes something holds it for reading; who checks everything, for writing.
+    let quiet = RwLock::new(());
+    let done = AtomicBool::new(false);
+    let (mapped, finished) = (AtomicU64::new(0), AtomicU64::new(0));
+    thread::scope(|scope| {
+        for number in 0..3 {
+            let (shadow, quiet, mapped, finished, host) = (&shadow, &quiet, &mapped, &finished, &host);
+            let mut random = Random(seed * 31 + number + 77);
+            scope.spawn(move || {
+                let mut vcpu = shadow.vcpu().unwrap();
+                vcpu.load(paging(random.next(PDPT)), RAM).unwrap();
+                for _ in 0..steps {
+                    let _working = quiet.read().unwrap();
+                    if vcpu.is_stale() || random.next(40) == 0 {
+                        vcpu.load(paging(random.next(PDPT)), RAM).unwrap();
+                    }
+                    let at = address(&mut random);
+                    match random.next(16) {
+                        0 => vcpu.invlpg(at),
+                        1 => vcpu.flush_guest(),
+                        2 => {
+                            let (gfn, index) = (random.next(TABLES), random.next(20));
+                            host.entry(gfn, index).store(entry(&mut random, gfn), Ordering::SeqCst);
+                            shadow.wrote(RAM, Gpa::new(gfn << 12 | index << 3), 8);
+                        }
+                        _ => {
+                            let bits = [0, 2, 2, 4, 6][usize::try_from(random.next(5)).unwrap()];
+                            match vcpu.fault(at, GuestAccess::from_error_code(bits, false)).unwrap() {
+                                ShadowFault::Mapped(_) => _ = mapped.fetch_add(1, Ordering::Relaxed),
+                                ShadowFault::WriteTracked(gpa) => {
+                                    shadow.unprotect(Gfn::new(gpa.get() >> 12));
+                                }
+                                _ => {}
+                            }
+                        }
+                    }
+                }
+                finished.fetch_add(1, Ordering::SeqCst);
+            });
+        }
+        {
+            let (shadow, quiet, done, host, table) = (&shadow, &quiet, &done, &host, &mut table);
+            let mut random = Random(seed * 97 + 5);
+            let consumer = log.consumer().unwrap();
+            scope.spawn(move || {
+                let mut rearm = shadow.dirty_rearm().unwrap();
+                let mut ager = shadow.ager().unwrap();
+                while !done.load(Ordering::SeqCst) {
+                    let _working = quiet.read().unwrap();
+                    let gfns = GfnRange::with_len(Gfn::new(random.next(PAGES)), 1 + random.next(64)).unwrap();
+                    match random.next(24) {
+                        0..=5 => rearm.harvest(&consumer).unwrap().commit(),
+                        6..=9 => _ = ager.age(RAM, gfns),
+                        10..=12 => shadow.zap_gfn_range(RAM, gfns),
+                        13..=15 => {
+                            let hvas =
+                                HvaRange::with_len(Hva::new(host.hva() + (gfns.start().get() << 12)), 4096);
+                            shadow.invalidate_hva(hvas.unwrap()).unwrap().end();
+                        }
+                        16 => shadow.zap_all(),
+                        17 | 18 => {
+                            table.delete(RAM, SlotId::new(1)).unwrap();
+                            let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(4)).unwrap());
+                            table.create(slot(1, (TABLES, PAGES - TABLES), host, flags)).unwrap();
+                        }
+                        19 => {
+                            table.delete(RAM, SlotId::new(0)).unwrap();
+                            table.create(slot(0, (0, TABLES), host, SlotFlags::empty())).unwrap();
+                        }
+                        _ => {
+                            let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(2)).unwrap());
+                            table.set_flags(RAM, SlotId::new(1), flags).ok();
+                        }
+                    }
+                }
+            });
+        }
+        let (shadow, quiet, done, finished) = (&shadow, &quiet, &done, &finished);
+        scope.spawn(move || {
+            while finished.load(Ordering::SeqCst) < 3 {
+                thread::sleep(std::time::Duration::from_millis(20));
+                let _alone = quiet.write().unwrap();
+                if let Err(why) = shadow.check() {
+                    done.store(true, Ordering::SeqCst);
+                    panic!("{why}");
+                }
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+    });
+    shadow.check().unwrap();
+    assert!(mapped.load(Ordering::Relaxed) > steps / 10, "hardly anything was mapped");
+    println!("{:?}", shadow.stats());
+    shadow.zap_all();
+    shadow.reclaim();
+    assert_eq!(shadow.stats().tables, 0);
+    drop((table, shadow));
+    assert_eq!(host.user.tables(), 0);
+}
+
+#[test]
+fn threads_with_all_tables_unsync() {
+    run(5, 1 << 14, 3, 20_000);
+}
+
+#[test]
+fn threads_as_in_kvm_and_with_little_room() {
+    run(1, 64, 11, 20_000);
+}

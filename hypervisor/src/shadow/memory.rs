@@ -1,0 +1,90 @@
+//! The guest's memory as its processor sees it: page-table entries, and the bytes of instructions.
+
+use core::convert::Infallible;
+use core::sync::atomic::Ordering;
+
+use memslot::{AddressSpaceId, Gfn, Gpa, OutOfMemory, Pinned, Reader};
+use memslot_mmu::Table;
+use memslot_mmu::shadow::GuestMemory as _;
+use memslot_mmu::shadow::guest::{EntrySize, Exchange, GuestAccess, GuestPaging, GuestTables, walk};
+
+use super::decode::LONGEST;
+use crate::cpu::index;
+use crate::guest::Guest;
+use crate::paging::Host;
+
+/// See the [module documentation](self).
+pub(super) struct Memory {
+    slots: Reader,
+    host: &'static Host,
+}
+
+impl Memory {
+    pub(super) fn new(guest: &Guest) -> Result<Self, OutOfMemory> {
+        Ok(Self { slots: guest.table.reader()?, host: guest.host })
+    }
+
+    /// The tables in an address space, as they are now.
+    pub(super) fn tables(&mut self, space: AddressSpaceId) -> Tables<'_> {
+        Tables { slots: self.slots.pin(), host: self.host, space }
+    }
+
+    /// Up to [`LONGEST`] bytes of an instruction, and how many there are.
+    pub(super) fn instruction(
+        &mut self,
+        space: AddressSpaceId,
+        paging: &GuestPaging,
+        at: u64,
+    ) -> ([u8; LONGEST], usize) {
+        let tables = self.tables(space);
+        let (mut bytes, mut length) = ([0; LONGEST], 0);
+        // It may go on in the next page.
+        while length < LONGEST {
+            // It was executed, so no A bit is missing.
+            let walked = walk(&tables, paging, at.wrapping_add(length as u64), GuestAccess::FETCH);
+            let Ok(Ok(walk)) = walked else { break };
+            let from = index(walk.gpa.get() & 0xfff);
+            let here = bytes[length..].iter_mut().zip(from..4096);
+            let copied = tables.with_page(walk.gpa, |page| {
+                here.map(|(byte, at)| *byte = page.0[at / 8].load(Ordering::SeqCst).to_le_bytes()[at % 8])
+                    .count()
+            });
+            length += match copied {
+                Some(copied) => copied,
+                None => break,
+            };
+        }
+        (bytes, length)
+    }
+}
+
+/// Entries of tables, read only.
+pub(super) struct Tables<'a> {
+    slots: Pinned<'a>,
+    host: &'static Host,
+    space: AddressSpaceId,
+}
+
+impl Tables<'_> {
+    fn with_page<R>(&self, gpa: Gpa, work: impl FnOnce(&Table) -> R) -> Option<R> {
+        let gfn = Gfn::new(gpa.get() >> 12);
+        self.host.with_page(self.slots.slot_at(self.space, gfn)?, gfn, work)
+    }
+}
+
+impl GuestTables for Tables<'_> {
+    type Error = Infallible;
+
+    fn read(&self, gpa: Gpa, size: EntrySize) -> Result<Option<u64>, Infallible> {
+        let word = self.with_page(gpa, |page| page.0[index((gpa.get() & 0xfff) / 8)].load(Ordering::SeqCst));
+        Ok(word.map(|word| match size {
+            EntrySize::Eight => word,
+            EntrySize::Four => word >> (8 * (gpa.get() & 4)) & 0xffff_ffff,
+        }))
+    }
+
+    fn exchange(&self, _: Gpa, _: EntrySize, _: u64, _: u64) -> Result<Exchange, Infallible> {
+        // Looking leaves no traces.
+        Ok(Exchange::NotWritable)
+    }
+}
