@@ -10,7 +10,7 @@ use super::cursor::{At, Cursor, Next, Visit};
 use super::epoch::Cell;
 use super::protect::{Protect, Take};
 use super::shared::hull;
-use super::{Mmu, Shared};
+use super::{Mmu, Pin, Shared};
 use crate::counted::Counted;
 use crate::format::Format;
 use crate::host::Host;
@@ -83,6 +83,18 @@ impl<F: Format, H: Host> Visit for Collect<'_, F, H> {
     }
 }
 
+/// Marks pages whose dirty bits are set, of frames that are logged, from `from` to `end`. Returns where it stopped after
+/// `budget` entries.
+pub(crate) fn collect_dirty_bits<F: Format, H: Host>(
+    pin: &Pin<'_, F, H>,
+    from: u64,
+    end: u64,
+    budget: usize,
+) -> u64 {
+    let mut collect = Collect::<F, H> { shared: pin.shared, format: PhantomData };
+    Cursor::new(pin, from, end, budget).run(from, &mut collect)
+}
+
 impl<F: Format, H: Host> DirtyRearm<F, H> {
     /// With [`DirtyMode::Hardware`](crate::DirtyMode::Hardware), marks the pages of logged slots whose dirty bits are
     /// set. To be called before each harvest; with write protection there is nothing to do.
@@ -94,11 +106,10 @@ impl<F: Format, H: Host> DirtyRearm<F, H> {
             return;
         }
         let pin = shared.pin(&self.cell);
-        let mut collect = Collect::<F, H> { shared, format: PhantomData };
         let view = &pin.published().view;
         for slot in view.slots(shared.space()).filter(|slot| shared.is_logged(slot)) {
             let (start, end) = ends(slot.gfns());
-            Cursor::new(&pin, start, end, usize::MAX).run(start, &mut collect);
+            collect_dirty_bits(&pin, start, end, usize::MAX);
         }
     }
 
