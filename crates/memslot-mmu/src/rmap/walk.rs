@@ -111,6 +111,24 @@ impl<'a, E: RmapEntry> Entries<'a, E> {
     }
 }
 
+/// Folds those of some cells that are among the first `left`, from the last one down. `left` is no more than were filled when
+/// the walk came here.
+#[inline(always)]
+fn down<const FROM: usize, const TO: usize, B, E: RmapEntry, F: FnMut(B, E) -> B>(
+    cells: &[AtomicU64; CELLS],
+    left: usize,
+    mut result: B,
+    f: &mut F,
+) -> B {
+    for place in (FROM..TO.min(CELLS)).rev() {
+        if place < left {
+            // SAFETY: below those that were filled.
+            result = f(result, unsafe { entry(&cells[place]) });
+        }
+    }
+    result
+}
+
 /// An entry that is in a cell.
 ///
 /// # Safety
@@ -150,25 +168,22 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
             result = f(result, E::from_word(word));
         }
         while let Some(descriptor) = self.descriptor {
-            // Most have a length that the compiler knows: all but the first.
-            if self.left == CELLS {
-                for cell in descriptor.cells.iter().rev() {
+            let cells = &descriptor.cells;
+            // Each cell where the compiler knows the place: most descriptors are full, and in the first one, to ask for each is
+            // cheaper than to count.
+            if self.left >= CELLS {
+                for cell in cells.iter().rev() {
                     // SAFETY: all were filled when the walk came here.
                     result = f(result, unsafe { entry(cell) });
                 }
             } else {
-                let mut cells = descriptor.cells.get(..self.left).unwrap_or_default();
-                while let [before @ .., a, b, c, d] = cells {
-                    for cell in [d, c, b, a] {
-                        // SAFETY: below those that were filled when the walk came here.
-                        result = f(result, unsafe { entry(cell) });
-                    }
-                    cells = before;
+                if self.left > 8 {
+                    result = down::<8, CELLS, B, E, F>(cells, self.left, result, &mut f);
                 }
-                for cell in cells.iter().rev() {
-                    // SAFETY: as above.
-                    result = f(result, unsafe { entry(cell) });
+                if self.left > 4 {
+                    result = down::<4, 8, B, E, F>(cells, self.left, result, &mut f);
                 }
+                result = down::<0, 4, B, E, F>(cells, self.left, result, &mut f);
             }
             // SAFETY: as in `next`.
             self.go_to(unsafe { descriptor.next() });
