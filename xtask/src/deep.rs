@@ -7,7 +7,7 @@ use clap::ValueEnum;
 
 use crate::run::{Report, say};
 use crate::step::{self, Step};
-use crate::{test, tools};
+use crate::{oldest, test, tools};
 
 /// Run the slow proofs: the real kernel, deep loom models, Miri, sanitizers, many random cases, mutants.
 ///
@@ -55,6 +55,8 @@ enum Proof {
     Fuzz,
     /// Linux on the hypervisor: every scenario, the dirty log with both sizes of pages and both ways (needs QEMU)
     Linux,
+    /// The libraries with the oldest compiler they promise, Rust 1.85, for x86-64 and arm64 (needs mmdebstrap)
+    Oldest,
     /// Changes the core on purpose and lists the changes that no test notices (needs cargo-mutants)
     Mutants,
 }
@@ -78,6 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             Proof::Proptest => report.run(&proptest(args.cases)),
             Proof::Fuzz => fuzz(&mut report, args.fuzz_seconds),
             Proof::Linux => linux(&mut report),
+            Proof::Oldest => oldest::run(&mut report),
             Proof::Mutants => mutants(&mut report),
         }
     }
@@ -89,7 +92,18 @@ fn linux(report: &mut Report) {
     let large = ["--scenario=dirty", "--pages=2m"];
     let small =
         ["--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=dirty", "--pages=4k"];
-    let runs: [(&str, &[&str]); 3] = [("large pages", &all), ("dirty log", &large), ("small pages", &small)];
+    let two = ["--smp=2", "--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=dirty"];
+    let four = ["--smp=4", "--scenario=boot", "--scenario=dirty", "--pages=4k"];
+    let runs: [(&str, &[&str]); 5] = [
+        ("large pages", &all),
+        ("dirty log", &large),
+        ("small pages", &small),
+        ("two processors", &two),
+        ("four processors", &four),
+    ];
+    let repeatable = ["--icount", "--twice", "--memory=256M", "--rounds=1", "--scenario=dirty", "--pages=4k"];
+    let step = ["xtask", "linux", "--quiet"].into_iter().chain(repeatable);
+    report.run(&Step::cargo("linux, repeatable", step).xtask());
     for (name, arguments) in runs {
         for rearm in ["protect", "bits"] {
             let name = format!("linux, {name}, {rearm}");

@@ -14,6 +14,7 @@ use super::shared::Shared;
 use super::slots::Slots;
 use super::spte::SpteRef;
 use super::{Shadow, ShadowHost, spte};
+use crate::counted::Counted;
 use crate::invalidate::range;
 use crate::level::Level;
 use crate::nested::epoch::Cell;
@@ -24,7 +25,7 @@ use crate::sync::{AtomicU64, Ordering};
 /// A thread's access to the reverse map without the lock.
 struct Outside<H: ShadowHost> {
     shadow: Shadow<H>,
-    cell: Arc<Cell>,
+    cell: Counted<Cell>,
     walker: Walker<SpteRef>,
     /// The slots as they were at this serial.
     slots: Arc<Slots>,

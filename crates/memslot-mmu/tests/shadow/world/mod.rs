@@ -125,7 +125,7 @@ impl World {
     }
 
     /// The same with memory that is all 0, and nothing loaded.
-    #[allow(clippy::needless_pass_by_value, reason = "tests make values for one call")]
+    #[expect(clippy::needless_pass_by_value, reason = "as `new`")]
     pub fn without_tables(mode: Mode, config: ShadowConfig) -> Self {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = DirtyLog::attach(&mut table).unwrap();
