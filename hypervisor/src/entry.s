@@ -34,7 +34,7 @@ enter_long_mode_tables:
     or eax, 0x900                   /* LME, NXE: nested tables use no-execute by the host's setting */
     wrmsr
     mov eax, cr0
-    and eax, 0xfffffffb             /* no EM */
+    and eax, 0x9ffffffb             /* no EM; caches on: after INIT they are off */
     or eax, 0x80010022              /* PG, WP, NE, MP */
     mov cr0, eax
     ret

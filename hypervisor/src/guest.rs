@@ -52,6 +52,12 @@ pub(crate) struct FaultCounts {
     pub(crate) other: u64,
 }
 
+/// A virtual processor's access to the tables, and what became of its faults.
+pub(crate) struct Faults {
+    pub(crate) walker: Walker,
+    pub(crate) counts: FaultCounts,
+}
+
 /// Whether the guest can go on after a fault.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Resolved {
@@ -73,8 +79,6 @@ pub(crate) struct Guest {
     pub(crate) host: &'static Host,
     pub(crate) ram: Vec<Ram>,
     pub(crate) windows: Vec<GfnRange>,
-    pub(crate) walker: Walker,
-    pub(crate) faults: FaultCounts,
     /// How many tables there were at first.
     tables: usize,
     /// See [`has_other_tables`](Self::has_other_tables).
@@ -103,7 +107,6 @@ impl Guest {
         };
         let mmu =
             Mmu::attach(&mut table, host, config).map_err(|_| "no memory for the guest's page tables")?;
-        let walker = mmu.walker().map_err(|_| no_memory)?;
         let maps = if options.shadow {
             let config = ShadowConfig {
                 largest: if options.large_pages { Level::M2 } else { Level::K4 },
@@ -117,7 +120,7 @@ impl Guest {
         } else {
             Maps::nested(&mmu)
         };
-        let (faults, tables) = (FaultCounts::default(), mmu.stats().tables);
+        let tables = mmu.stats().tables;
         Ok(Self {
             table,
             log,
@@ -126,8 +129,6 @@ impl Guest {
             host,
             ram: Vec::new(),
             windows: Vec::new(),
-            walker,
-            faults,
             tables,
             other_tables: 0,
         })
@@ -166,7 +167,17 @@ impl Guest {
         Ok(())
     }
 
-    /// Takes all memory away again, and looks whether anything is left behind: page tables, or frames of the pool.
+    /// A virtual processor's own access to the tables.
+    ///
+    /// # Errors
+    /// For want of memory.
+    pub(crate) fn faults(&self) -> Result<Faults, &'static str> {
+        let walker = self.mmu.walker().map_err(|_| "no memory for a walker of the guest's page tables")?;
+        Ok(Faults { walker, counts: FaultCounts::default() })
+    }
+
+    /// Takes all memory away again, and looks whether anything is left behind: page tables, or frames of the pool. No
+    /// [`Faults`] are left, as they have tables in reserve.
     ///
     /// # Errors
     /// What is.
@@ -174,8 +185,6 @@ impl Guest {
         let ids: Vec<_> = self.table.view().slots(SPACE).map(Slot::id).collect();
         let deleted = self.table.transaction(|tx| ids.iter().try_for_each(|&id| tx.delete(SPACE, id)));
         deleted.map_err(|error| format!("slots could not be deleted: {error}"))?;
-        // The old walker has tables in reserve.
-        self.walker = self.mmu.walker().map_err(|_| "no memory")?;
         self.mmu.reclaim();
         let shadow = match self.maps {
             Maps::Nested(_) => 0,
@@ -219,32 +228,6 @@ impl Guest {
         self.ram.iter().map(|ram| ram.gfns.len()).sum()
     }
 
-    /// Resolves a fault, or says why not.
-    ///
-    /// # Errors
-    /// For want of page tables.
-    pub(crate) fn fault(&mut self, gpa: Gpa, access: Access) -> Result<Resolved, &'static str> {
-        let counts = &mut self.faults;
-        match self.walker.fault(gpa, access) {
-            Ok(Fault::Mapped(level)) => counts.mapped[usize::from(level.get()) - 1] += 1,
-            Ok(Fault::AlreadyMapped) => counts.already_mapped += 1,
-            Ok(Fault::Retry) => {
-                counts.retry += 1;
-                return Ok(Resolved::Later);
-            }
-            Ok(Fault::Mmio) => {
-                counts.mmio += 1;
-                return Ok(Resolved::Nothing);
-            }
-            Ok(_) => {
-                counts.other += 1;
-                return Ok(Resolved::Nothing);
-            }
-            Err(_) => return Err("no memory for a page table"),
-        }
-        Ok(Resolved::Yes)
-    }
-
     /// The frame behind one of RAM, as the slots and the pool say.
     pub(crate) fn frame(&self, gfn: Gfn) -> Option<u64> {
         let slot = self.table.view().slot_at(SPACE, gfn)?;
@@ -269,6 +252,34 @@ impl Guest {
             (at, rest) = (at + now.len() as u64, later);
         }
         Ok(())
+    }
+}
+
+impl Faults {
+    /// Resolves a fault, or says why not. Takes no lock: any number of virtual processors do this at the same time.
+    ///
+    /// # Errors
+    /// For want of page tables.
+    pub(crate) fn resolve(&mut self, gpa: Gpa, access: Access) -> Result<Resolved, &'static str> {
+        let counts = &mut self.counts;
+        match self.walker.fault(gpa, access) {
+            Ok(Fault::Mapped(level)) => counts.mapped[usize::from(level.get()) - 1] += 1,
+            Ok(Fault::AlreadyMapped) => counts.already_mapped += 1,
+            Ok(Fault::Retry) => {
+                counts.retry += 1;
+                return Ok(Resolved::Later);
+            }
+            Ok(Fault::Mmio) => {
+                counts.mmio += 1;
+                return Ok(Resolved::Nothing);
+            }
+            Ok(_) => {
+                counts.other += 1;
+                return Ok(Resolved::Nothing);
+            }
+            Err(_) => return Err("no memory for a page table"),
+        }
+        Ok(Resolved::Yes)
     }
 }
 

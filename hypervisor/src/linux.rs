@@ -9,8 +9,10 @@ use crate::svm::Segment;
 use crate::vcpu::Vcpu;
 
 const ZERO_PAGE: u64 = 0x1_0000;
-const PAGE_TABLES: u64 = 0x1_1000;
-const GDT: u64 = 0x1_7000;
+/// Identity page tables and segment descriptors: [`LONG_MODE_BYTES`].
+const LONG_MODE: u64 = 0x1_1000;
+/// What [`prepare_long_mode`] fills.
+pub(crate) const LONG_MODE_BYTES: u64 = 0x7000;
 const COMMAND_LINE: u64 = 0x2_0000;
 
 /// A kernel image.
@@ -51,6 +53,8 @@ pub(crate) struct Boot<'a> {
     pub(crate) command_line: &'a str,
     /// ACPI's root pointer, in a window.
     pub(crate) rsdp: u64,
+    /// Low RAM that the guest must leave alone, if any.
+    pub(crate) reserved: Option<core::ops::Range<u64>>,
     /// Where the second window's ACPI tables end.
     pub(crate) acpi_end: u64,
 }
@@ -80,7 +84,7 @@ pub(crate) fn load(guest: &mut Guest, boot: &Boot<'_>) -> Result<(), &'static st
     put(0x21c, &low_32(boot.initramfs.len() as u64));
     put(0x228, &low_32(COMMAND_LINE));
     let mut count = 0;
-    memory_map(guest, boot.acpi_end, |start, end, kind| {
+    memory_map(guest, boot, |start, end, kind| {
         let at = 0x2d0 + 20 * usize::from(count);
         put(at, &start.to_le_bytes());
         put(at + 8, &(end - start).to_le_bytes());
@@ -90,20 +94,33 @@ pub(crate) fn load(guest: &mut Guest, boot: &Boot<'_>) -> Result<(), &'static st
     put(0x1e8, &[count]);
     guest.write(ZERO_PAGE, &zero_page)?;
 
-    // 4 GiB in pages of 2 MiB: the root, a table of 1 GiB entries, four of 2 MiB entries.
+    prepare_long_mode(guest, LONG_MODE)
+}
+
+/// Puts page tables that map 4 GiB where they are, and segment descriptors, into the guest's memory.
+///
+/// # Errors
+/// There is no RAM.
+pub(crate) fn prepare_long_mode(guest: &mut Guest, at: u64) -> Result<(), &'static str> {
+    // In pages of 2 MiB: the root, a table of 1 GiB entries, four of 2 MiB entries.
     let entry = |number: u64| match number {
-        0 => PAGE_TABLES + 0x1003,
-        512..516 => PAGE_TABLES + (number - 512 + 2) * 0x1000 + 3,
+        0 => at + 0x1003,
+        512..516 => at + (number - 512 + 2) * 0x1000 + 3,
         1024..3072 => (number - 1024) << 21 | 0x83,
         _ => 0,
     };
     for number in (0..3072).filter(|&number| entry(number) != 0) {
-        guest.write(PAGE_TABLES + 8 * number, &entry(number).to_le_bytes())?;
+        guest.write(at + 8 * number, &entry(number).to_le_bytes())?;
     }
     for (number, descriptor) in [(2, 0x00af_9b00_0000_ffff_u64), (3, 0x00cf_9300_0000_ffff)] {
-        guest.write(GDT + 8 * number, &descriptor.to_le_bytes())?;
+        guest.write(gdt(at) + 8 * number, &descriptor.to_le_bytes())?;
     }
     Ok(())
+}
+
+/// Where the segment descriptors are.
+fn gdt(at: u64) -> u64 {
+    at + LONG_MODE_BYTES - 0x1000
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "low memory ends below 4 GiB")]
@@ -112,32 +129,47 @@ fn low_32(value: u64) -> [u8; 4] {
 }
 
 /// The guest's memory map: start, end, and 1 for RAM, 2 for what is reserved, 3 for ACPI's tables.
-fn memory_map(guest: &Guest, acpi_end: u64, mut add: impl FnMut(u64, u64, u8)) {
+fn memory_map(guest: &Guest, boot: &Boot<'_>, mut add: impl FnMut(u64, u64, u8)) {
     for ram in &guest.ram {
-        add(ram.gfns.start().get() << 12, ram.gfns.end().get() << 12, 1);
+        let (start, end) = (ram.gfns.start().get() << 12, ram.gfns.end().get() << 12);
+        match &boot.reserved {
+            Some(reserved) if start < reserved.start && reserved.end <= end => {
+                add(start, reserved.start, 1);
+                add(reserved.start, reserved.end, 2);
+                if reserved.end < end {
+                    add(reserved.end, end, 1);
+                }
+            }
+            _ => add(start, end, 1),
+        }
     }
     add(0xf_0000, 0x10_0000, 2);
     if let Some(window) = guest.windows.get(1) {
-        add(window.start().get() << 12, acpi_end, 3);
+        add(window.start().get() << 12, boot.acpi_end, 3);
     }
 }
 
 /// Brings a virtual processor to the kernel's entry point.
 pub(crate) fn start(vcpu: &mut Vcpu, boot: &Boot<'_>) {
+    enter_long_mode(vcpu, LONG_MODE, boot.kernel.address + 0x200);
+    vcpu.registers.rsi = ZERO_PAGE;
+}
+
+/// Brings a virtual processor into long mode, with what was prepared `at` some address, at an instruction.
+pub(crate) fn enter_long_mode(vcpu: &mut Vcpu, at: u64, rip: u64) {
     let save = &mut vcpu.vmcb.save;
     save.cr0 = 0x8000_0031;
-    save.cr3 = PAGE_TABLES;
+    save.cr3 = at;
     save.cr4 = 0x20;
     save.efer = 0x1500;
     let data = Segment { selector: 0x18, attributes: 0xc93, limit: 0xffff_ffff, base: 0 };
     (save.ds, save.es, save.ss, save.fs, save.gs) = (data, data, data, data, data);
     save.cs = Segment { selector: 0x10, attributes: 0xa9b, ..data };
-    save.gdtr = Segment { selector: 0, attributes: 0, limit: 31, base: GDT };
+    save.gdtr = Segment { selector: 0, attributes: 0, limit: 31, base: gdt(at) };
     save.idtr = Segment { limit: 0, base: 0, ..save.gdtr };
     save.tr = Segment { selector: 0, attributes: 0x8b, limit: 0x67, base: 0 };
     save.ldtr = Segment { attributes: 0x82, ..save.tr };
-    save.rip = boot.kernel.address + 0x200;
-    vcpu.registers.rsi = ZERO_PAGE;
+    save.rip = rip;
 }
 
 #[cfg(test)]

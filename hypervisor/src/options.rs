@@ -28,6 +28,10 @@ pub(crate) struct Options {
     pub(crate) shadow_pages: usize,
     /// Up to which level the guest's tables may be unsync.
     pub(crate) unsync: u8,
+    /// How many processors Linux has.
+    pub(crate) processors: usize,
+    /// Whether processors inside the guest are brought out to flush. Not, to show what that does.
+    pub(crate) has_shootdown: bool,
     /// How many timer interrupts lie between two rounds of a scenario.
     pub(crate) round: u64,
 }
@@ -46,6 +50,8 @@ impl Options {
             shadow: false,
             shadow_pages: 1 << 13,
             unsync: 5,
+            processors: 1,
+            has_shootdown: true,
             round: 25,
         };
         for word in text.split_ascii_whitespace() {
@@ -68,12 +74,19 @@ impl Options {
                 ("pages", "2m") => options.large_pages = true,
                 ("rearm", "protect") => options.dirty_bits = false,
                 ("rearm", "bits") => options.dirty_bits = true,
+                ("processors", _) => options.processors = processors(value).ok_or(word)?,
+                ("shootdown", "on") => options.has_shootdown = true,
+                ("shootdown", "off") => options.has_shootdown = false,
                 ("round", _) => options.round = value.parse().map_err(|_| word)?,
                 _ => return Err(word),
             }
         }
         Ok(options)
     }
+}
+
+fn processors(number: &str) -> Option<usize> {
+    number.parse().ok().filter(|number| (1..=crate::processors::MAX).contains(number))
 }
 
 #[cfg(test)]
@@ -85,6 +98,9 @@ mod tests {
         let options = Options::parse("kernel scenario=dirty memory=384 pages=4k rearm=bits").unwrap();
         assert_eq!((options.scenario, options.memory), (Scenario::Dirty, 384 << 20));
         assert!(!options.large_pages && options.dirty_bits);
+        let options = Options::parse("processors=4 shootdown=off").unwrap();
+        assert_eq!((options.processors, options.has_shootdown), (4, false));
+        assert_eq!(Options::parse("processors=5"), Err("processors=5"));
         assert_eq!(Options::parse("pages=8k"), Err("pages=8k"));
         assert_eq!(Options::parse("memory=much"), Err("memory=much"));
     }

@@ -13,6 +13,12 @@
 //! ```
 //!
 //! Both sides write first and look at the other's word then, in one order for all (sequential consistency), so one of them sees the other.
+//!
+//! # The machine's first processor
+//!
+//! A guest with one processor runs on the machine's only one. A guest with more does not run on the machine's first, which only starts
+//! the second and sleeps then: in QEMU 7.2 every processor's FXRSTOR and XRSTOR change a word of the *first* one's state without
+//! care for what that does at the same time, and now and then it loses, or keeps, its being inside a guest.
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -73,7 +79,8 @@ static WORK: Mutex<Option<Work>> = Mutex::new(None);
 pub(crate) fn start(apic: u64, work: Work) -> Result<(), &'static str> {
     let trampoline = TRAMPOLINE.get().ok_or("there is no code for other processors to start with")?;
     *WORK.lock() = Some(work);
-    let stack = vec![0_u128; 8192].leak();
+    // As large as the first processor's.
+    let stack = vec![0_u128; 0x80000 / 16].leak();
     let entry = (begin as *const ()).addr() as u64;
     // SAFETY: the words are for this, and the page below 1 MiB is free memory that nothing else is in.
     unsafe {
@@ -88,7 +95,7 @@ pub(crate) fn start(apic: u64, work: Work) -> Result<(), &'static str> {
     while WORK.lock().is_some() {
         core::hint::spin_loop();
         if cpu::ticks() - before > 40_000_000_000 {
-            return Err("the other processor does not start (QEMU: -smp 2)");
+            return Err("another processor does not start (QEMU: -smp)");
         }
     }
     Ok(())
@@ -105,7 +112,12 @@ extern "sysv64" fn begin() -> ! {
     cpu::sleep()
 }
 
-/// A processor, by its number.
+/// The number of the interrupt controller of the guest's processor `number`, of `processors`: see the [module documentation](self).
+pub(crate) fn guests_apic(number: usize, processors: usize) -> u64 {
+    number as u64 + u64::from(processors > 1)
+}
+
+/// A processor of the guest, by its number.
 pub(crate) fn get(number: usize) -> &'static Processor {
     &ALL[number]
 }
@@ -113,9 +125,13 @@ pub(crate) fn get(number: usize) -> &'static Processor {
 /// Has all processors use nothing that they translated before. When this returns, none does.
 pub(crate) fn flush() {
     REQUEST.fetch_add(1, Ordering::SeqCst);
-    if NEGLECT.load(Ordering::SeqCst) {
-        return;
+    if !NEGLECT.load(Ordering::SeqCst) {
+        bring_out();
     }
+}
+
+/// Brings all processors out of the guest.
+pub(crate) fn bring_out() {
     for other in &ALL {
         let before = other.exits.load(Ordering::SeqCst);
         if other.inside.load(Ordering::SeqCst) {

@@ -11,6 +11,12 @@
 //!   the event comes with the exit, and is lost unless it is delivered again. Exceptions are, by event injection. Interrupts
 //!   have been taken from the controller: they wait here, and are made pending as *virtual* interrupts. (QEMU
 //!   delivers an interrupt that is injected directly a second time now and then.)
+//!
+//! # SVM itself
+//!
+//! The guest has the processor's registers for itself and sees that there is SVM. When Linux stops a processor it turns SVM off there, to
+//! be sure. That would be ours: the register that says where the host's state is cannot be written, and the bit in EFER, without which VMRUN
+//! refuses the guest, is set again before each entry.
 
 use alloc::boxed::Box;
 
@@ -47,6 +53,8 @@ pub(crate) enum Exit {
     Port(Port),
     /// The guest calls the hypervisor.
     Call,
+    /// The guest has written a register that is not its own, in vain.
+    Register,
     /// The guest has stopped and waits for an interrupt.
     Halt,
     /// The guest crashed: a triple fault.
@@ -65,19 +73,62 @@ pub(crate) struct Port {
     next: u64,
 }
 
-/// Exits by kind, and the time inside and outside the guest in ticks of the time stamp counter.
+/// Kinds of exits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    Fault,
+    Tick,
+    TickOver,
+    Kick,
+    Port,
+    Call,
+    PageFault,
+    RootWrite,
+    ControlWrite,
+    ControlRead,
+    Invalidate,
+    Other,
+}
+
+impl Kind {
+    /// All, with the names that they are reported by.
+    pub(crate) const ALL: [(Self, &str); 12] = [
+        (Self::Fault, "faults"),
+        (Self::Tick, "ticks"),
+        (Self::TickOver, "ticks_over"),
+        (Self::Kick, "kicks"),
+        (Self::Port, "ports"),
+        (Self::Call, "calls"),
+        (Self::PageFault, "page_faults"),
+        (Self::RootWrite, "cr3_writes"),
+        (Self::ControlWrite, "control_writes"),
+        (Self::ControlRead, "control_reads"),
+        (Self::Invalidate, "invlpgs"),
+        (Self::Other, "others"),
+    ];
+}
+
+/// Exits by kind, and time in ticks of the time stamp counter.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Counts {
-    pub(crate) faults: u64,
-    pub(crate) ticks: u64,
-    pub(crate) ticks_over: u64,
-    pub(crate) kicks: u64,
-    pub(crate) ports: u64,
-    pub(crate) calls: u64,
-    pub(crate) others: u64,
-    pub(crate) events_again: u64,
+    exits: [u64; Kind::ALL.len()],
+    /// Time between exits of a kind and the next entry.
+    outside: [u64; Kind::ALL.len()],
+    /// Time inside the guest, with what the processor itself does to get in and out.
     pub(crate) inside: u64,
-    pub(crate) outside: u64,
+    pub(crate) events_again: u64,
+}
+
+impl Counts {
+    /// How many exits there were of a kind.
+    pub(crate) fn exits(&self, kind: Kind) -> u64 {
+        self.exits[kind as usize]
+    }
+
+    /// The time that the hypervisor took after them.
+    pub(crate) fn outside(&self, kind: Kind) -> u64 {
+        self.outside[kind as usize]
+    }
 }
 
 /// See the [module documentation](self).
@@ -92,9 +143,10 @@ pub(crate) struct Vcpu {
     /// The last request for a flush that was fulfilled.
     flushed: u64,
     has_ticks: bool,
-    left: u64,
     /// Without nested paging.
     pub(crate) shadow: Option<Box<shadow::Paging>>,
+    /// The last exit, and when it was.
+    left: Option<(Kind, u64)>,
 }
 
 impl Vcpu {
@@ -106,12 +158,15 @@ impl Vcpu {
         let pages: &'static mut [svm::Page; 5] = Box::leak(Box::new([const { svm::Page([0; 4096]) }; 5]));
         vmcb.control.io_permissions = pages[0].address();
         vmcb.control.msr_permissions = pages[3].address();
+        // Two bits for each register, read and write; the third group begins with C001_0000.
+        let write_bit = (cpu::VM_HSAVE_PA & 0x1fff) * 2 + 1;
+        pages[4].0[cpu::index(u64::from(write_bit / 8))] |= 1 << (write_bit % 8);
         vmcb.control.asid = 1;
         vmcb.control.nested_paging = 1;
         vmcb.control.nested_cr3 = nested_root << 12;
-        vmcb.control.intercept_3 = intercept::PORTS | intercept::SHUTDOWN | intercept::NMI;
+        vmcb.control.intercept_3 = intercept::PORTS | intercept::REGISTERS;
+        vmcb.control.intercept_3 |= intercept::SHUTDOWN | intercept::NMI;
         vmcb.control.intercept_4 = intercept::VMRUN | intercept::VMMCALL;
-        vmcb.save.efer = 1 << 12;
         vmcb.save.page_attributes = 0x0007_0406_0007_0406;
         vmcb.save.dr6 = 0xffff_0ff0;
         vmcb.save.dr7 = 0x400;
@@ -125,8 +180,8 @@ impl Vcpu {
             pending: [0; 4],
             flushed: u64::MAX,
             has_ticks: false,
-            left: cpu::ticks(),
             shadow: None,
+            left: None,
         }
     }
 
@@ -178,84 +233,88 @@ impl Vcpu {
         // Whoever has set the bit, or the requests since the last entry, want a flush.
         self.vmcb.control.tlb_control |= u32::from(request != self.flushed);
         self.flushed = request;
+        self.vmcb.save.efer |= svm::EFER_SVME;
         let entered = cpu::ticks();
         // SAFETY: the tables that the control block names have the guest's memory only.
         unsafe { svm::run(self.vmcb, &mut self.registers, self.host) };
         let now = cpu::ticks();
         self.processor.leave();
         self.vmcb.control.tlb_control = 0;
-        self.counts.outside += entered.wrapping_sub(self.left);
+        if let Some((kind, left)) = self.left {
+            self.counts.outside[kind as usize] += entered.wrapping_sub(left);
+        }
         self.counts.inside += now.wrapping_sub(entered);
-        self.left = now;
         self.take_back_event();
-        self.reason()
+        let (kind, exit) = self.reason();
+        self.counts.exits[kind as usize] += 1;
+        self.left = Some((kind, now));
+        exit
     }
 
-    fn reason(&mut self) -> Exit {
+    fn reason(&mut self) -> (Kind, Exit) {
         let control = &mut self.vmcb.control;
-        let counts = &mut self.counts;
         let (code, info_1, info_2) = (control.exit_code, control.exit_info_1, control.exit_info_2);
         match code {
             exit::NESTED_PAGE_FAULT => {
-                counts.faults += 1;
                 let access = match info_1 {
                     info if info & 2 != 0 => Access::WRITE,
                     info if info & 16 != 0 => Access::EXECUTE,
                     _ => Access::READ,
                 };
-                Exit::Fault { gpa: Gpa::new(info_2), access }
+                (Kind::Fault, Exit::Fault { gpa: Gpa::new(info_2), access })
             }
             exit::INTERRUPT => {
-                counts.ticks += 1;
                 control.intercept_3 &= !intercept::INTERRUPT;
                 control.intercept_3 |= intercept::IRET;
-                Exit::Tick
+                (Kind::Tick, Exit::Tick)
             }
             exit::IRET => {
-                counts.ticks_over += 1;
                 control.intercept_3 &= !intercept::IRET;
                 if self.has_ticks {
                     control.intercept_3 |= intercept::INTERRUPT;
                 }
-                Exit::TickOver
+                (Kind::TickOver, Exit::TickOver)
             }
             exit::NMI => {
-                counts.kicks += 1;
                 svm::take_nmi();
-                Exit::Kick
+                (Kind::Kick, Exit::Kick)
             }
             exit::PORT => {
-                counts.ports += 1;
                 #[expect(clippy::cast_possible_truncation, reason = "fields of 16 and 3 bits")]
                 let (number, bytes) = ((info_1 >> 16) as u16, (info_1 >> 4 & 7) as u8);
-                Exit::Port(Port { number, bytes, is_read: info_1 & 1 != 0, next: info_2 })
+                (Kind::Port, Exit::Port(Port { number, bytes, is_read: info_1 & 1 != 0, next: info_2 }))
             }
             exit::VMMCALL => {
-                counts.calls += 1;
                 // Nothing tells the length of the instruction on a processor without NRIPS; it has three bytes.
                 self.vmcb.save.rip += 3;
-                Exit::Call
+                (Kind::Call, Exit::Call)
             }
             #[expect(clippy::cast_possible_truncation, reason = "the number of a register")]
             exit::READ_CONTROL_0..=exit::READ_CONTROL_15 => {
-                Exit::Shadow(Event::Read((code - exit::READ_CONTROL_0) as u8))
+                (Kind::ControlRead, Exit::Shadow(Event::Read((code - exit::READ_CONTROL_0) as u8)))
             }
             #[expect(clippy::cast_possible_truncation, reason = "the number of a register")]
             exit::WRITE_CONTROL_0..=exit::WRITE_CONTROL_15 => {
-                Exit::Shadow(Event::Write((code - exit::WRITE_CONTROL_0) as u8))
+                let kind =
+                    if code == exit::WRITE_CONTROL_0 + 3 { Kind::RootWrite } else { Kind::ControlWrite };
+                (kind, Exit::Shadow(Event::Write((code - exit::WRITE_CONTROL_0) as u8)))
             }
             #[expect(clippy::cast_possible_truncation, reason = "an error code has 32 bits")]
-            exit::PAGE_FAULT => Exit::Shadow(Event::Fault { va: info_2, error_code: info_1 as u32 }),
-            exit::INVLPG => Exit::Shadow(Event::Invalidate),
+            exit::PAGE_FAULT => {
+                (Kind::PageFault, Exit::Shadow(Event::Fault { va: info_2, error_code: info_1 as u32 }))
+            }
+            exit::INVLPG => (Kind::Invalidate, Exit::Shadow(Event::Invalidate)),
             exit::REGISTER if self.registers.rcx & 0xffff_ffff == u64::from(cpu::EFER) => {
-                Exit::Shadow(Event::Efer { is_write: info_1 & 1 != 0 })
+                (Kind::ControlWrite, Exit::Shadow(Event::Efer { is_write: info_1 & 1 != 0 }))
             }
-            exit::HALT => Exit::Halt,
-            exit::SHUTDOWN => Exit::Shutdown,
-            other => {
-                counts.others += 1;
-                Exit::Other(other)
+            exit::REGISTER => {
+                // WRMSR has two bytes.
+                self.vmcb.save.rip += 2;
+                (Kind::Other, Exit::Register)
             }
+            exit::HALT => (Kind::Other, Exit::Halt),
+            exit::SHUTDOWN => (Kind::Other, Exit::Shutdown),
+            other => (Kind::Other, Exit::Other(other)),
         }
     }
 

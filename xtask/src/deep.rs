@@ -89,7 +89,15 @@ fn linux(report: &mut Report) {
     let large = ["--scenario=dirty", "--pages=2m"];
     let small =
         ["--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=dirty", "--pages=4k"];
-    let runs: [(&str, &[&str]); 3] = [("large pages", &all), ("dirty log", &large), ("small pages", &small)];
+    let two = ["--smp=2", "--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=dirty"];
+    let four = ["--smp=4", "--scenario=boot", "--scenario=dirty", "--pages=4k"];
+    let runs: [(&str, &[&str]); 5] = [
+        ("large pages", &all),
+        ("dirty log", &large),
+        ("small pages", &small),
+        ("two processors", &two),
+        ("four processors", &four),
+    ];
     for (name, arguments) in runs {
         for rearm in ["protect", "bits"] {
             let name = format!("linux, {name}, {rearm}");

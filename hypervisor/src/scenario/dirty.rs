@@ -3,6 +3,10 @@
 //!
 //! With pages of 4 KiB the log runs from the start. With pages of 2 MiB it starts when the guest is up and has large pages:
 //! then all of RAM is copied once, and what is written is split.
+//!
+//! With several processors the others go on while one harvests and copies. A page is copied after it was re-armed and all translations
+//! were flushed: who writes to it during the copy faults first, and the page is in the next harvest. Without the flush (`--no-shootdown`)
+//! another processor goes on writing through what it translated before, and those pages differ at the end.
 
 use alloc::format;
 use alloc::string::String;
@@ -78,7 +82,7 @@ fn update(copy: u64, guest: &Guest, gfns: GfnRange) -> u64 {
     let mut copied = 0;
     for gfn in (gfns.start().get()..gfns.end().get()).map(Gfn::new) {
         let (Some(frame), Some(copy)) = (guest.frame(gfn), place(copy, guest, gfn)) else { continue };
-        // SAFETY: the copy is this scenario's own; the guest stands still.
+        // SAFETY: the copy is this scenario's own; what of the guest's memory is written meanwhile is copied again.
         unsafe { copy_page(frame << 12, copy << 12) };
         copied += 1;
     }

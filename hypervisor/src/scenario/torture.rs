@@ -51,6 +51,7 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
     let mut host = Torture::new(turn.guest)?;
     prepare(turn.guest)?;
     start(turn.vcpu);
+    let mut faults = turn.guest.faults()?;
     if let Maps::Shadow(shadow) = turn.guest.maps {
         turn.vcpu.use_shadow(turn.guest, shadow)?;
     }
@@ -59,7 +60,7 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
             Exit::Fault { gpa, access } => {
                 let resolved = match &mut host.second {
                     Some(second) if host.is_in_second => second.fault(gpa, access)?,
-                    _ => turn.guest.fault(gpa, access)?,
+                    _ => faults.resolve(gpa, access)?,
                 };
                 if resolved == Resolved::Nothing {
                     nothing(turn.vcpu, gpa, access).map_err(|why| host.in_step(&why))?;
@@ -73,7 +74,7 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
             Exit::Nothing { gpa, access } => {
                 nothing(turn.vcpu, gpa, access).map_err(|why| host.in_step(&why))?;
             }
-            Exit::Kick | Exit::Later => {}
+            Exit::Kick | Exit::Later | Exit::Register => {}
             exit => {
                 let rip = turn.vcpu.vmcb.save.rip;
                 return Err(host.in_step(&format!("{exit:x?} at rip {rip:#x}")));

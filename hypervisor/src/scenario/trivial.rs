@@ -12,7 +12,7 @@ use memslot_mmu::format::Access;
 use super::Turn;
 use crate::guest::{Resolved, frames, spec};
 use crate::pool;
-use crate::vcpu::Exit;
+use crate::vcpu::{Exit, Kind};
 
 /// Real mode, at 0x8000: `mov word [0x3000], 0x1234; mov ax, [0x4000]; vmmcall; mov [0x5000], ax; vmmcall`.
 const CODE: [u8; 18] = [
@@ -26,6 +26,7 @@ const CODE: [u8; 18] = [
 /// What went wrong.
 pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
     let Turn { guest, vcpu } = turn;
+    let mut faults = guest.faults()?;
     let slot = |id, gpa: u64, page: u64, flags| {
         let backing = Backing::Host { hva: Hva::new(pool::FIRST + page * 4096) };
         spec(id, frames(gpa, gpa + 4096), backing, flags)
@@ -47,14 +48,15 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
     loop {
         match vcpu.run() {
             Exit::Fault { gpa, access } => {
-                if guest.fault(gpa, access)? == Resolved::Nothing {
-                    let is_right =
-                        gpa == Gpa::new(0x5000) && access == Access::WRITE && vcpu.counts.calls == 1;
+                if faults.resolve(gpa, access)? == Resolved::Nothing {
+                    let is_right = gpa == Gpa::new(0x5000)
+                        && access == Access::WRITE
+                        && vcpu.counts.exits(Kind::Call) == 1;
                     return if is_right { Ok(()) } else { Err(format!("{gpa} came out for {access:?}")) };
                 }
             }
             Exit::Call if vcpu.vmcb.save.rax & 0xffff == 0x1234 => {
-                let mapped = guest.walker.translate(Gpa::new(0x3000)).map(|mapping| mapping.pfn.get());
+                let mapped = faults.walker.translate(Gpa::new(0x3000)).map(|mapping| mapping.pfn.get());
                 if mapped != guest.frame(Gfn::new(4)) {
                     return Err("two slots of the same memory map different frames".into());
                 }

@@ -19,16 +19,19 @@
 mod control;
 mod decode;
 mod memory;
+mod report;
 
 use alloc::boxed::Box;
+use core::convert::Infallible;
 
 use memslot::{AddressSpaceId, Gfn};
 use memslot_mmu::Level;
+use memslot_mmu::TableError;
 use memslot_mmu::format::Access;
 use memslot_mmu::shadow::guest::{
     ErrorCode, GuestAccess, GuestPaging, Mode, PageFault, Processor, Registers,
 };
-use memslot_mmu::shadow::{RootKind, Shadow, ShadowFault, ShadowVcpu};
+use memslot_mmu::shadow::{RootKind, Shadow, ShadowError, ShadowFault, ShadowVcpu};
 
 use self::memory::Memory;
 use crate::cpu;
@@ -155,7 +158,7 @@ impl Paging {
     fn load(&mut self, vmcb: &mut Vmcb) -> Result<(), &'static str> {
         let paging = self.paging();
         let loaded = self.tables.load(paging, self.space);
-        loaded.map_err(|_| "no memory for a root of the shadow tables")?;
+        loaded.map_err(|error| why(&error))?;
         self.use_root(vmcb)
     }
 
@@ -200,7 +203,7 @@ impl Paging {
     pub(crate) fn prepare(&mut self, vmcb: &mut Vmcb) -> Result<(), &'static str> {
         while self.tables.is_stale() {
             self.counts.stale_roots += 1;
-            self.tables.reload().map_err(|_| "no memory for a root of the shadow tables")?;
+            self.tables.reload().map_err(|error| why(&error))?;
             self.use_root(vmcb)?;
         }
         Ok(())
@@ -223,7 +226,7 @@ impl Paging {
         self.counts.faults += 1;
         let is_ac = vmcb.save.rflags & FLAGS_ALIGNMENT_CHECK != 0 && vmcb.save.cpl < 3;
         let access = GuestAccess::from_error_code(error_code, is_ac);
-        let fault = self.tables.fault(va, access).map_err(|_| "no memory for a shadow table")?;
+        let fault = self.tables.fault(va, access).map_err(|error| why(&error))?;
         match fault {
             ShadowFault::Mapped(level) => {
                 self.counts.mapped[usize::from(level.min(Level::G1).get()) - 1] += 1;
@@ -243,6 +246,13 @@ impl Paging {
                 }
             }
             ShadowFault::Inject(fault) => {
+                if !fault.error_code.contains(ErrorCode::PRESENT) {
+                    let paging = self.paging();
+                    if let Some(gpa) = self.memory.missing_table(self.space, &paging, va, access) {
+                        self.counts.mmio += 1;
+                        return Ok(Some(Exit::Nothing { gpa, access: Access::READ }));
+                    }
+                }
                 self.counts.injected += 1;
                 return Ok(self.inject(vmcb, fault));
             }
@@ -370,6 +380,16 @@ fn pending_exception(vmcb: &Vmcb) -> Option<u64> {
 fn raise(vmcb: &mut Vmcb, vector: u64, error_code: u32) {
     let kind = EVENT_VALID | EVENT_ERROR_CODE | event::EXCEPTION << 8;
     vmcb.control.event = u64::from(error_code) << 32 | kind | vector;
+}
+
+/// What the tables could not do.
+fn why(error: &ShadowError<Infallible>) -> &'static str {
+    match error {
+        ShadowError::Table(TableError::OutOfMemory) => "no memory for a shadow table",
+        ShadowError::Table(TableError::Limit { .. }) => "there are as many shadow tables as there may be",
+        ShadowError::NoRoot => "no root was loaded",
+        _ => "the shadow tables fail",
+    }
 }
 
 /// This processor, which the guest sees as it is.

@@ -14,6 +14,9 @@ pub(crate) use self::vmcb::{
 };
 use crate::cpu;
 
+/// EFER's bit that turns SVM on.
+pub(crate) const EFER_SVME: u64 = 1 << 12;
+
 /// A page for the processor.
 #[repr(C, align(4096))]
 pub(crate) struct Page(pub(crate) [u8; 4096]);
@@ -74,7 +77,7 @@ pub(crate) fn enable() -> Result<(), &'static str> {
     }
     // SAFETY: the registers exist where SVM does; the page is for the processor alone.
     unsafe {
-        cpu::write_msr(cpu::EFER, cpu::read_msr(cpu::EFER) | 1 << 12);
+        cpu::write_msr(cpu::EFER, cpu::read_msr(cpu::EFER) | EFER_SVME);
         cpu::write_msr(cpu::VM_HSAVE_PA, Page::leak().address());
         asm!("clgi", options(nomem, nostack));
     }

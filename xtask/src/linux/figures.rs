@@ -31,10 +31,23 @@ impl Run {
         }
     }
 
-    /// How many times as long as without the hypervisor.
-    fn ratio(&self) -> Option<f64> {
-        let plain = self.plain.as_ref()?;
-        Some(self.ended.wall.as_secs_f64() / plain.wall.as_secs_f64())
+    /// How many ticks of the time stamp counter that is: the guest's first program and the hypervisor say what the counter was at
+    /// two moments that can be told from outside.
+    fn microsecond(&self) -> Option<f64> {
+        let figures = Figures(&self.ended.figures);
+        let ticks = figures.number("ended").checked_sub(figures.number("ready"))?;
+        let time = self.ended.wall.checked_sub(self.ended.userland?)?;
+        #[expect(clippy::cast_precision_loss, reason = "for people")]
+        Some(ticks as f64 / time.as_secs_f64() / 1e6).filter(|ticks| *ticks >= 1.0)
+    }
+
+    /// How many times as long as without the hypervisor; and the same of the processor time, which says more on a machine that
+    /// does something else as well.
+    fn ratios(&self) -> Option<(f64, Option<f64>)> {
+        let (ended, plain) = (&self.ended, self.plain.as_ref()?);
+        let ratio = |one: Duration, other: Duration| one.as_secs_f64() / other.as_secs_f64();
+        let processor = ended.processor.zip(plain.processor).map(|(one, other)| ratio(one, other));
+        Some((ratio(ended.wall, plain.wall), processor))
     }
 
     /// The summary.
@@ -51,25 +64,28 @@ impl Run {
             format!("{} in all{}", seconds(ended.wall), userland.unwrap_or_default())
         };
         line("time", times(&self.ended));
-        if let (Some(plain), Some(ratio)) = (&self.plain, self.ratio()) {
-            line("plain QEMU", format!("{}; with the hypervisor {ratio:.2} times that", times(plain)));
+        if let (Some(plain), Some((wall, processor))) = (&self.plain, self.ratios()) {
+            line("plain QEMU", times(plain));
+            let processor = processor.map(|ratio| format!(", {ratio:.2} times the processor time"));
+            line("ratio", format!("{wall:.2} times as long{}", processor.unwrap_or_default()));
         }
-        let (inside, outside) = (figures.number("ticks.inside"), figures.number("ticks.outside"));
-        if inside > 0 {
-            #[expect(clippy::cast_precision_loss, reason = "a percentage")]
-            let share = 100.0 * outside as f64 / (inside + outside) as f64;
-            line("hypervisor", format!("{share:.1} % of the time"));
-        }
+        line("hypervisor", figures.shares(self.microsecond()));
         line("exits", figures.list("exits."));
         let again = figures.number("events_delivered_again");
         if again > 0 {
             line("again", format!("{} events whose delivery was cut off", grouped(again)));
         }
         line("faults", figures.list("faults."));
+        line("processors", figures.processors());
         let (linked, all) = (figures.number("tables.linked"), figures.number("tables.all"));
-        line("tables", format!("{linked} linked, {all} in all"));
+        if all > 0 {
+            line("tables", format!("{linked} linked, {all} in all"));
+        }
         line("pages", figures.list("pages."));
         line("flushes", figures.list("flushes."));
+        line("shadow", figures.list("shadow."));
+        line("roles", figures.list("roles."));
+        line("rmap", figures.lengths());
         for part in ["dirty", "hotplug", "storm", "shootdown"] {
             line(part, figures.list(&format!("{part}.")));
         }
@@ -84,6 +100,9 @@ impl Run {
         fields.push(format!("\"verdict\": {}", quoted(&verdict)));
         let mut times = |name: &str, ended: &Ended| {
             fields.push(format!("\"{name}_seconds\": {:.3}", ended.wall.as_secs_f64()));
+            if let Some(processor) = ended.processor {
+                fields.push(format!("\"{name}_processor_seconds\": {:.3}", processor.as_secs_f64()));
+            }
             if let Some(userland) = ended.userland {
                 fields.push(format!("\"{name}_userland_seconds\": {:.3}", userland.as_secs_f64()));
             }
@@ -106,6 +125,58 @@ struct Figures<'a>(&'a BTreeMap<String, String>);
 impl Figures<'_> {
     fn number(&self, name: &str) -> u64 {
         self.0.get(name).and_then(|value| value.parse().ok()).unwrap_or(0)
+    }
+
+    /// The hypervisor's own share of the time, and for what.
+    #[expect(clippy::cast_precision_loss, reason = "for people")]
+    fn shares(&self, microsecond: Option<f64>) -> String {
+        let kinds = self.0.keys().filter_map(|name| name.strip_prefix("outside."));
+        let mut outside: Vec<_> = kinds.map(|kind| (self.number(&format!("outside.{kind}")), kind)).collect();
+        let sum = outside.iter().map(|(ticks, _)| ticks).sum::<u64>();
+        let all = (sum + self.number("inside")) as f64;
+        if sum == 0 {
+            return String::new();
+        }
+        outside.sort_unstable();
+        let percent = |ticks: u64| 100.0 * ticks as f64 / all;
+        let mut text = format!("{:.1} % of the time", percent(sum));
+        for &(ticks, kind) in outside.iter().rev().filter(|(ticks, _)| percent(*ticks) >= 0.1) {
+            let _ = write!(text, ", {} {:.1} %", kind.replace('_', " "), percent(ticks));
+            let count = self.number(&format!("exits.{kind}"));
+            if let Some(microsecond) = microsecond.filter(|_| count > 0) {
+                let _ = write!(text, " ({:.1} µs each)", ticks as f64 / count as f64 / microsecond);
+            }
+        }
+        text
+    }
+
+    /// What each processor has done, where there are several.
+    fn processors(&self) -> String {
+        let faults = |number: usize| self.0.get(&format!("processor.{number}.faults"));
+        let all: Vec<_> = (0..).map_while(|number| faults(number).map(|faults| (number, faults))).collect();
+        if all.len() < 2 {
+            return String::new();
+        }
+        let words = all.into_iter().map(|(number, faults)| {
+            let kicks = self.number(&format!("processor.{number}.kicks"));
+            let faults = faults.parse().map_or_else(|_| faults.clone(), grouped);
+            format!("{number}: {faults} faults, brought out {} times", grouped(kicks))
+        });
+        words.collect::<Vec<_>>().join("; ")
+    }
+
+    /// How many frames have so many entries that map them.
+    fn lengths(&self) -> String {
+        let all = self.0.iter().filter_map(|(name, value)| {
+            let length: u64 = name.strip_prefix("rmap.")?.parse().ok()?;
+            Some((length, value.parse().ok()?))
+        });
+        let all: BTreeMap<u64, u64> = all.filter(|(_, frames)| *frames > 0).collect();
+        let words = all.iter().map(|(length, frames)| match length {
+            1 | 2 => format!("{length}: {}", grouped(*frames)),
+            _ => format!("{}-{length}: {}", length / 2 + 1, grouped(*frames)),
+        });
+        words.collect::<Vec<_>>().join(", ")
     }
 
     /// Those whose names begin so, without those that are 0 and mean nothing special.
@@ -159,7 +230,7 @@ mod tests {
     fn ended(status: Option<i32>, figures: &[(&str, &str)]) -> Run {
         let figures = figures.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let wall = Duration::from_secs(3);
-        let ended = Ended { wall, userland: None, console: String::new(), figures, status };
+        let ended = Ended { wall, processor: None, userland: None, console: String::new(), figures, status };
         Run { what: vec![("scenario", "boot".to_owned())], ended, plain: None }
     }
 
@@ -183,6 +254,10 @@ mod tests {
                 ("result", "a \"b\""),
                 ("dirty.differ", "0"),
                 ("exits.faults", "1234567"),
+                ("rmap.1", "4000"),
+                ("rmap.2", "0"),
+                ("rmap.16", "5"),
+                ("rmap.4", "6"),
                 ("exits.calls", "0"),
             ],
         );
@@ -191,6 +266,23 @@ mod tests {
             text.contains("faults 1 234 567") && text.contains("differ 0") && !text.contains("calls"),
             "{text}"
         );
+        let several = ended(
+            Some(33),
+            &[
+                ("inside", "900"),
+                ("outside.faults", "60"),
+                ("outside.ticks", "40"),
+                ("outside.calls", "0"),
+                ("processor.0.faults", "12345"),
+                ("processor.1.faults", "7"),
+                ("processor.1.kicks", "1"),
+            ],
+        );
+        let text = several.text();
+        assert!(text.contains("10.0 % of the time, faults 6.0 %, ticks 4.0 %\n"), "{text}");
+        let processors = "0: 12 345 faults, brought out 0 times; 1: 7 faults, brought out 1 times";
+        assert!(text.contains(processors), "{text}");
+        assert!(text.contains("1: 4 000, 3-4: 6, 9-16: 5"), "{text}");
         let json = run.json();
         assert!(
             json.contains("\"verdict\": \"a \\\"b\\\"\"") && json.contains("\"exits.faults\": 1234567"),
