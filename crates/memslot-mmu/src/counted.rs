@@ -35,6 +35,16 @@ impl<T> Counted<T> {
         self.0 == other.0
     }
 
+    /// The value, if nobody else shares it.
+    pub(crate) fn get_mut(&mut self) -> Option<&mut T> {
+        // Acquire: what those who shared it did comes before.
+        if self.inner().count.load(Ordering::Acquire) != 1 {
+            return None;
+        }
+        // SAFETY: this is the only clone, and it is borrowed mutably, so nobody makes another one meanwhile.
+        Some(unsafe { &mut self.0.as_mut().value })
+    }
+
     #[inline]
     fn inner(&self) -> &Inner<T> {
         // SAFETY: it lives as long as anything that counts.
@@ -94,8 +104,10 @@ mod tests {
     #[test]
     fn the_last_clone_drops_the_value() {
         let dropped = std::sync::Arc::new(());
-        let first = Counted::new(dropped.clone()).unwrap();
+        let mut first = Counted::new(dropped.clone()).unwrap();
+        assert!(first.get_mut().is_some());
         let second = first.clone();
+        assert!(first.get_mut().is_none(), "it is shared");
         assert!(first.is_same(&second));
         let other = Counted::new(dropped.clone()).unwrap();
         assert!(!first.is_same(&other));

@@ -4,7 +4,6 @@
 //! An entry that is seen in a list may have been dropped since, or be another one by now. It is a leaf's single bit that is taken,
 //! by a compare-exchange against a leaf: the worst that can come of it is a fault too many.
 
-use alloc::sync::Arc;
 use core::convert::Infallible;
 
 use memslot::dirty::{Consumer, Harvest, HarvestError, Rearm};
@@ -28,7 +27,7 @@ struct Outside<H: ShadowHost> {
     cell: Counted<Cell>,
     walker: Walker<SpteRef>,
     /// The slots as they were at this serial.
-    slots: Arc<Slots>,
+    slots: Counted<Slots>,
     serial: u64,
 }
 

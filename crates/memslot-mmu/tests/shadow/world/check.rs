@@ -96,14 +96,18 @@ impl World {
 
     fn past_allows(&self, cpu: &Cpu, past: &Found, pfn: u64, want: Want) -> bool {
         let registers = cpu.registers();
+        // What a supervisor has written with CR0.WP clear is a supervisor's page for the processor: SMAP is not told any more whether
+        // RFLAGS.AC is set. (As in KVM: there are no entries that say so.)
+        let overrides = registers.cr0 >> 16 & 1 == 0 && registers.cr4 >> 21 & 1 != 0;
+        let want = Want { ac: want.ac || overrides, ..want };
         let is_permitted = cpu.paging.mode() == Mode::Off || past.allows(registers, want);
         let gfn = past.gpa >> 12;
         let Some((slot, found)) = self.resolve(cpu.space, gfn) else { return false };
         let hva = slot.hva_of(Gfn::new(gfn)).unwrap().get();
         let is_writable = !slot.flags().contains(SlotFlags::READONLY) && !self.host.is_read_only(hva);
         let marked = past.entries.iter().all(|(gpa, entry)| {
-            let slot = self.resolve(cpu.space, gpa >> 12);
-            let cannot = slot.is_none_or(|(slot, _)| slot.flags().contains(SlotFlags::READONLY));
+            // A table in a read-only slot is walked without its bits being set; what was mapped so may stay when the slot is writable.
+            let cannot = self.unmarked.contains(&(cpu.space, gpa >> 12));
             let needed = if want.write && *gpa == past.dirty_at { 0x60 } else { 0x20 };
             cannot || entry & needed == needed
         });
