@@ -30,6 +30,11 @@ fn create(gpa: u64, bytes: u64) {
     host(call::CREATE, [ID, gpa >> 12, bytes >> 12, POOL]);
 }
 
+/// Another frame is put behind each of these pages at once.
+fn move_pages(gpa: u64, pages: u64) {
+    host(call::MOVE, [gpa, pages, 0, 0]);
+}
+
 fn delete(id: u64) {
     host(call::DELETE, [id, 0, 0, 0]);
 }
@@ -218,7 +223,8 @@ pub(super) fn memory_becomes_hole(m: &mut Machine) -> Verdict {
 }
 
 pub(super) fn large_page_below_a_slot(m: &mut Machine) -> Verdict {
-    create(PLACE + 5 * PAGE, LARGE_PAGE);
+    // The pool's pages are contiguous around it, as the guest's are.
+    host(call::CREATE, [ID, (PLACE >> 12) + 5, 512, POOL + 5]);
     let first = m.mark(PLACE + 5 * PAGE);
     let last = m.mark(PLACE + 511 * PAGE);
     let next = m.mark(PLACE + LARGE_PAGE);
@@ -410,12 +416,11 @@ pub(super) fn zap_in_steps(m: &mut Machine) -> Verdict {
         m.write(AREA + page * PAGE + 8, page, User);
     }
     for round in 0..6 {
-        for page in (0..PAGES).filter(|page| page % 3 != round % 3) {
-            // Its old frame has something else from now on.
-            host(call::MOVE, [DATA + page * PAGE, 0, 0, 0]);
-            if page % 8 == 0 {
-                host(call::ZAP, [(DATA >> 12) + page, PAGES - page, 1 + round, 0]);
-            }
+        // Their old frames have something else from now on.
+        move_pages(DATA + 2 * PAGE, PAGES - 5);
+        for page in (0..PAGES).step_by(8) {
+            move_pages(DATA + page * PAGE, 1);
+            host(call::ZAP, [(DATA >> 12) + page, PAGES - page, 1 + round, 0]);
         }
         check();
         for page in 0..PAGES {
@@ -524,7 +529,7 @@ pub(super) fn table_moves(m: &mut Machine) -> Verdict {
     for round in 0..4 {
         must!(m.read(va, User), marked);
         // The frame behind the table, or behind the one above, is another one now.
-        host(call::MOVE, [if round % 2 == 0 { entry } else { above }, 0, 0, 0]);
+        move_pages(if round % 2 == 0 { entry } else { above }, 1);
         must!(m.get(entry), gpa | ALL | ACCESSED);
         m.change(entry, gpa | ALL, va);
         must!(m.read(va, User), marked);
@@ -543,7 +548,7 @@ pub(super) fn table_moves(m: &mut Machine) -> Verdict {
     m.set(PLACE, gpa | ALL | ACCESSED | DIRTY);
     m.change(above, PLACE | ALL | ACCESSED, AREA);
     must!(m.read(AREA, User), marked);
-    host(call::MOVE, [PLACE, 0, 0, 0]);
+    move_pages(PLACE, 1);
     must!(m.read(AREA, User), marked);
     m.change(above, 0, AREA);
     delete(ID);
