@@ -107,13 +107,22 @@ fn linux(report: &mut Report) {
     }
     // Under nested paging the processor itself walks what the torture guest edits.
     let torture = ["--scenario=torture"];
-    let scenarios =
-        ["--scenario=torture", "--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=dirty"];
+    let scenarios = [
+        "--scenario=torture",
+        "--scenario=boot",
+        "--scenario=hotplug",
+        "--scenario=storm",
+        "--scenario=dirty",
+    ];
     let runs: [(&str, &[&str], &[&str]); 6] = [
         ("torture, nested", &torture, &[]),
         ("shadow", &scenarios, &["--paging=shadow"]),
         ("shadow, small pages", &scenarios, &["--paging=shadow", "--pages=4k"]),
-        ("shadow, page tables of its own for user space", &["--scenario=boot"], &["--paging=shadow", "--pti"]),
+        (
+            "shadow, page tables of its own for user space",
+            &["--scenario=boot"],
+            &["--paging=shadow", "--pti"],
+        ),
         ("shadow, without KASLR", &["--scenario=boot"], &["--paging=shadow", "--no-kaslr"]),
         ("shadow, unsync as KVM has it", &scenarios[..2], &["--paging=shadow", "--unsync=1"]),
     ];

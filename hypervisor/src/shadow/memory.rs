@@ -19,11 +19,14 @@ use crate::paging::Host;
 pub(super) struct Memory {
     slots: Reader,
     host: &'static Host,
+    /// The version of the slots that the guest was started with.
+    first: u64,
 }
 
 impl Memory {
     pub(super) fn new(guest: &Guest) -> Result<Self, OutOfMemory> {
-        Ok(Self { slots: guest.table.reader()?, host: guest.host })
+        let first = guest.table.view().generation();
+        Ok(Self { slots: guest.table.reader()?, host: guest.host, first })
     }
 
     /// The tables in an address space, as they are now.
@@ -32,7 +35,7 @@ impl Memory {
     }
 
     /// Where the walk for an access would read an entry from where no memory is. The shadow tables' own walk takes that for an entry
-    /// that is not present.
+    /// that is not present; which is right as long as the slots are those that the guest was started with.
     pub(super) fn missing_table(
         &mut self,
         space: AddressSpaceId,
@@ -40,6 +43,9 @@ impl Memory {
         va: u64,
         access: GuestAccess,
     ) -> Option<Gpa> {
+        if self.slots.pin().generation() == self.first {
+            return None;
+        }
         match walk(&Present(self.tables(space)), paging, va, access) {
             Err(WalkError::Tables(gpa)) => Some(gpa),
             _ => None,
