@@ -93,7 +93,7 @@ fn each_allocation_fails_once() {
             let gfn = Gfn::new(gfn);
             let before = rmap.bytes();
             assert_eq!(failing(0, || slot.reserve(level, gfn).err()), Some(RmapError::OutOfMemory));
-            assert_eq!(slot.list(level, gfn).is_some(), false);
+            assert!(slot.list(level, gfn).is_none());
             let (_, failed) = until_it_works(|| slot.reserve(level, gfn));
             assert!(failed > 0 && rmap.bytes() > before);
             // What is there needs no memory.

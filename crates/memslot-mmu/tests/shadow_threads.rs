@@ -1,5 +1,6 @@
-//! Shadow tables used by many threads at once: virtual processors that fault and load, a device that writes their tables, and a VMM that
-//! changes slots, moves memory, harvests the dirty log, ages and zaps. At the end, and now and then, everything must be as it must be.
+//! Shadow tables used by many threads at once, and without memory. The threads are virtual processors that fault, load, and write their
+//! tables as a device does, and a VMM that changes slots, moves memory, harvests the dirty log, ages and zaps: at the end, and now and
+//! then, everything must be as it must be.
 #![cfg(not(loom))]
 #![allow(missing_docs, unreachable_pub, reason = "a test program")]
 
@@ -16,9 +17,9 @@ use memslot::{
 };
 use memslot_mmu::format::Access;
 use memslot_mmu::shadow::guest::{GuestAccess, GuestPaging, Processor, Registers};
-use memslot_mmu::shadow::{GuestMemory, Shadow, ShadowConfig, ShadowFault};
+use memslot_mmu::shadow::{GuestMemory, Shadow, ShadowConfig, ShadowError, ShadowFault};
 use memslot_mmu::user::UserHost;
-use memslot_mmu::{Answer, Context, Frames, Pfn, Table, TableMemory, TlbFlush};
+use memslot_mmu::{Answer, Context, Frames, Level, Pfn, Table, TableError, TableMemory, TlbFlush};
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 /// Tables are in the first frames, a slot of their own; data behind.
@@ -141,7 +142,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
     let mut table = SlotTable::new(Limits::default()).unwrap();
     let log = DirtyLog::attach(&mut table).unwrap();
     let config = ShadowConfig {
-        unsync: memslot_mmu::Level::new(unsync).unwrap(),
+        unsync: Level::new(unsync).unwrap(),
         pages,
         log: Some(log.clone()),
         ..ShadowConfig::default()
@@ -263,4 +264,79 @@ fn threads_with_all_tables_unsync() {
 #[test]
 fn threads_as_in_kvm_and_with_little_room() {
     run(1, 64, 11, 20_000);
+}
+
+/// Everything that needs a table runs out of them, at every step: an error, nothing changed, and the next try goes on.
+#[test]
+fn tables_run_out_at_every_step() {
+    for left in 0..16 {
+        let host = TestHost::new();
+        let mut table = SlotTable::new(Limits::default()).unwrap();
+        let shadow = Shadow::attach(&mut table, host.clone(), ShadowConfig::default()).unwrap();
+        table.create(slot(0, (0, PAGES), &host, SlotFlags::empty())).unwrap();
+        for (table, below) in [(1, PDPT), (PDPT, PD), (PD, PT), (PT, 100)] {
+            host.entry(table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
+        }
+        let mut vcpu = shadow.vcpu().unwrap();
+        host.user.set_tables_left(left);
+        if vcpu.load(paging(1), RAM).is_err() {
+            assert!(vcpu.root().is_none() && left < 6, "{left}");
+            assert_eq!(vcpu.fault(0, GuestAccess::READ), Err(ShadowError::NoRoot));
+        } else {
+            let before = shadow.stats();
+            match vcpu.fault(0, GuestAccess::WRITE) {
+                Ok(done) => assert_eq!(done, ShadowFault::Mapped(Level::K4)),
+                Err(error) => {
+                    assert_eq!(error, ShadowError::Table(TableError::OutOfMemory));
+                    assert_eq!((shadow.stats().pages, shadow.stats().leaves), (before.pages, before.leaves));
+                }
+            }
+        }
+        shadow.check().unwrap();
+        host.user.set_tables_left(usize::MAX);
+        vcpu.load(paging(1), RAM).unwrap();
+        let done = vcpu.fault(0, GuestAccess::WRITE).unwrap();
+        assert!(
+            matches!(done, ShadowFault::Mapped(Level::K4) | ShadowFault::AlreadyMapped),
+            "{left}: {done:?}"
+        );
+        shadow.check().unwrap();
+        drop((vcpu, table, shadow));
+        assert_eq!(host.user.tables(), 0);
+    }
+}
+
+/// Far more tables than there may be shadow pages: the oldest go, what is used stays usable.
+#[test]
+fn the_limit_lets_go_of_the_oldest() {
+    let host = TestHost::new();
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    let config = ShadowConfig { pages: 64, ..ShadowConfig::default() };
+    let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
+    table.create(slot(0, (0, PAGES), &host, SlotFlags::empty())).unwrap();
+    host.entry(1, 0).store(PDPT << 12 | 0x67, Ordering::SeqCst);
+    host.entry(PDPT, 0).store(PD << 12 | 0x67, Ordering::SeqCst);
+    for index in 0..400 {
+        host.entry(PD, index).store((100 + index) << 12 | 0x67, Ordering::SeqCst);
+        host.entry(100 + index, 0).store((1000 + index) << 12 | 0x67, Ordering::SeqCst);
+    }
+    let mut vcpu = shadow.vcpu().unwrap();
+    vcpu.load(paging(1), RAM).unwrap();
+    for round in 0..3 {
+        for index in 0..400 {
+            assert_eq!(vcpu.fault(index << 21, GuestAccess::WRITE).unwrap(), ShadowFault::Mapped(Level::K4));
+            assert!(shadow.stats().pages <= 64);
+        }
+        assert!(!vcpu.is_stale(), "the root is in use");
+        shadow.check().unwrap();
+        assert!(shadow.stats().reclaimed >= 300 * (round + 1));
+    }
+    // Everything at once: the root is stale, and loading again is all it takes.
+    shadow.zap_all();
+    assert!(vcpu.is_stale());
+    assert_eq!(shadow.stats().pages, 0);
+    assert_eq!(vcpu.fault(0, GuestAccess::READ).unwrap(), ShadowFault::Retry);
+    vcpu.reload().unwrap();
+    assert_eq!(vcpu.fault(0, GuestAccess::READ).unwrap(), ShadowFault::Mapped(Level::K4));
+    shadow.check().unwrap();
 }

@@ -176,6 +176,9 @@ mod track;
 mod vcpu;
 mod zap;
 
+#[cfg(all(test, loom))]
+mod loom_tests;
+
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;

@@ -10,7 +10,7 @@ use memslot::{AddressSpaceId, Gfn};
 use super::guest::{GuestPaging, Mode, Rights};
 use crate::level::Level;
 
-/// See the [module documentation](self).
+/// Everything besides its gfn that decides what a shadow page's entries mean. **Nothing that changes their meaning is missing.**
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Role {
     /// The level of the shadow table.
