@@ -30,6 +30,12 @@ fn create(gpa: u64, bytes: u64) {
     host(call::CREATE, [ID, gpa >> 12, bytes >> 12, POOL]);
 }
 
+/// The same for 2 MiB whose frames are contiguous, and not aligned as the guest's: what maps a large page of the guest there is made of
+/// small ones.
+fn create_in_pieces(id: u64, gpa: u64) {
+    host(call::CREATE, [id, gpa >> 12, 512, POOL + 1 + 1024 * (id - ID)]);
+}
+
 /// Another frame is put behind each of these pages at once.
 fn move_pages(gpa: u64, pages: u64) {
     host(call::MOVE, [gpa, pages, 0, 0]);
@@ -67,20 +73,22 @@ fn tell(entry: u64) {
 }
 
 pub(super) fn large_page_moves(m: &mut Machine) -> Verdict {
-    create(PLACE, LARGE_PAGE);
+    const THERE: u64 = PLACE + LARGE_PAGE;
+    create_in_pieces(ID, PLACE);
+    create_in_pieces(ID + 1, THERE);
     let pages = [0, 5, 9].map(|page| page * PAGE);
     let here = pages.map(|at| m.mark(PLACE + at));
-    let there = pages.map(|at| m.mark(DATA + at));
+    let there = pages.map(|at| m.mark(THERE + at));
     let entry = m.map_large(AREA, PLACE);
     for (at, marked) in pages.iter().zip(here) {
         must!(m.read(AREA + at, User), marked);
     }
-    m.change(entry, DATA | ALL | LARGE, AREA);
+    m.change(entry, THERE | ALL | LARGE, AREA);
     for (at, marked) in pages.iter().zip(there) {
         m.flush(AREA + at);
         must!(m.read(AREA + at, User), marked);
         must!(m.write(AREA + at + 8, *at, User), Done(0));
-        must!(m.get(DATA + at + 8), *at);
+        must!(m.get(THERE + at + 8), *at);
     }
     // Pages that were not touched before are mapped under an entry that has changed meanwhile.
     behind_our_back(entry, PLACE | ALL | LARGE);
@@ -99,13 +107,13 @@ pub(super) fn large_page_moves(m: &mut Machine) -> Verdict {
     m.flush_most();
     must!(m.read(AREA + 5 * PAGE, User), Nothing);
     must!(m.read(AREA + 135 * PAGE, User), Nothing);
-    m.change(entry, DATA | ALL | LARGE, AREA);
+    m.change(entry, THERE | ALL | LARGE, AREA);
     m.flush_most();
     for (at, marked) in pages.iter().zip(there) {
         must!(m.read(AREA + at, User), marked);
     }
     // The slot is there again, with what it had.
-    create(PLACE, LARGE_PAGE);
+    create_in_pieces(ID, PLACE);
     m.change(entry, PLACE | ALL | LARGE, AREA);
     m.flush_most();
     for (at, marked) in pages.iter().zip(here) {
@@ -113,6 +121,7 @@ pub(super) fn large_page_moves(m: &mut Machine) -> Verdict {
     }
     delete(ID);
     must!(m.read(AREA, User), Nothing);
+    delete(ID + 1);
     Ok(())
 }
 
@@ -175,6 +184,7 @@ pub(super) fn large_page_becomes_table(m: &mut Machine) -> Verdict {
 }
 
 pub(super) fn memory_becomes_hole(m: &mut Machine) -> Verdict {
+    let create_small = || host(call::CREATE, [ID, PLACE >> 12, 4, POOL + 1]);
     let (gpa, marked) = m.data(22);
     let (other, other_marked) = m.data(23);
     let entry = m.map(AREA, gpa);
@@ -198,7 +208,7 @@ pub(super) fn memory_becomes_hole(m: &mut Machine) -> Verdict {
     m.flush(AREA);
     must!(m.read(AREA, User), marked);
     // The memory itself goes and comes.
-    create(PLACE, 4 * PAGE);
+    create_small();
     let place = m.mark(PLACE + PAGE);
     m.change(entry, (PLACE + PAGE) | ALL, AREA);
     for _ in 0..3 {
@@ -208,7 +218,7 @@ pub(super) fn memory_becomes_hole(m: &mut Machine) -> Verdict {
         must!(m.read(AREA, User), Nothing);
         must!(m.write(AREA + 8, 2, User), Nothing);
         check();
-        create(PLACE, 4 * PAGE);
+        create_small();
         must!(m.get(PLACE + PAGE + 8), 1);
     }
     // A table in a hole: the walk itself finds nothing.
@@ -652,6 +662,11 @@ pub(super) fn logged_page_becomes_table(m: &mut Machine) -> Verdict {
     is_dirty(0);
     for round in 1..7 {
         let (gpa, marked) = pages[round % 3];
+        // It rests while it is write-protected for the log, so that it may be followed again.
+        for _ in 0..3 {
+            is_dirty(0);
+            m.flush_most();
+        }
         must!(m.write(AREA, gpa | ALL, User), Done(0));
         if round % 2 == 0 {
             m.flush(OTHER);
