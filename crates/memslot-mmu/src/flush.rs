@@ -3,7 +3,7 @@
 use memslot::GfnRange;
 
 use crate::format::Format;
-use crate::host::Host;
+use crate::host::{Context, Host};
 use crate::nested::graves::Chain;
 use crate::nested::shared::hull;
 use crate::nested::{DirtyMode, Mmu};
@@ -53,6 +53,18 @@ impl<'m, F: Format, H: Host> Flush<'m, F, H> {
     #[must_use]
     pub fn gfns(&self) -> Option<GfnRange> {
         self.owed.gfns
+    }
+
+    /// What the flush will be tagged with.
+    #[must_use]
+    pub fn context(&self) -> Context {
+        self.mmu.shared.config.context
+    }
+
+    /// Other tables owe these frames: one flush will do for both. Something must be owed already.
+    pub(crate) fn widen(&mut self, gfns: GfnRange) {
+        debug_assert!(self.owed.count > 0 && self.owed.gfns.is_some());
+        self.owed.gfns = Some(hull(self.owed.gfns, gfns));
     }
 
     /// Takes over what `other` owes, of the same tables.

@@ -15,11 +15,13 @@ use memslot::{
     AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, Slot, SlotFlags, SlotId, SlotSpec,
     SlotTable,
 };
-use memslot_mmu::format::Access;
+use memslot_mmu::format::{Access, Npt};
 use memslot_mmu::shadow::guest::{GuestAccess, GuestPaging, Processor, Registers};
 use memslot_mmu::shadow::{GuestMemory, Shadow, ShadowConfig, ShadowError, ShadowFault};
 use memslot_mmu::user::UserHost;
-use memslot_mmu::{Answer, Context, Frames, Level, Pfn, Table, TableError, TableMemory, TlbFlush};
+use memslot_mmu::{
+    Answer, Config, Context, Fault, Frames, Level, Mmu, Pfn, Table, TableError, TableMemory, TlbFlush,
+};
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 /// Tables are in the first frames, a slot of their own; data behind.
@@ -339,4 +341,34 @@ fn the_limit_lets_go_of_the_oldest() {
     vcpu.reload().unwrap();
     assert_eq!(vcpu.fault(0, GuestAccess::READ).unwrap(), ShadowFault::Mapped(Level::K4));
     shadow.check().unwrap();
+}
+
+/// A guest with nested tables and shadow tables: both are zapped, one flush.
+#[test]
+fn both_kinds_of_table_and_one_flush() {
+    let host = TestHost::new();
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    let shadow = Shadow::attach(&mut table, host.clone(), ShadowConfig::default()).unwrap();
+    let mmu = Mmu::<Npt, _>::attach(&mut table, host.clone(), Config::default()).unwrap();
+    table.create(slot(0, (0, PAGES), &host, SlotFlags::empty())).unwrap();
+    for (table, below) in [(1, PDPT), (PDPT, PD), (PD, PT), (PT, 100)] {
+        host.entry(table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
+    }
+    let (mut vcpu, mut walker) = (shadow.vcpu().unwrap(), mmu.walker().unwrap());
+    vcpu.load(paging(1), RAM).unwrap();
+    let gfns = GfnRange::with_len(Gfn::new(100), 1).unwrap();
+    for both in [(true, true), (true, false), (false, true), (false, false)] {
+        if both.0 {
+            assert!(matches!(vcpu.fault(0, GuestAccess::WRITE).unwrap(), ShadowFault::Mapped(_)));
+        }
+        if both.1 {
+            assert!(matches!(walker.fault(Gpa::new(100 << 12), Access::WRITE).unwrap(), Fault::Mapped(_)));
+        }
+        let before = host.user.flushes();
+        shadow.zap_gfn_range_with(RAM, gfns, mmu.zap(gfns));
+        let is_mapped = both.0 || both.1;
+        assert_eq!(host.user.flushes() - before, u64::from(is_mapped), "{both:?}");
+        assert_eq!((shadow.stats().leaves, walker.translate(Gpa::new(100 << 12))), (0, None));
+        shadow.check().unwrap();
+    }
 }

@@ -113,13 +113,16 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         Ok(true)
     }
 
-    /// Gives a leaf other access to the same page, keeping its accessed and dirty bits.
+    /// Gives a leaf other access to the same page, keeping its accessed and dirty bits; and W, if the page may still become writable. Who
+    /// takes W from a page that may (the dirty log) decides by W whether processors must hear of it, and so must be the only
+    /// one.
     pub(super) fn replace_leaf(&mut self, page: &'g ShadowPage, index: usize, new: u64) -> bool {
         const KEPT: u64 = spte::ACCESSED | spte::DIRTY;
         let entry = &self.table(page).0[index];
         let mut old = entry.load(Ordering::SeqCst);
         loop {
-            let wanted = new | old & KEPT;
+            let kept = if new & spte::MMU_WRITABLE == 0 { KEPT } else { KEPT | spte::WRITE };
+            let wanted = new | old & kept;
             if wanted == old || !spte::is_present(old) {
                 return false;
             }

@@ -7,6 +7,9 @@ use memslot::{AddressSpaceId, Gfn, GfnRange, HvaRange, OutOfMemory};
 use super::shared::{Locked, Shared};
 use super::spte::SpteRef;
 use super::{Shadow, ShadowHost, spte};
+use crate::flush::Flush;
+use crate::format::Format;
+use crate::host::Host;
 use crate::invalidate::{Covered, ends, range};
 use crate::level::Level;
 use crate::sync::Ordering;
@@ -123,6 +126,37 @@ impl<H: ShadowHost> Shadow<H> {
     pub fn zap_gfn_range(&self, space: AddressSpaceId, gfns: GfnRange) {
         self.shared.work_on(Task::Zap, space, gfns);
         self.shared.flush(gfns);
+    }
+
+    /// As [`zap_gfn_range`](Self::zap_gfn_range), for a guest that has nested tables as well, whose frames were zapped before: what that
+    /// owes is paid with it, in one flush if both have the same context.
+    ///
+    /// ```
+    /// # use memslot::*;
+    /// # use memslot_mmu::{format::Npt, shadow::{Shadow, ShadowHost}, Host, Mmu};
+    /// fn zap<H: ShadowHost, G: Host>(shadow: &Shadow<H>, mmu: &Mmu<Npt, G>, gfns: GfnRange) {
+    ///     shadow.zap_gfn_range_with(AddressSpaceId::NORMAL, gfns, mmu.zap(gfns));
+    /// }
+    /// ```
+    pub fn zap_gfn_range_with<F: Format, G: Host>(
+        &self,
+        space: AddressSpaceId,
+        gfns: GfnRange,
+        mut nested: Flush<'_, F, G>,
+    ) {
+        self.shared.work_on(Task::Zap, space, gfns);
+        self.shared.with(|locked| {
+            locked.flush_later(gfns);
+            if locked.must_flush && nested.context() == locked.shared.config.context {
+                if let (Some(_), Some(pending)) = (nested.gfns(), locked.state.pending) {
+                    nested.widen(pending);
+                    nested.discharge();
+                    (locked.must_flush, locked.state.pending) = (false, None);
+                    return;
+                }
+            }
+            nested.discharge();
+        });
     }
 
     /// Gives up all shadow pages: they are obsolete at once, and taken apart in bounded steps. Virtual processors find their roots

@@ -6,6 +6,7 @@ mod memory;
 mod naive;
 mod past_bugs;
 mod programs;
+mod regressions;
 mod slot_set;
 mod walk_cases;
 mod walk_model;

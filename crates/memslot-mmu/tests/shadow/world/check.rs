@@ -96,6 +96,10 @@ impl World {
 
     fn past_allows(&self, cpu: &Cpu, past: &Found, pfn: u64, want: Want) -> bool {
         let registers = cpu.registers();
+        // What a supervisor has written with CR0.WP clear is a supervisor's page for the processor: SMAP is not told any more whether
+        // RFLAGS.AC is set. (As in KVM: there are no entries that say so.)
+        let overrides = registers.cr0 >> 16 & 1 == 0 && registers.cr4 >> 21 & 1 != 0;
+        let want = Want { ac: want.ac || overrides, ..want };
         let is_permitted = cpu.paging.mode() == Mode::Off || past.allows(registers, want);
         let gfn = past.gpa >> 12;
         let Some((slot, found)) = self.resolve(cpu.space, gfn) else { return false };

@@ -49,7 +49,7 @@ impl History {
 
     pub fn note_backing(&mut self, space: u8, gfn: u64, pfn: Option<u64>, now: u64) {
         let changes = self.backing.entry((space, gfn)).or_default();
-        if changes.last().map_or(None, |(_, last)| *last) != pfn {
+        if changes.last().and_then(|(_, last)| *last) != pfn {
             changes.push((now, pfn));
         }
     }

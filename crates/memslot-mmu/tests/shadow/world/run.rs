@@ -129,12 +129,23 @@ impl World {
         invalidation.end();
     }
 
-    /// Changes that the table refuses change nothing. No two slots of a space have the same host memory, as nobody tracks tables
-    /// through aliases.
+    /// Whether memory would be at two places of the guest: nobody tracks tables through aliases. That it is at the same place in both address
+    /// spaces is as it should be.
+    fn would_be_aliased(&self, smm: bool, (first, pages): (u64, u64), hva: Hva) -> bool {
+        let hvas = HvaRange::with_len(hva, pages << 12).unwrap();
+        [RAM, SMM].into_iter().any(|other| {
+            self.table.view().slots_at_hva(other, hvas).any(|hit| {
+                let base = hit.slot.hva_of(hit.slot.base_gfn()).unwrap().get() >> 12;
+                let offset = base.wrapping_sub(hit.slot.base_gfn().get());
+                other == space(smm) || offset != (hva.get() >> 12).wrapping_sub(first)
+            })
+        })
+    }
+
+    /// Changes that the table refuses change nothing.
     fn change_slots(&mut self, op: &Op) {
         let id = SlotId::new;
         let flags = |bits: u32| SlotFlags::from_bits_truncate(bits);
-        let table = &mut self.table;
         let _ = match *op {
             Op::CreateSlot { smm, id, shape, flags: bits } => {
                 let (gfns, page) = match shape % 8 {
@@ -148,27 +159,33 @@ impl World {
                     // A guest's large page is none of the host's.
                     _ => (range(LARGE, END - LARGE), 4097),
                 };
-                let hvas = HvaRange::with_len(Hva::new(HVA + (page << 12)), gfns.len() << 12).unwrap();
-                if table.view().slots_at_hva(space(smm), hvas).next().is_some() {
+                let place = (gfns.start().get(), gfns.len());
+                if self.would_be_aliased(smm, place, Hva::new(HVA + (page << 12))) {
                     return;
                 }
-                table.create(slot(space(smm), id, gfns, page, flags(bits)))
+                self.table.create(slot(space(smm), id, gfns, page, flags(bits)))
             }
-            Op::DeleteSlot { smm, id: number } => table.delete(space(smm), id(number)),
+            Op::DeleteSlot { smm, id: number } => self.table.delete(space(smm), id(number)),
             Op::MoveSlot { smm, id: number, to } => {
-                let Some(slot) = table.view().slot(space(smm), id(number)) else { return };
+                let Some(slot) = self.table.view().slot(space(smm), id(number)) else { return };
                 let to = if slot.pages() > SMALL { LARGE + to % 64 } else { to % SMALL };
-                table.move_to(space(smm), id(number), Gfn::new(to))
+                // In the other address space it would stay where it is.
+                let page = slot.hva_of(slot.base_gfn()).unwrap().get();
+                let hvas = HvaRange::with_len(Hva::new(page), slot.pages() << 12).unwrap();
+                if self.table.view().slots_at_hva(space(!smm), hvas).next().is_some() {
+                    return;
+                }
+                self.table.move_to(space(smm), id(number), Gfn::new(to))
             }
-            Op::SlotFlags { smm, id: number, flags: bits } => table.transaction(|tx| {
+            Op::SlotFlags { smm, id: number, flags: bits } => self.table.transaction(|tx| {
                 tx.set_read_only(space(smm), id(number), flags(bits).contains(SlotFlags::READONLY))?;
                 tx.set_flags(space(smm), id(number), flags(bits))
             }),
             Op::SplitSlot { smm, id: number, at, new } => {
-                table.transaction(|tx| tx.split(space(smm), id(number), Gfn::new(at), id(new)))
+                self.table.transaction(|tx| tx.split(space(smm), id(number), Gfn::new(at), id(new)))
             }
             Op::MergeSlots { smm, low, high } => {
-                table.transaction(|tx| tx.merge(space(smm), id(low), id(high)))
+                self.table.transaction(|tx| tx.merge(space(smm), id(low), id(high)))
             }
             _ => unreachable!("{op:?} is about slots"),
         };
