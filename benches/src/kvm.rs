@@ -129,7 +129,7 @@ mod linux {
         const DIMM: u64 = 32768;
         let (sizes, rounds): (&[(usize, u64)], _) = match effort {
             Effort::Smoke => (&[(8, 1)], 2),
-            Effort::Normal => (&[(8, 1), (509, 1), (4096, 1), (8, DIMM), (253, DIMM)], 25),
+            Effort::Normal => (&[(8, 1), (509, 1), (4096, 1), (8, DIMM), (253, DIMM)], 75),
             Effort::Long => (&[(8, 1), (509, 1), (4096, 1), (32700, 1), (8, DIMM), (253, DIMM)], 101),
         };
         for &(n, pages) in sizes {
