@@ -97,33 +97,46 @@ struct Space {
     by_id: Vec<Option<KvmSlot>>,
     ids: SlotIds,
     by_gfn: BTreeMap<Gfn, u16>,
-    /// What the tree has not heard of yet, in order: which slot starts at a frame now.
-    untold: Vec<(Gfn, Option<u16>)>,
+    /// What the tree has not heard of yet, in order.
+    untold: Vec<Start>,
+}
+
+/// Which slot starts at a frame, before and after a change.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    gfn: Gfn,
+    was: Option<u16>,
+    is: Option<u16>,
 }
 
 /// So many changes the tree may lag behind. Most changes do not look at it, and to tell it of many at once costs less than
-/// of each after the kernel has emptied the caches.
-const UNTOLD: usize = 64;
+/// of each after the kernel has emptied the caches; all the more as a slot that went often comes back.
+const UNTOLD: usize = 256;
 
 impl Space {
     fn slot(&self, id: u16) -> Option<&KvmSlot> {
         self.by_id.get(usize::from(id))?.as_ref()
     }
 
-    fn starts(&mut self, gfn: Gfn, id: Option<u16>) {
+    fn starts(&mut self, gfn: Gfn, was: Option<u16>, is: Option<u16>) {
         if self.untold.len() >= UNTOLD {
             self.tell();
         }
-        self.untold.push((gfn, id));
+        self.untold.push(Start { gfn, was, is });
     }
 
     fn tell(&mut self) {
-        for (gfn, id) in self.untold.drain(..) {
-            match id {
-                Some(id) => self.by_gfn.insert(gfn, id),
-                None => self.by_gfn.remove(&gfn),
+        // Stable: those of one frame stay in order.
+        self.untold.sort_by_key(|start| start.gfn);
+        for starts in self.untold.chunk_by(|a, b| a.gfn == b.gfn) {
+            let (first, last) = (starts[0], starts[starts.len() - 1]);
+            match last.is {
+                _ if first.was == last.is => None,
+                Some(id) => self.by_gfn.insert(last.gfn, id),
+                None => self.by_gfn.remove(&last.gfn),
             };
         }
+        self.untold.clear();
     }
 }
 
@@ -214,8 +227,8 @@ impl Programmed {
             Step::Move { from, to } => (Some(from), Some(to)),
         };
         space.by_id[id] = new.copied();
-        old.into_iter().for_each(|old| space.starts(old.gfns.start(), None));
-        new.into_iter().for_each(|new| space.starts(new.gfns.start(), Some(new.id)));
+        old.into_iter().for_each(|old| space.starts(old.gfns.start(), Some(old.id), None));
+        new.into_iter().for_each(|new| space.starts(new.gfns.start(), None, Some(new.id)));
     }
 }
 

@@ -31,7 +31,7 @@ use core::cell::RefCell;
 use crate::addr::{Gfn, GfnRange};
 use crate::error::OutOfMemory;
 use crate::slot::{AddressSpaceId, Slot};
-use crate::table::{AttachmentKey, Attachments, Snapshot, View};
+use crate::table::{AttachmentKey, Attachments, Published, Snapshot, View};
 
 /// An error of a listener; any error type will do.
 pub type ListenerError = Box<dyn core::error::Error + Send + Sync>;
@@ -133,7 +133,7 @@ pub struct Update<'a> {
 pub(crate) enum Stage<'a> {
     /// What is attached here becomes part of the version after.
     Preparing(&'a RefCell<Attachments>),
-    Published(&'a Snapshot),
+    Published(Published<'a>),
 }
 
 impl Update<'_> {
@@ -142,7 +142,7 @@ impl Update<'_> {
     pub fn snapshot(&self) -> Option<Snapshot> {
         match self.stage {
             Stage::Preparing(_) => None,
-            Stage::Published(snapshot) => Some(snapshot.clone()),
+            Stage::Published(version) => Some(version.snapshot()),
         }
     }
 
@@ -166,6 +166,12 @@ pub(crate) fn cut(changes: &[SlotChange], pieces: &mut Vec<Piece>) -> Result<(),
             pieces.clear();
             pieces.try_reserve(1).map_err(|_| OutOfMemory)?;
             pieces.push(piece);
+            return Ok(());
+        }
+        if let Some(moved) = moved(change) {
+            pieces.clear();
+            pieces.try_reserve(2).map_err(|_| OutOfMemory)?;
+            pieces.extend(moved);
             return Ok(());
         }
     }
@@ -225,6 +231,14 @@ pub(crate) fn cut(changes: &[SlotChange], pieces: &mut Vec<Piece>) -> Result<(),
         (order, piece.address_space, piece.gfns.start())
     });
     Ok(())
+}
+
+/// The pieces of a slot that moves to where it was not at all.
+fn moved(change: SlotChange) -> Option<[Piece; 2]> {
+    let (old, new) = change.old.zip(change.new)?;
+    let piece = |slot: Slot, kind| Piece { address_space: slot.address_space(), gfns: slot.gfns(), kind };
+    let pieces = [piece(old, PieceKind::Removed { old }), piece(new, PieceKind::Added { new })];
+    (!old.gfns().overlaps(&new.gfns())).then_some(pieces)
 }
 
 /// The one piece of a change that concerns all frames of one slot alike: the most frequent changes are.

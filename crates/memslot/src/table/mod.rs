@@ -50,7 +50,7 @@ pub use self::view::{HvaHit, SlotPiece, Translation, View};
 
 use self::node::{AnyNode, Arena};
 use self::transaction::{Lists, abandon};
-use self::versions::{Held, Owner, VersionList, share};
+use self::versions::{Held, Owner, Version, VersionList, share};
 use crate::addr::{Gfn, PageSize};
 use crate::error::{LimitsError, OutOfMemory, Reason, TransactionError};
 use crate::listener::{Listener, ListenerError, Piece, Stage, Update, cut};
@@ -181,7 +181,8 @@ impl SlotTable {
             until_reclaim: RECLAIM_EVERY,
         })?;
         let (owner, writer) = split(&mut shared);
-        writer.versions.publish(owner, View::empty(limits, generation), generation, &mut Vec::new());
+        let empty = || View::empty(limits, generation);
+        writer.versions.publish(owner, empty, generation, &mut Vec::new());
         Ok(Self { shared, listeners: Vec::new(), attachment_keys: 0 })
     }
 
@@ -249,7 +250,8 @@ impl SlotTable {
         // SAFETY: this is the one writer; the version is not used after the next one is published.
         let mut next = unsafe { &owner.current().payload }.fork(writer.arena.stamp);
         next.attachments.set(key, value);
-        let generation = writer.publish(owner, next);
+        let generation = next.generation;
+        writer.publish(owner, || next, generation);
         writer.reclaim_if_due(owner);
         Ok(generation)
     }
@@ -331,30 +333,27 @@ impl SlotTable {
         // SAFETY: this is the one writer; `base` is not used after the next version is published, except
         // while that version's successor cannot be reclaimed (below).
         let base = unsafe { &owner.current().payload };
-        writer.arena.private = 0;
-        let mut transaction = Transaction::new(base, &mut writer.arena, &mut writer.lists);
+        let Writer { versions, arena, lists, pieces, until_reclaim } = writer;
+        arena.private = 0;
+        let mut transaction = Transaction::new(base, arena, lists);
         operations(&mut transaction)?;
-        let Some(next) = transaction.finish()? else {
+        if !transaction.finish()? {
             return Ok(base.generation);
-        };
-        let mut unpublished = Unpublished { writer, next: Some(next) };
-        unpublished.prepare(&mut self.listeners, base)?;
-        let mut generation = base.generation;
-        if let Some(next) = unpublished.next.take() {
-            generation = unpublished.writer.publish(owner, next);
         }
-        let writer = &mut *unpublished.writer;
+        prepare(&mut transaction, base, versions, pieces, &mut self.listeners)?;
+        let (next, arena, _) = transaction.parts();
+        let generation = next.generation;
+        publish(owner, || next.fork(generation), generation, versions, arena, until_reclaim);
+        transaction.published();
         let committed = if self.listeners.is_empty() {
             Ok(())
         } else {
             // SAFETY: as above; versions are reclaimed further down only.
-            let current = unsafe { owner.current() };
-            // SAFETY: the version is the owner's current one.
-            let after = Snapshot::new(unsafe { Held::new(owner, NonNull::from(current)) });
+            let after = Published { owner, version: unsafe { owner.current() } };
             let listeners = &mut self.listeners[..];
-            Published { owner, writer, listeners, before: base, after, reached: 0, followed: false }.commit()
+            Following { writer, listeners, before: base, after, reached: 0, followed: false }.commit()
         };
-        unpublished.writer.reclaim_if_due(owner);
+        writer.reclaim_if_due(owner);
         committed.map(|()| generation)
     }
 }
@@ -372,21 +371,9 @@ fn split(shared: &mut Shared) -> (&Shared, &mut Writer) {
 }
 
 impl Writer {
-    fn reserve(&mut self, may_be_taken_back: bool) -> Result<(), OutOfMemory> {
-        self.versions.reserve(if may_be_taken_back { 2 } else { 1 })?;
-        if may_be_taken_back {
-            cut(&self.lists.changes, &mut self.pieces)?;
-        }
-        Ok(())
-    }
-
-    fn publish(&mut self, owner: &Shared, next: View) -> u64 {
-        let generation = next.generation;
-        let generations = 1 + self.arena.dead.len() / NODES_A_GENERATION;
-        self.until_reclaim = self.until_reclaim.saturating_sub(generations);
-        self.versions.publish(owner, next, generation, &mut self.arena.dead);
-        self.arena.stamp = generation.wrapping_add(1);
-        generation
+    fn publish(&mut self, owner: &Shared, next: impl FnOnce() -> View, generation: u64) {
+        let Self { versions, arena, until_reclaim, .. } = self;
+        publish(owner, next, generation, versions, arena, until_reclaim);
     }
 
     /// Publishes what was before, as a new generation: `after` did not come to be.
@@ -400,7 +387,8 @@ impl Writer {
         abandon(after, &mut self.arena);
         self.arena.burying = false;
         core::mem::swap(&mut self.arena.dead, &mut self.arena.buried);
-        self.publish(owner, base.fork(after.generation.wrapping_add(1)));
+        let generation = after.generation.wrapping_add(1);
+        self.publish(owner, || base.fork(generation), generation);
     }
 
     /// Reclaims every few generations.
@@ -419,51 +407,53 @@ impl Writer {
     }
 }
 
-/// A version that is complete and not published. Unless it is, it goes, also when a listener panics.
-struct Unpublished<'w> {
-    writer: &'w mut Writer,
-    next: Option<View>,
+/// Publishes the version that `next` makes, in the place that was reserved for it.
+fn publish(
+    owner: &Shared,
+    next: impl FnOnce() -> View,
+    generation: u64,
+    versions: &mut VersionList<View, AnyNode>,
+    arena: &mut Arena,
+    until_reclaim: &mut usize,
+) {
+    let generations = 1 + arena.dead.len() / NODES_A_GENERATION;
+    *until_reclaim = until_reclaim.saturating_sub(generations);
+    versions.publish(owner, next, generation, &mut arena.dead);
+    arena.stamp = generation.wrapping_add(1);
 }
 
-impl Drop for Unpublished<'_> {
-    fn drop(&mut self) {
-        if let Some(next) = self.next.take() {
-            abandon(&next, &mut self.writer.arena);
-            self.writer.arena.dead.clear();
-        }
+/// Reserves what publishing needs, and lets the listeners do so. Unless the version is published after that, it goes with
+/// the transaction, also when a listener panics.
+fn prepare(
+    transaction: &mut Transaction<'_>,
+    before: &View,
+    versions: &mut VersionList<View, AnyNode>,
+    pieces: &mut Vec<Piece>,
+    listeners: &mut [Box<dyn Listener + Send>],
+) -> Result<(), TransactionError> {
+    if listeners.is_empty() {
+        versions.reserve(1)?;
+        return Ok(());
     }
-}
-
-impl Unpublished<'_> {
-    /// Reserves what publishing needs, and lets the listeners do so.
-    fn prepare(
-        &mut self,
-        listeners: &mut [Box<dyn Listener + Send>],
-        before: &View,
-    ) -> Result<(), TransactionError> {
-        let (writer, Some(after)) = (&mut *self.writer, &mut self.next) else { return Ok(()) };
-        writer.reserve(!listeners.is_empty())?;
-        if listeners.is_empty() {
-            return Ok(());
+    // One more, should the change be taken back. Its nodes go to the list of the dead, which must not fail then.
+    versions.reserve(2)?;
+    let (after, arena, lists) = transaction.parts();
+    cut(&lists.changes, pieces)?;
+    arena.reserve_burial()?;
+    let attachments = RefCell::new(after.attachments.clone());
+    let stage = Stage::Preparing(&attachments);
+    let update = Update { before, after, slots: &lists.changes, pieces, stage };
+    let mut prepared = Prepared { listeners, update: &update, done: 0 };
+    while let Some(listener) = prepared.listeners.get_mut(prepared.done) {
+        if let Err(error) = listener.prepare(&update) {
+            return Err(refused(&**listener, error));
         }
-        // Should the change be taken back, its nodes go to the list of the dead, which must not fail then.
-        writer.arena.reserve_burial()?;
-        let lists = &writer.lists;
-        let attachments = RefCell::new(after.attachments.clone());
-        let stage = Stage::Preparing(&attachments);
-        let update = Update { before, after, slots: &lists.changes, pieces: &writer.pieces, stage };
-        let mut prepared = Prepared { listeners, update: &update, done: 0 };
-        while let Some(listener) = prepared.listeners.get_mut(prepared.done) {
-            if let Err(error) = listener.prepare(&update) {
-                return Err(refused(&**listener, error));
-            }
-            prepared.done += 1;
-        }
-        prepared.done = 0;
-        drop(prepared);
-        after.attachments = attachments.into_inner();
-        Ok(())
+        prepared.done += 1;
     }
+    prepared.done = 0;
+    drop(prepared);
+    after.attachments = attachments.into_inner();
+    Ok(())
 }
 
 /// Listeners that have prepared. Unless all do, they hear that it was for nothing, also when one panics.
@@ -482,6 +472,7 @@ impl Drop for Prepared<'_> {
 }
 
 /// The error that names the listener; without its name where there is no memory for a copy.
+#[cold]
 fn refused(listener: &dyn Listener, error: ListenerError) -> TransactionError {
     let mut name = String::new();
     if name.try_reserve_exact(listener.name().len()).is_ok() {
@@ -490,24 +481,36 @@ fn refused(listener: &dyn Listener, error: ListenerError) -> TransactionError {
     Reason::Listener { listener: name, error }.into()
 }
 
-/// A version that is published, on its way through the listeners. Unless all follow, it is taken back, also when one
-/// panics.
-struct Published<'t> {
+/// The current version, while the writer waits for the listeners: nobody counts it until one of them keeps it.
+#[derive(Clone, Copy)]
+pub(crate) struct Published<'t> {
     owner: &'t Shared,
+    version: &'t Version<View>,
+}
+
+impl Published<'_> {
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        // SAFETY: the version is the owner's, and stays: the writer reclaims nothing as long as this borrows it.
+        Snapshot::new(unsafe { Held::new(self.owner, NonNull::from(self.version)) })
+    }
+}
+
+/// A published version on its way through the listeners. Unless all follow, it is taken back, also when one panics.
+struct Following<'t> {
     writer: &'t mut Writer,
     listeners: &'t mut [Box<dyn Listener + Send>],
     before: &'t View,
-    after: Snapshot,
+    after: Published<'t>,
     /// Those before this one have followed.
     reached: usize,
     followed: bool,
 }
 
-impl Published<'_> {
+impl Following<'_> {
     fn commit(mut self) -> Result<(), TransactionError> {
-        let Self { writer, listeners, before, after, reached, followed, .. } = &mut self;
-        let (slots, pieces) = (&writer.lists.changes, &writer.pieces);
-        let update = Update { before, after, slots, pieces, stage: Stage::Published(after) };
+        let Self { writer, listeners, before, after, reached, followed } = &mut self;
+        let (slots, pieces, stage) = (&writer.lists.changes, &writer.pieces, Stage::Published(*after));
+        let update = Update { before, after: &after.version.payload, slots, pieces, stage };
         for listener in &mut **listeners {
             if let Err(error) = listener.commit(&update) {
                 return Err(refused(&**listener, error));
@@ -520,14 +523,20 @@ impl Published<'_> {
     }
 }
 
-impl Drop for Published<'_> {
+impl Drop for Following<'_> {
     fn drop(&mut self) {
-        if self.followed {
-            return;
+        if !self.followed {
+            self.take_back();
         }
-        let Self { owner, writer, listeners, before, after, reached, .. } = self;
-        let (slots, pieces) = (&writer.lists.changes, &writer.pieces);
-        let update = Update { before, after, slots, pieces, stage: Stage::Published(after) };
+    }
+}
+
+impl Following<'_> {
+    #[cold]
+    fn take_back(&mut self) {
+        let Self { writer, listeners, before, after, reached, .. } = self;
+        let (slots, pieces, stage) = (&writer.lists.changes, &writer.pieces, Stage::Published(*after));
+        let update = Update { before, after: &after.version.payload, slots, pieces, stage };
         // The one between has failed, and has undone its own part.
         for waiting in listeners.iter_mut().skip(*reached + 1).rev() {
             waiting.abort(&update);
@@ -535,7 +544,7 @@ impl Drop for Published<'_> {
         for committed in listeners[..*reached].iter_mut().rev() {
             committed.undo(&update);
         }
-        writer.take_back(owner, before, after);
+        writer.take_back(after.owner, before, &after.version.payload);
     }
 }
 

@@ -72,6 +72,8 @@ pub struct Transaction<'t> {
     lists: &'t mut Lists,
     operations: usize,
     failed: Option<usize>,
+    /// What the first operation that changed a slot did. If it was the only one, that is all there is to know.
+    first: SlotChange,
     done: bool,
 }
 
@@ -83,7 +85,8 @@ impl<'t> Transaction<'t> {
         lists.changes.clear();
         lists.operations.clear();
         let working = base.fork(arena.stamp);
-        Self { base, working, arena, lists, operations: 0, failed: None, done: false }
+        let first = SlotChange { old: None, new: None };
+        Self { base, working, arena, lists, operations: 0, failed: None, first, done: false }
     }
 
     /// The slot with this id as the operations so far have left it.
@@ -102,7 +105,7 @@ impl<'t> Transaction<'t> {
                 return Err(Reason::IdInUse { by });
             }
             let slot = tx.valid(&spec)?;
-            tx.put(spec.address_space, spec.id, Some(slot))
+            tx.put(spec.address_space, spec.id, None, Some(slot))
         })
     }
 
@@ -112,8 +115,8 @@ impl<'t> Transaction<'t> {
     /// [`Reason::NoSuchSlot`], [`Reason::OutOfMemory`].
     pub fn delete(&mut self, space: AddressSpaceId, id: SlotId) -> Outcome {
         self.operation(|tx| {
-            tx.find(space, id)?;
-            tx.put(space, id, None)
+            let slot = tx.find(space, id)?;
+            tx.put(space, id, Some(&slot), None)
         })
     }
 
@@ -191,7 +194,7 @@ impl<'t> Transaction<'t> {
             };
             tx.replace(&slot, SlotSpec { gfns: low_gfns, ..slot.spec() })?;
             let upper = tx.valid(&SlotSpec { id: high, gfns: high_gfns, backing, ..slot.spec() })?;
-            tx.put(space, high, Some(upper))
+            tx.put(space, high, None, Some(upper))
         })
     }
 
@@ -217,7 +220,7 @@ impl<'t> Transaction<'t> {
             let limit = tx.base.limits.pages_per_slot;
             let gfns =
                 GfnRange::with_len(low.base_gfn(), pages).ok_or(Reason::BadLength { id, pages, limit })?;
-            tx.put(space, high.id(), None)?;
+            tx.put(space, high.id(), Some(&high), None)?;
             tx.replace(&low, SlotSpec { gfns, ..low.spec() })
         })
     }
@@ -280,10 +283,20 @@ impl<'t> Transaction<'t> {
         if new == *old {
             return Ok(());
         }
-        self.put(spec.address_space, spec.id, Some(new))
+        self.put(spec.address_space, spec.id, Some(old), Some(new))
     }
 
-    fn put(&mut self, space: AddressSpaceId, id: SlotId, slot: Option<Slot>) -> Result<(), Reason> {
+    /// Replaces `old`, the working version's slot with this id, by `slot`.
+    fn put(
+        &mut self,
+        space: AddressSpaceId,
+        id: SlotId,
+        old: Option<&Slot>,
+        slot: Option<Slot>,
+    ) -> Result<(), Reason> {
+        if self.lists.touched.is_empty() {
+            self.first = SlotChange { old: old.copied(), new: slot };
+        }
         self.lists.touched.try_reserve(1).map_err(|_| Reason::OutOfMemory)?;
         let ids = &mut self.working.spaces[usize::from(space.get())].ids;
         // SAFETY: the index belongs to the working version.
@@ -292,15 +305,15 @@ impl<'t> Transaction<'t> {
         Ok(())
     }
 
-    /// Brings the gfn and hva indexes up to date. Afterwards the working version can be published; it is `None`
-    /// where nothing has changed.
-    pub(super) fn finish(mut self) -> Result<Option<View>, TransactionError> {
+    /// Brings the gfn and hva indexes up to date. Afterwards the working version can be published. Returns whether
+    /// anything has changed.
+    pub(super) fn finish(&mut self) -> Result<bool, TransactionError> {
         if let Some(operation) = self.failed {
             return Err(TransactionError::at(operation, Reason::FailedBefore { operation }));
         }
         self.list_changes()?;
         if self.lists.changes.is_empty() {
-            return Ok(None);
+            return Ok(false);
         }
         self.count();
         let mut from = 0;
@@ -312,19 +325,33 @@ impl<'t> Transaction<'t> {
             self.change_hvas(space, from, to)?;
             from = to;
         }
+        Ok(true)
+    }
+
+    /// The working version, for whoever prepares and publishes it.
+    pub(super) fn parts(&mut self) -> (&mut View, &mut Arena, &mut Lists) {
+        (&mut self.working, self.arena, self.lists)
+    }
+
+    /// The working version is published.
+    pub(super) fn published(mut self) {
         self.done = true;
-        Ok(Some(self.working.fork(self.working.generation)))
     }
 
     fn list_changes(&mut self) -> Result<(), OutOfMemory> {
         let Lists { touched, changes, operations, .. } = self.lists;
-        if touched.len() > 1 {
-            // Of several touches of one slot, the last one stays.
-            touched.sort_unstable();
-            touched.reverse();
-            touched.dedup_by_key(|touch| (touch.space, touch.id));
-            touched.reverse();
+        if let [touch] = touched[..] {
+            changes.try_reserve(1).map_err(|_| OutOfMemory)?;
+            operations.try_reserve(1).map_err(|_| OutOfMemory)?;
+            changes.push(self.first);
+            operations.push(touch.operation);
+            return Ok(());
         }
+        // Of several touches of one slot, the last one stays.
+        touched.sort_unstable();
+        touched.reverse();
+        touched.dedup_by_key(|touch| (touch.space, touch.id));
+        touched.reverse();
         changes.try_reserve(touched.len()).map_err(|_| OutOfMemory)?;
         operations.try_reserve(touched.len()).map_err(|_| OutOfMemory)?;
         for touch in touched.iter() {

@@ -312,12 +312,19 @@ impl<P, D: Copy> VersionList<P, D> {
         Ok(())
     }
 
-    /// Makes `payload` the current version. `dead` are the nodes that it no longer has; the list comes back
+    /// Makes what `payload` makes the current version. `dead` are the nodes that it no longer has; the list comes back
     /// empty. Room has been [reserved](Self::reserve).
-    pub(super) fn publish<W>(&mut self, owner: &Owner<P, W>, payload: P, stamp: u64, dead: &mut Vec<D>) {
+    #[inline]
+    pub(super) fn publish<W>(
+        &mut self,
+        owner: &Owner<P, W>,
+        payload: impl FnOnce() -> P,
+        stamp: u64,
+        dead: &mut Vec<D>,
+    ) {
         let version = self.spare.pop().expect("room for a version is reserved");
         // SAFETY: the memory is ours, of the right size, and holds nothing that needs a drop.
-        unsafe { version.write(Version { snapshots: AtomicUsize::new(0), payload }) };
+        unsafe { version.write(Version { snapshots: AtomicUsize::new(0), payload: payload() }) };
         let left = core::mem::replace(dead, self.spare_dead.pop().unwrap_or_default());
         self.live.push_back(Live { version, stamp, dead: left, pinned: false });
         owner.shared().current.0.store(version.as_ptr(), Ordering::Release);

@@ -61,7 +61,7 @@ impl Table {
         // The node that was born two versions ago is left behind.
         let mut dead: Vec<usize> = number.checked_sub(2).into_iter().collect();
         self.list.reserve(1).unwrap();
-        self.list.publish(owner, payload, number as u64, &mut dead);
+        self.list.publish(owner, || payload, number as u64, &mut dead);
     }
 
     fn reclaim(&mut self, owner: &Owner<Payload, ()>) {

@@ -24,7 +24,7 @@ impl Table {
             stamp,
         };
         table.list.reserve(1).unwrap();
-        table.list.publish(&table.owner, Nodes::from([stamp]), stamp, &mut Vec::new());
+        table.list.publish(&table.owner, || Nodes::from([stamp]), stamp, &mut Vec::new());
         table
     }
 
@@ -43,7 +43,7 @@ impl Table {
         nodes.insert(self.stamp);
         self.alive.insert(self.stamp);
         self.list.reserve(1).unwrap();
-        self.list.publish(&self.owner, nodes, self.stamp, &mut leaves.to_vec());
+        self.list.publish(&self.owner, || nodes, self.stamp, &mut leaves.to_vec());
     }
 
     fn snapshot(&self) -> Held<Nodes, ()> {
