@@ -359,7 +359,8 @@ impl<E: RmapEntry> Writer<E> {
                 at = unsafe { at.next() }.unwrap_or(at);
             }
             // Behind the first, the upper cells are as young: that many have come since the last turn, in both together.
-            cells = if turn as usize + 1 == behind { cells } else { at.place().cell() };
+            // (No fewer than two: one may be the newest.)
+            cells = if turn as usize + 1 == behind { cells.max(2) } else { at.place().cell() };
         }
         let newest = newest.into_word().get();
         let old = at.cells[..cells].iter().map(|cell| cell.load(Ordering::Relaxed));

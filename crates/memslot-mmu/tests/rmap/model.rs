@@ -370,6 +370,29 @@ fn rmap_descriptors_are_used_again() {
     assert_eq!(bytes, Some(rmap.bytes()));
 }
 
+/// The same where a walker stays so long that hundreds of them wait for it.
+#[test]
+fn rmap_descriptors_are_used_again_after_long_walks() {
+    const ENTRIES: u32 = 600 * 14;
+    let (rmap, mut writer) = Rmap::<Entry>::new();
+    let (parents, book, mut walker) = (rmap.parents().unwrap(), Book::default(), rmap.walker().unwrap());
+    let mut bytes = Vec::new();
+    for _ in 0..6 {
+        let inside = walker.enter();
+        let mut cache = rmap.cache();
+        cache.reserve(600).unwrap();
+        for number in 0..ENTRIES {
+            book.add(&mut writer, parents.list(), Entry { list: 0, number }, &mut cache);
+        }
+        (0..ENTRIES).for_each(|number| _ = book.remove(&mut writer, Entry { list: 0, number }));
+        assert!(!writer.reclaim(1));
+        drop(inside);
+        assert!(writer.reclaim(1));
+        bytes.push(rmap.bytes());
+    }
+    assert_eq!(bytes[0], bytes[5], "{bytes:?}");
+}
+
 #[test]
 fn rmap_words_that_are_no_entries_are_refused() {
     use std::num::NonZeroU64;

@@ -384,3 +384,21 @@ fn a_bounded_list_begins_with_the_oldest() {
         writer.reclaim(10);
     }
 }
+
+/// Whatever is called the newest, there are others to let go while the list is too long.
+#[test]
+fn a_list_that_is_too_long_always_has_a_surplus() {
+    for size in 2..60 {
+        let (rmap, mut writer) = Rmap::new();
+        let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
+        cache.reserve(8).unwrap();
+        let entry = |number| Entry { list: 0, number };
+        for number in 0..size {
+            book.add(&mut writer, parents.list(), entry(number), &mut cache);
+        }
+        for kept in (0..size).chain(0..size) {
+            let mut old = writer.surplus(parents.list(), 1, entry(kept));
+            assert!(old.next().is_some_and(|old| old != entry(kept)), "{size} entries, {kept} stays");
+        }
+    }
+}
