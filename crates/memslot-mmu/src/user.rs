@@ -5,7 +5,6 @@
 //! number is the host address divided by 4096, contiguous through the whole slot; [`UserHost::set_run`] breaks them
 //! up. Nothing of guest memory is ever touched.
 
-use alloc::boxed::Box;
 use core::convert::Infallible;
 use core::ptr::NonNull;
 
@@ -62,43 +61,49 @@ impl UserHost {
 }
 
 #[cfg(not(loom))]
-fn new_table() -> Option<NonNull<Table>> {
-    use alloc::alloc::{Layout, alloc_zeroed};
+fn new_tables(tables: usize) -> Option<NonNull<Table>> {
     // SAFETY: a table's size is not zero.
-    NonNull::new(unsafe { alloc_zeroed(Layout::new::<Table>()) }.cast())
+    NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout(tables)?) }.cast())
+}
+
+/// Of tables side by side, aligned to their size together.
+#[cfg(not(loom))]
+fn layout(tables: usize) -> Option<core::alloc::Layout> {
+    let bytes = tables.checked_mul(size_of::<Table>()).filter(|&bytes| bytes > 0)?;
+    core::alloc::Layout::from_size_align(bytes, bytes).ok()
 }
 
 #[cfg(loom)]
-fn new_table() -> Option<NonNull<Table>> {
-    NonNull::new(Box::into_raw(Box::new(Table(core::array::from_fn(|_| AtomicU64::new(0))))))
+fn new_tables(_: usize) -> Option<NonNull<Table>> {
+    NonNull::new(alloc::boxed::Box::into_raw(alloc::boxed::Box::new(Table(core::array::from_fn(|_| {
+        AtomicU64::new(0)
+    })))))
 }
 
-// SAFETY: tables come from the global allocator, one by one; their frame number is their address.
+// SAFETY: tables come from the global allocator; their frame number is their address.
 unsafe impl TableMemory for UserHost {
     fn allocate(&self, tables: usize) -> Option<Pfn> {
-        if tables != 1 {
-            return None;
-        }
-        let take = |left: usize| if left == usize::MAX { Some(left) } else { left.checked_sub(1) };
+        let take = |left: usize| if left == usize::MAX { Some(left) } else { left.checked_sub(tables) };
         self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).ok()?;
-        let table = new_table()?;
-        self.tables.fetch_add(1, Ordering::SeqCst);
+        let table = new_tables(tables)?;
+        self.tables.fetch_add(tables, Ordering::SeqCst);
         Some(Pfn::new((table.as_ptr().expose_provenance() >> PAGE_SHIFT) as u64))
     }
 
     unsafe fn free(&self, first: Pfn, tables: usize) {
-        debug_assert_eq!(tables, 1);
-        self.tables.fetch_sub(1, Ordering::SeqCst);
-        // SAFETY: allocated by `new_table` with a table's layout, which is that of a box.
-        let table = unsafe { Box::from_raw(self.reach(first).as_ptr()) };
+        self.tables.fetch_sub(tables, Ordering::SeqCst);
+        #[cfg(not(loom))]
+        if let Some(layout) = layout(tables) {
+            // SAFETY: allocated by `new_tables` with this layout.
+            unsafe { alloc::alloc::dealloc(self.reach(first).as_ptr().cast(), layout) };
+        }
         #[cfg(loom)]
-        let table = {
+        {
+            // SAFETY: made from a box by `new_tables`.
+            let mut table = unsafe { alloc::boxed::Box::from_raw(self.reach(first).as_ptr()) };
             // loom panics here if a walker might still be inside.
-            let mut table = table;
             table.0.iter_mut().for_each(|entry| entry.with_mut(|_| ()));
-            table
-        };
-        drop(table);
+        }
     }
 
     #[inline]

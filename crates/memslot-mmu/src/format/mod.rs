@@ -1,7 +1,7 @@
 //! How an entry of a page table is written: everything that differs between processors.
 //!
 //! A [`Format`] is a type without values; the walker, the fault path and the range operations are written once for
-//! all of them. [`Npt`] are AMD's nested page tables, [`Ept`] Intel's extended page tables.
+//! all of them. [`Npt`] are AMD's nested page tables, [`Ept`] Intel's extended page tables, [`Sv48x4`] RISC-V's G-stage.
 //!
 //! # What an entry can be
 //!
@@ -22,10 +22,8 @@
 //! Is one file beside `npt.rs`, with a type that implements [`Format`], and a table of hand-computed entries for its
 //! tests:
 //!
-//! * **RISC-V Sv48x4** (`hgatp`): `LEVELS` 4, `ROOT_TABLES` 4 (the root has 2048 entries in 16 KiB), `WRITE` bit 2,
-//!   `ACCESSED` bit 6, `DIRTY` bit 7 (0 for both where `Svadu` is missing), `MAY_WRITE` and `STALE` in the software
-//!   bits 8 and 9; an entry is a table if it is valid and has none of R, W, X. U must be set in leaves. Page numbers
-//!   start at bit 10.
+//! * `sv48x4.rs` is an example that differs in more than bits: a root of four tables, frame numbers that start at bit 10
+//!   ([`Format::FRAME_SHIFT`]), tables that are told by what they lack, and processors without accessed bits.
 //! * **arm64 stage 2**, 4 KiB granule: `LEVELS` 4 (the architecture counts from 0 at the root; level 1 here is its
 //!   level 3), `ROOT_TABLES` the number of concatenated tables that `VTCR_EL2.SL0` asks for. A leaf of level 1 has
 //!   bits `11`, of others `01`; `S2AP[1]` is `WRITE`, `AF` is `ACCESSED`. With `VTCR_EL2.HD`, a page is
@@ -36,14 +34,16 @@
 
 mod ept;
 mod npt;
+mod sv48x4;
 
 use bitflags::bitflags;
 
 pub use self::ept::Ept;
 pub use self::npt::Npt;
+pub use self::sv48x4::Sv48x4;
 
 use crate::host::Pfn;
-use crate::level::Level;
+use crate::level::{Level, PAGE_SHIFT};
 
 bitflags! {
     /// What an access does, and what an entry allows.
@@ -80,6 +80,8 @@ pub trait Format: Copy + Send + Sync + 'static {
     const LEVELS: u8;
     /// How many tables side by side make the root; a power of two.
     const ROOT_TABLES: usize = 1;
+    /// The lowest bit of the frame number in present entries; the bits above it are the number's, as far as it goes.
+    const FRAME_SHIFT: u32 = PAGE_SHIFT;
     /// The largest page.
     const LARGEST: Level;
     /// Set in a present entry that the processor may write through.

@@ -123,4 +123,87 @@ fn splitting_and_collapsing_are_inverse() {
     }
     check::<Npt>();
     check::<Ept>();
+    check::<Sv48x4>();
+    check::<Sv48x4<false>>();
+}
+
+#[test]
+fn sv48x4_entries_are_those_of_the_manual() {
+    use MemoryType::{Uncacheable, WriteBack, WriteCombining};
+    check_leaves::<Sv48x4>(&[
+        // V R W X U; the frame number starts at bit 10: 0x12345 << 10 = 0x48d1400.
+        (0x12345, Level::K4, RWX, WriteBack, 0x0000_0000_048d_141f),
+        (0x12345, Level::K4, RX, WriteBack, 0x0000_0000_048d_141b),
+        (0x12345, Level::K4, RW, WriteBack, 0x0000_0000_048d_1417),
+        (0x12345, Level::K4, R, WriteBack, 0x0000_0000_048d_1413),
+        // A leaf is a leaf at every level: nothing says how large it is.
+        (0x200, Level::M2, RWX, WriteBack, 0x0000_0000_0008_001f),
+        (0x4_0000, Level::G1, RX, WriteBack, 0x0000_0000_1000_001b),
+        // PBMT 2, 1
+        (0xfee00, Level::K4, RW, Uncacheable, 0x4000_0000_3fb8_0017),
+        (0xe0000, Level::M2, RW, WriteCombining, 0x2000_0000_3800_0017),
+        // The last frame of 44 bits.
+        (0xfff_ffff_ffff, Level::K4, RWX, WriteBack, 0x003f_ffff_ffff_fc1f),
+    ]);
+    // Without Svadu: A and D from the start.
+    check_leaves::<Sv48x4<false>>(&[
+        (0x12345, Level::K4, RW, WriteBack, 0x0000_0000_048d_14d7),
+        (0x12345, Level::K4, RX, WriteBack, 0x0000_0000_048d_14db),
+    ]);
+    assert_eq!(Sv48x4::<true>::table(Pfn::new(0x1234)), 0x0000_0000_0048_d001);
+    assert_eq!((Sv48x4::<true>::ACCESSED, Sv48x4::<true>::DIRTY), (0x40, 0x80));
+    assert_eq!(Sv48x4::<true>::empty(5), 0x1400);
+    check_the_rest::<Sv48x4>();
+    check_the_rest::<Sv48x4<false>>();
+}
+
+/// Nothing but its file knows the format: pages of all sizes, splits, collapses and all four tables of the root.
+#[test]
+fn sv48x4_tables_work_as_all_others() {
+    use crate::user::UserHost;
+    use crate::{Config, Fault, Mmu};
+    use memslot::{
+        AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable,
+    };
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    let config = Config { largest: Level::M2, ..Config::default() };
+    let mmu = Mmu::<Sv48x4, _>::attach(&mut table, UserHost::default(), config).unwrap();
+    assert_eq!(mmu.root().get() % 4, 0);
+    let mut vcpu = mmu.walker().unwrap();
+    for quarter in 0..4u64 {
+        let (base, hva) = (quarter << 36, 0x7000_0000_0000 + (quarter << 30));
+        let spec = SlotSpec {
+            address_space: AddressSpaceId::NORMAL,
+            id: SlotId::new(u32::try_from(quarter).unwrap()),
+            gfns: GfnRange::with_len(Gfn::new(base), 1024).unwrap(),
+            backing: Backing::Host { hva: Hva::new(hva) },
+            flags: SlotFlags::empty(),
+        };
+        let gfns = spec.gfns;
+        table.create(spec).unwrap();
+        assert_eq!(vcpu.fault(Gpa::new((base + 5) << 12), Access::WRITE).unwrap(), Fault::Mapped(Level::M2));
+        assert_eq!(mmu.split(gfns, Level::K4).unwrap(), 1);
+        for gfn in [0, 1, 5, 511] {
+            let mapping = vcpu.translate(Gpa::new((base + gfn) << 12)).unwrap();
+            assert_eq!((mapping.pfn.get(), mapping.level), ((hva >> 12) + gfn, Level::K4));
+        }
+        mmu.collapse(gfns).discharge();
+        let mapping = vcpu.translate(Gpa::new((base + 7) << 12)).unwrap();
+        assert_eq!((mapping.pfn.get(), mapping.level), ((hva >> 12) + 7, Level::M2));
+        mmu.host().set_run(0);
+        let rest = GfnRange::with_len(Gfn::new(base + 512), 512).unwrap();
+        assert!(vcpu.prefault(rest, usize::MAX).unwrap().rest.is_empty());
+        mmu.host().set_run(63);
+        assert_eq!(vcpu.translate(Gpa::new((base + 700) << 12)).unwrap().pfn.get(), (hva >> 12) + 700);
+        mmu.write_protect(gfns).discharge();
+        assert!(!vcpu.translate(Gpa::new((base + 700) << 12)).unwrap().access.contains(Access::WRITE));
+    }
+    let beyond = vcpu.fault(Gpa::new(4 << 48), Access::READ);
+    assert!(beyond.is_err());
+    for quarter in 0..4 {
+        table.delete(AddressSpaceId::NORMAL, SlotId::new(quarter)).unwrap();
+    }
+    drop(vcpu);
+    mmu.reclaim();
+    assert_eq!((mmu.stats().tables, mmu.host().tables()), (4, 4), "the root");
 }

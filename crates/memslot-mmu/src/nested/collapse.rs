@@ -12,7 +12,7 @@ use super::shared::hull;
 use super::zap::bury;
 use crate::format::Format;
 use crate::invalidate::range;
-use crate::level::{Level, PAGE_SHIFT, Table};
+use crate::level::{Level, Table};
 use crate::sync::Ordering;
 use core::marker::PhantomData;
 
@@ -48,7 +48,7 @@ impl<F: Format> Collapse<'_, F> {
 
     fn look(&self, at: &At<'_>, table: &Table) -> Becomes {
         let below = at.level.down();
-        let step = below.pages() << PAGE_SHIFT;
+        let step = below.pages() << F::FRAME_SHIFT;
         let processors = F::ACCESSED | F::DIRTY;
         let mut found: Option<u64> = None;
         let mut used = 0;

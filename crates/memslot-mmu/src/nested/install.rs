@@ -7,7 +7,7 @@ use super::Shared;
 use crate::cache::Cache;
 use crate::format::Format;
 use crate::host::Host;
-use crate::level::{ENTRIES, Level, PAGE_SHIFT, Table};
+use crate::level::{ENTRIES, Level, Table};
 use crate::sync::{AtomicU64, Ordering};
 
 /// Leaves to install, in one table.
@@ -51,7 +51,7 @@ impl Path {
             let frame = cache.peek(usize::from(level.get() - leaves.level.get()));
             let table = cache.table(shared, frame);
             if level == leaves.level {
-                leaves.write(table);
+                leaves.write::<F>(table);
             } else {
                 table.entry(level, leaves.gfn).store(entry, Ordering::Relaxed);
             }
@@ -95,8 +95,8 @@ impl Path {
 impl Leaves {
     /// Writes them into a table that nobody else sees.
     #[inline]
-    pub(crate) fn write(&self, table: &Table) {
-        let step = self.level.pages() << PAGE_SHIFT;
+    pub(crate) fn write<F: Format>(&self, table: &Table) {
+        let step = self.level.pages() << F::FRAME_SHIFT;
         let first = self.level.index(self.gfn);
         let mut leaf = self.first;
         for entry in &table.0[first..first + self.count] {
@@ -108,7 +108,7 @@ impl Leaves {
 
 /// Fills a table that nobody else sees with the pages that a large one is split into.
 pub(crate) fn fill_split<F: Format>(table: &Table, large: u64, level: Level) {
-    Leaves { first: F::split(large, level), level: level.down(), gfn: 0, count: ENTRIES }.write(table);
+    Leaves { first: F::split(large, level), level: level.down(), gfn: 0, count: ENTRIES }.write::<F>(table);
 }
 
 /// Replaces an entry, if it is what it was.
