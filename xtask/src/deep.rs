@@ -111,6 +111,31 @@ fn linux(report: &mut Report) {
             report.run(&Step::cargo(&name, step).arg(format!("--rearm={rearm}")).xtask());
         }
     }
+    // Under nested paging the processor itself walks what the torture guest edits.
+    let torture = ["--scenario=torture"];
+    let scenarios = [
+        "--scenario=torture",
+        "--scenario=boot",
+        "--scenario=hotplug",
+        "--scenario=storm",
+        "--scenario=dirty",
+    ];
+    let runs: [(&str, &[&str], &[&str]); 6] = [
+        ("torture, nested", &torture, &[]),
+        ("shadow", &scenarios, &["--paging=shadow"]),
+        ("shadow, small pages", &scenarios, &["--paging=shadow", "--pages=4k"]),
+        (
+            "shadow, page tables of its own for user space",
+            &["--scenario=boot"],
+            &["--paging=shadow", "--pti"],
+        ),
+        ("shadow, without KASLR", &["--scenario=boot"], &["--paging=shadow", "--no-kaslr"]),
+        ("shadow, unsync as KVM has it", &scenarios[..2], &["--paging=shadow", "--unsync=1"]),
+    ];
+    for (name, scenarios, options) in runs {
+        let step = ["xtask", "linux", "--quiet"].iter().chain(scenarios).chain(options).copied();
+        report.run(&Step::cargo(&format!("linux, {name}"), step).xtask());
+    }
 }
 
 fn oracle(operations: u64) -> Step {

@@ -232,7 +232,7 @@ impl Torture {
             )?,
             call::MERGE => changed(guest.table.transaction(|tx| tx.merge(SPACE, id(first), id(second))))?,
             call::MOVE => {
-                move_page(guest, Gfn::new(first >> 12))?;
+                move_pages(guest, Gfn::new(first >> 12), second)?;
                 0
             }
             call::ZAP => {
@@ -326,21 +326,24 @@ impl Torture {
     }
 }
 
-/// Puts another frame behind a page, while nobody has a translation to it. The old one is somebody else's from then on.
-fn move_page(guest: &Guest, gfn: Gfn) -> Result<(), String> {
+/// Puts other frames behind pages, while nobody has a translation to them. The old ones are somebody else's from then on.
+fn move_pages(guest: &Guest, gfn: Gfn, pages: u64) -> Result<(), String> {
     let slot = guest.table.view().slot_at(SPACE, gfn).ok_or("there is no such page")?;
     let hva = slot.hva_of(gfn).ok_or("there is no such page")?;
-    let page = guest.host.pool().page_at(hva).ok_or("there is no such page")?;
-    let hvas = HvaRange::with_len(hva, 4096).unwrap_or_default();
+    let pool = guest.host.pool();
+    let first = pool.page_at(hva).ok_or("there is no such page")?;
+    let hvas = HvaRange::with_len(hva, pages << 12).unwrap_or_default();
     let held = guest.maps.invalidate(hvas).map_err(|_| "no memory for an invalidation")?;
-    let old = guest.host.pool().frame(page);
-    // SAFETY: the page is invalidated until the end of this function.
-    if !unsafe { guest.host.pool().move_page(page) } {
-        return Err("the pool has no frame to move to".into());
-    }
-    for word in 0..512 {
-        // SAFETY: the old frame is spare now.
-        unsafe { physical::pointer::<u64>((old << 12) + word * 8).write_volatile(POISON) };
+    for page in first..first + pages {
+        let old = pool.frame(page);
+        // SAFETY: the page is invalidated until the end of this function.
+        if !unsafe { pool.move_page(page) } {
+            return Err("the pool has no frame to move to".into());
+        }
+        for word in 0..512 {
+            // SAFETY: the old frame is spare now.
+            unsafe { physical::pointer::<u64>((old << 12) + word * 8).write_volatile(POISON) };
+        }
     }
     drop(held);
     Ok(())

@@ -5,6 +5,8 @@ use super::{
     CR0_PAGING, CR0_TASK_SWITCHED, CR4_GLOBAL, EFER_LONG_MODE, EFER_LONG_MODE_ACTIVE, EFER_SVM, Event,
     PROTECTION, Paging, raise,
 };
+use memslot_mmu::shadow::guest::GuestPaging;
+
 use crate::svm::Vmcb;
 use crate::vcpu::Vcpu;
 
@@ -17,9 +19,10 @@ impl Paging {
     /// Executes the instruction that the guest came out at.
     pub(super) fn instruction(&mut self, vcpu: &mut Vcpu, event: Event) -> Result<(), &'static str> {
         let save = &vcpu.vmcb.save;
-        let paging = self.paging();
-        let (bytes, length) =
-            self.memory.instruction(self.space, &paging, save.cs.base.wrapping_add(save.rip));
+        let (guest, processor) = (self.guest, self.processor);
+        let paging = || GuestPaging::new(guest, processor);
+        let at = save.cs.base.wrapping_add(save.rip);
+        let (bytes, length) = self.memory.instruction(self.space, paging, save.cr3, at);
         let decoded = bytes.get(..length).and_then(decode);
         let decoded = decoded.ok_or("the guest's access to a control register cannot be decoded")?;
         let next = save.rip.wrapping_add(u64::from(decoded.length));

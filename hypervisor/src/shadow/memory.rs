@@ -14,16 +14,20 @@ use super::decode::LONGEST;
 use crate::cpu::index;
 use crate::guest::Guest;
 use crate::paging::Host;
+use crate::physical;
 
 /// See the [module documentation](self).
 pub(super) struct Memory {
     slots: Reader,
     host: &'static Host,
+    /// The version of the slots that the guest was started with.
+    first: u64,
 }
 
 impl Memory {
     pub(super) fn new(guest: &Guest) -> Result<Self, OutOfMemory> {
-        Ok(Self { slots: guest.table.reader()?, host: guest.host })
+        let first = guest.table.view().generation();
+        Ok(Self { slots: guest.table.reader()?, host: guest.host, first })
     }
 
     /// The tables in an address space, as they are now.
@@ -32,40 +36,53 @@ impl Memory {
     }
 
     /// Where the walk for an access would read an entry from where no memory is. The shadow tables' own walk takes that for an entry
-    /// that is not present.
+    /// that is not present; which is right as long as the slots are those that the guest was started with.
     pub(super) fn missing_table(
         &mut self,
         space: AddressSpaceId,
-        paging: &GuestPaging,
+        paging: impl FnOnce() -> GuestPaging,
         va: u64,
         access: GuestAccess,
     ) -> Option<Gpa> {
-        match walk(&Present(self.tables(space)), paging, va, access) {
+        if self.slots.pin().generation() == self.first {
+            return None;
+        }
+        match walk(&Present(self.tables(space)), &paging(), va, access) {
             Err(WalkError::Tables(gpa)) => Some(gpa),
             _ => None,
         }
     }
 
-    /// Up to [`LONGEST`] bytes of an instruction, and how many there are.
+    /// Up to [`LONGEST`] bytes of the instruction that the guest came out at, and how many there are: those that its processor has
+    /// executed, from where the shadow tables below `root` have them. What they do not have any more is looked up in the
+    /// guest's.
     pub(super) fn instruction(
         &mut self,
         space: AddressSpaceId,
-        paging: &GuestPaging,
+        paging: impl FnOnce() -> GuestPaging,
+        root: u64,
         at: u64,
     ) -> ([u8; LONGEST], usize) {
-        let tables = self.tables(space);
         let (mut bytes, mut length) = ([0; LONGEST], 0);
+        let paging = core::cell::LazyCell::new(paging);
         // It may go on in the next page.
         while length < LONGEST {
-            // It was executed, so no A bit is missing.
-            let walked = walk(&tables, paging, at.wrapping_add(length as u64), GuestAccess::FETCH);
-            let Ok(Ok(walk)) = walked else { break };
-            let from = index(walk.gpa.get() & 0xfff);
+            let va = at.wrapping_add(length as u64);
+            let from = index(va & 0xfff);
             let here = bytes[length..].iter_mut().zip(from..4096);
-            let copied = tables.with_page(walk.gpa, |page| {
+            let copy = |page: &Table| {
                 here.map(|(byte, at)| *byte = page.0[at / 8].load(Ordering::SeqCst).to_le_bytes()[at % 8])
                     .count()
-            });
+            };
+            let copied = if let Some(frame) = translated(root, va) {
+                // SAFETY: what is mapped for the guest is memory, which is never taken from it while it stands still here.
+                Some(copy(unsafe { &*physical::pointer::<Table>(frame) }))
+            } else {
+                let tables = self.tables(space);
+                let walked = walk(&tables, &paging, va, GuestAccess::FETCH);
+                let Ok(Ok(walk)) = walked else { break };
+                tables.with_page(walk.gpa, copy)
+            };
             length += match copied {
                 Some(copied) => copied,
                 None => break,
@@ -73,6 +90,26 @@ impl Memory {
         }
         (bytes, length)
     }
+}
+
+/// The host's frame that four levels of tables lead to, as an address.
+fn translated(root: u64, va: u64) -> Option<u64> {
+    const FRAME: u64 = 0x000f_ffff_ffff_f000;
+    let mut table = root & FRAME;
+    for level in (1..=4_u32).rev() {
+        let shift = 12 + 9 * (level - 1);
+        // SAFETY: the processor has just walked these tables; they are not freed while it stands still here.
+        let entry = unsafe { physical::pointer::<u64>(table + (va >> shift & 0x1ff) * 8).read_volatile() };
+        if entry & 1 == 0 {
+            return None;
+        }
+        if level == 1 || entry & 0x80 != 0 {
+            let within = (1 << shift) - 1;
+            return Some((entry & FRAME & !within) | va & within & FRAME);
+        }
+        table = entry & FRAME;
+    }
+    None
 }
 
 /// Entries of tables, read only.

@@ -247,8 +247,9 @@ impl Paging {
             }
             ShadowFault::Inject(fault) => {
                 if !fault.error_code.contains(ErrorCode::PRESENT) {
-                    let paging = self.paging();
-                    if let Some(gpa) = self.memory.missing_table(self.space, &paging, va, access) {
+                    let (guest, processor) = (self.guest, self.processor);
+                    let paging = || GuestPaging::new(guest, processor);
+                    if let Some(gpa) = self.memory.missing_table(self.space, paging, va, access) {
                         self.counts.mmio += 1;
                         return Ok(Some(Exit::Nothing { gpa, access: Access::READ }));
                     }

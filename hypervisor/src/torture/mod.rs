@@ -90,7 +90,7 @@ pub(crate) mod call {
     pub(crate) const SPLIT: u64 = 0x746f_720b;
     /// Two slots become one: the lower one's id, the upper one's.
     pub(crate) const MERGE: u64 = 0x746f_720c;
-    /// Another frame is put behind a page, and the old one filled with something else: an address.
+    /// Other frames are put behind pages of one slot, and the old ones filled with something else: an address, how many.
     pub(crate) const MOVE: u64 = 0x746f_720d;
     /// Frames are zapped: the first one, how many, how many entries at a time.
     pub(crate) const ZAP: u64 = 0x746f_720e;

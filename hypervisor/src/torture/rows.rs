@@ -30,6 +30,17 @@ fn create(gpa: u64, bytes: u64) {
     host(call::CREATE, [ID, gpa >> 12, bytes >> 12, POOL]);
 }
 
+/// The same for 2 MiB whose frames are contiguous, and not aligned as the guest's: what maps a large page of the guest there is made of
+/// small ones.
+fn create_in_pieces(id: u64, gpa: u64) {
+    host(call::CREATE, [id, gpa >> 12, 512, POOL + 1 + 1024 * (id - ID)]);
+}
+
+/// Another frame is put behind each of these pages at once.
+fn move_pages(gpa: u64, pages: u64) {
+    host(call::MOVE, [gpa, pages, 0, 0]);
+}
+
 fn delete(id: u64) {
     host(call::DELETE, [id, 0, 0, 0]);
 }
@@ -62,20 +73,22 @@ fn tell(entry: u64) {
 }
 
 pub(super) fn large_page_moves(m: &mut Machine) -> Verdict {
-    create(PLACE, LARGE_PAGE);
+    const THERE: u64 = PLACE + LARGE_PAGE;
+    create_in_pieces(ID, PLACE);
+    create_in_pieces(ID + 1, THERE);
     let pages = [0, 5, 9].map(|page| page * PAGE);
     let here = pages.map(|at| m.mark(PLACE + at));
-    let there = pages.map(|at| m.mark(DATA + at));
+    let there = pages.map(|at| m.mark(THERE + at));
     let entry = m.map_large(AREA, PLACE);
     for (at, marked) in pages.iter().zip(here) {
         must!(m.read(AREA + at, User), marked);
     }
-    m.change(entry, DATA | ALL | LARGE, AREA);
+    m.change(entry, THERE | ALL | LARGE, AREA);
     for (at, marked) in pages.iter().zip(there) {
         m.flush(AREA + at);
         must!(m.read(AREA + at, User), marked);
         must!(m.write(AREA + at + 8, *at, User), Done(0));
-        must!(m.get(DATA + at + 8), *at);
+        must!(m.get(THERE + at + 8), *at);
     }
     // Pages that were not touched before are mapped under an entry that has changed meanwhile.
     behind_our_back(entry, PLACE | ALL | LARGE);
@@ -94,13 +107,13 @@ pub(super) fn large_page_moves(m: &mut Machine) -> Verdict {
     m.flush_most();
     must!(m.read(AREA + 5 * PAGE, User), Nothing);
     must!(m.read(AREA + 135 * PAGE, User), Nothing);
-    m.change(entry, DATA | ALL | LARGE, AREA);
+    m.change(entry, THERE | ALL | LARGE, AREA);
     m.flush_most();
     for (at, marked) in pages.iter().zip(there) {
         must!(m.read(AREA + at, User), marked);
     }
     // The slot is there again, with what it had.
-    create(PLACE, LARGE_PAGE);
+    create_in_pieces(ID, PLACE);
     m.change(entry, PLACE | ALL | LARGE, AREA);
     m.flush_most();
     for (at, marked) in pages.iter().zip(here) {
@@ -108,6 +121,7 @@ pub(super) fn large_page_moves(m: &mut Machine) -> Verdict {
     }
     delete(ID);
     must!(m.read(AREA, User), Nothing);
+    delete(ID + 1);
     Ok(())
 }
 
@@ -170,6 +184,7 @@ pub(super) fn large_page_becomes_table(m: &mut Machine) -> Verdict {
 }
 
 pub(super) fn memory_becomes_hole(m: &mut Machine) -> Verdict {
+    let create_small = || host(call::CREATE, [ID, PLACE >> 12, 4, POOL + 1]);
     let (gpa, marked) = m.data(22);
     let (other, other_marked) = m.data(23);
     let entry = m.map(AREA, gpa);
@@ -193,7 +208,7 @@ pub(super) fn memory_becomes_hole(m: &mut Machine) -> Verdict {
     m.flush(AREA);
     must!(m.read(AREA, User), marked);
     // The memory itself goes and comes.
-    create(PLACE, 4 * PAGE);
+    create_small();
     let place = m.mark(PLACE + PAGE);
     m.change(entry, (PLACE + PAGE) | ALL, AREA);
     for _ in 0..3 {
@@ -203,7 +218,7 @@ pub(super) fn memory_becomes_hole(m: &mut Machine) -> Verdict {
         must!(m.read(AREA, User), Nothing);
         must!(m.write(AREA + 8, 2, User), Nothing);
         check();
-        create(PLACE, 4 * PAGE);
+        create_small();
         must!(m.get(PLACE + PAGE + 8), 1);
     }
     // A table in a hole: the walk itself finds nothing.
@@ -218,7 +233,8 @@ pub(super) fn memory_becomes_hole(m: &mut Machine) -> Verdict {
 }
 
 pub(super) fn large_page_below_a_slot(m: &mut Machine) -> Verdict {
-    create(PLACE + 5 * PAGE, LARGE_PAGE);
+    // The pool's pages are contiguous around it, as the guest's are.
+    host(call::CREATE, [ID, (PLACE >> 12) + 5, 512, POOL + 5]);
     let first = m.mark(PLACE + 5 * PAGE);
     let last = m.mark(PLACE + 511 * PAGE);
     let next = m.mark(PLACE + LARGE_PAGE);
@@ -410,12 +426,11 @@ pub(super) fn zap_in_steps(m: &mut Machine) -> Verdict {
         m.write(AREA + page * PAGE + 8, page, User);
     }
     for round in 0..6 {
-        for page in (0..PAGES).filter(|page| page % 3 != round % 3) {
-            // Its old frame has something else from now on.
-            host(call::MOVE, [DATA + page * PAGE, 0, 0, 0]);
-            if page % 8 == 0 {
-                host(call::ZAP, [(DATA >> 12) + page, PAGES - page, 1 + round, 0]);
-            }
+        // Their old frames have something else from now on.
+        move_pages(DATA + 2 * PAGE, PAGES - 5);
+        for page in (0..PAGES).step_by(8) {
+            move_pages(DATA + page * PAGE, 1);
+            host(call::ZAP, [(DATA >> 12) + page, PAGES - page, 1 + round, 0]);
         }
         check();
         for page in 0..PAGES {
@@ -524,7 +539,7 @@ pub(super) fn table_moves(m: &mut Machine) -> Verdict {
     for round in 0..4 {
         must!(m.read(va, User), marked);
         // The frame behind the table, or behind the one above, is another one now.
-        host(call::MOVE, [if round % 2 == 0 { entry } else { above }, 0, 0, 0]);
+        move_pages(if round % 2 == 0 { entry } else { above }, 1);
         must!(m.get(entry), gpa | ALL | ACCESSED);
         m.change(entry, gpa | ALL, va);
         must!(m.read(va, User), marked);
@@ -543,7 +558,7 @@ pub(super) fn table_moves(m: &mut Machine) -> Verdict {
     m.set(PLACE, gpa | ALL | ACCESSED | DIRTY);
     m.change(above, PLACE | ALL | ACCESSED, AREA);
     must!(m.read(AREA, User), marked);
-    host(call::MOVE, [PLACE, 0, 0, 0]);
+    move_pages(PLACE, 1);
     must!(m.read(AREA, User), marked);
     m.change(above, 0, AREA);
     delete(ID);
@@ -647,6 +662,11 @@ pub(super) fn logged_page_becomes_table(m: &mut Machine) -> Verdict {
     is_dirty(0);
     for round in 1..7 {
         let (gpa, marked) = pages[round % 3];
+        // It rests while it is write-protected for the log, so that it may be followed again.
+        for _ in 0..3 {
+            is_dirty(0);
+            m.flush_most();
+        }
         must!(m.write(AREA, gpa | ALL, User), Done(0));
         if round % 2 == 0 {
             m.flush(OTHER);
