@@ -9,7 +9,7 @@ use crate::run::{Report, say};
 use crate::step::{self, Step};
 use crate::{oldest, test, tools};
 
-/// Run the slow proofs: the real kernel, deep loom models, Miri, sanitizers, many random cases, mutants.
+/// Run the slow proofs: the real kernel, deep loom models, walks beside a writer, Miri, sanitizers, many random cases, mutants.
 ///
 /// Takes minutes to hours. What needs a tool that is missing (a nightly toolchain, Miri, cargo-mutants) is skipped and
 /// says so; `cargo xtask setup` lists them. Each proof that needs other compiler flags builds in its own folder below
@@ -25,6 +25,9 @@ pub(crate) struct Args {
     /// How many times loom may preempt a thread in one execution; the time grows steeply.
     #[arg(long, value_name = "N", default_value_t = 3)]
     preemptions: u8,
+    /// How many entries to look for in walks beside a writer, in each of three runs.
+    #[arg(long, value_name = "N", default_value_t = 200_000_000)]
+    checks: u64,
     /// How many random programs to try for each property.
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     cases: u32,
@@ -43,6 +46,8 @@ enum Proof {
     Oracle,
     /// The models of publish, pin, snapshot and reclaim, with more preemptions
     Loom,
+    /// The reverse map walked beside a writer that never stops: every entry that was there all the while is seen
+    Rmap,
     /// The core's tests in an interpreter that sees undefined behaviour (needs nightly with miri)
     Miri,
     /// The tests of the core and of what maps and programs memory under AddressSanitizer, leaks included (needs nightly)
@@ -57,7 +62,7 @@ enum Proof {
     Linux,
     /// The libraries with the oldest compiler they promise, Rust 1.85, for x86-64 and arm64 (needs mmdebstrap)
     Oldest,
-    /// Changes the core on purpose and lists the changes that no test notices (needs cargo-mutants)
+    /// Changes the core and the reverse map on purpose and lists the changes that no test notices (needs cargo-mutants)
     Mutants,
 }
 
@@ -71,6 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
                 report.run(&programmed(args.operations / 50));
             }
             Proof::Loom => report.run(&test::loom(args.preemptions)),
+            Proof::Rmap => report.run(&rmap(args.checks)),
             Proof::Miri => miri(&mut report),
             Proof::Asan => sanitizer(&mut report, "asan", "-Zsanitizer=address"),
             // The standard library that rustup ships is not built for TSan; the second flag lets it link all the same.
@@ -158,6 +164,12 @@ fn programmed(changes: u64) -> Step {
     .tests()
 }
 
+fn rmap(checks: u64) -> Step {
+    Step::cargo("rmap", ["test", "--quiet", "--release", "-p", "memslot-mmu", "--test", "rmap", "stress"])
+        .env("MEMSLOT_RMAP_CHECKS", checks.to_string())
+        .tests()
+}
+
 fn miri(report: &mut Report) {
     if !tools::has_miri() {
         return report.skip("miri", "miri is not installed for nightly");
@@ -222,16 +234,35 @@ fn mutants(report: &mut Report) {
     if !tools::has_mutants() {
         return report.skip("mutants", "cargo-mutants is not installed");
     }
-    let output = step::target_directory().join("mutants");
-    let step = Step::cargo("mutants", ["mutants", "--package", "memslot", "--no-shuffle", "--output"])
-        .arg(output.display().to_string());
-    // cargo-mutants ends with 2 if mutants survived, with 3 if some ran into the time limit.
-    report.run(&step.accepts(&[2, 3]));
-    for (list, title) in [("missed.txt", "survived"), ("timeout.txt", "ran into the time limit")] {
-        let found = fs::read_to_string(output.join("mutants.out").join(list)).unwrap_or_default();
-        say(&format!("{} mutants {title}", found.lines().count()));
-        for mutant in found.lines() {
-            say(&format!("  {mutant}"));
+    let core: &[&str] = &["--package", "memslot"];
+    // Only the tests that are about it: all of the crate's would take minutes for each mutant.
+    let rmap: &[&str] = &[
+        "--package",
+        "memslot-mmu",
+        "--file",
+        "crates/memslot-mmu/src/rmap/*.rs",
+        "--exclude",
+        "**/loom_tests.rs",
+        "--",
+        "--test",
+        "rmap",
+        "--test",
+        "rmap_allocation",
+    ];
+    for (name, arguments) in [("mutants", core), ("mutants, rmap", rmap)] {
+        let output = step::target_directory().join(name.replace(", ", "-"));
+        let step = Step::cargo(name, ["mutants", "--no-shuffle", "--output"])
+            .arg(output.display().to_string())
+            .env("MEMSLOT_RMAP_CHECKS", "200000");
+        let step = arguments.iter().fold(step, |step, argument| step.arg(*argument));
+        // cargo-mutants ends with 2 if mutants survived, with 3 if some ran into the time limit.
+        report.run(&step.accepts(&[2, 3]));
+        for (list, title) in [("missed.txt", "survived"), ("timeout.txt", "ran into the time limit")] {
+            let found = fs::read_to_string(output.join("mutants.out").join(list)).unwrap_or_default();
+            say(&format!("{} mutants {title}", found.lines().count()));
+            for mutant in found.lines() {
+                say(&format!("  {mutant}"));
+            }
         }
     }
 }

@@ -147,6 +147,20 @@ fn changes_and_walks_allocate_nothing() {
     assert_eq!(bytes(), start, "leaked");
 }
 
+/// Threads that walk come and go: nothing of them stays, and nobody waits for those that are gone.
+#[test]
+fn walkers_come_and_go() {
+    let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+    drop([rmap.walker().unwrap(), rmap.walker().unwrap()]);
+    let start = bytes();
+    for _ in 0..100 {
+        let mut walkers = [rmap.walker().unwrap(), rmap.walker().unwrap()];
+        drop(walkers.each_mut().map(|walker| walker.enter()));
+    }
+    assert_eq!(bytes(), start, "leaked");
+    assert!(writer.reclaim(1));
+}
+
 /// An empty cache is an error, and nothing has changed.
 #[test]
 fn nothing_is_reserved() {

@@ -17,6 +17,7 @@
 
 use alloc::boxed::Box;
 
+use memslot::dirty::DirtyLog;
 use memslot::{GfnRange, Listener, ListenerError, PieceKind, Slot, SlotFlags, Snapshot, Update};
 
 use super::operation::{STEP, Task};
@@ -91,9 +92,13 @@ impl<F: Format, H: Host> Follower<F, H> {
     /// version is published: afterwards the marks are the new slot's.
     fn collect_what_is_replaced(&self, update: &Update<'_>) {
         let shared = &*self.mmu.shared;
-        if !shared.uses_dirty_bits() {
+        if !shared.uses_dirty_bits() || !self.keeps_removed() {
             return;
         }
+        let moves = |old: &Slot| {
+            let new = update.after.slot(old.address_space(), old.id());
+            new.is_some_and(|new| self.moved(old, new).is_some())
+        };
         let here = |space| update.pieces.iter().filter(move |piece| piece.address_space == space);
         let gains = |gfns: GfnRange| {
             here(shared.space()).any(|piece| match piece.kind {
@@ -103,7 +108,7 @@ impl<F: Format, H: Host> Follower<F, H> {
         };
         for piece in here(shared.space()) {
             if let PieceKind::Removed { old } = piece.kind {
-                if shared.is_logged(&old) && gains(piece.gfns) {
+                if shared.is_logged(&old) && gains(piece.gfns) && !moves(&old) {
                     let (mut at, end) = ends(piece.gfns);
                     while at < end.min(Shared::<F, H>::END) {
                         let mut locked = shared.lock();
@@ -118,8 +123,11 @@ impl<F: Format, H: Host> Follower<F, H> {
     /// nothing but the entries says so, the log, if the change is taken back.
     fn is_wanted(&self, old: &Slot) -> bool {
         let shared = &self.mmu.shared;
-        let keeps_removed = || shared.config.log.as_ref().is_some_and(|log| log.keeps_removed());
-        shared.is_logged(old) && (shared.uses_dirty_bits() || keeps_removed())
+        shared.is_logged(old) && (shared.uses_dirty_bits() || self.keeps_removed())
+    }
+
+    fn keeps_removed(&self) -> bool {
+        self.mmu.shared.config.log.as_ref().is_some_and(DirtyLog::keeps_removed)
     }
 
     /// How much further the memory of a logged slot is, if it has moved and is logged still.

@@ -430,7 +430,6 @@ fn pass_turn(shared: &Shared, from: &Descriptor, to: &Descriptor) {
     }
     if let (Some(old), Some(new)) = (shared.descriptors.side_of(from), shared.descriptors.side_of(to)) {
         new.turn.store(old.turn.load(Ordering::Relaxed), Ordering::Relaxed);
-        from.set_flags(from.flags() & !flag::TURN);
         to.set_flags(to.flags() | flag::TURN);
     }
 }

@@ -191,6 +191,31 @@ fn row_43_a_walker_misses_no_entry_that_moves() {
     }
 }
 
+/// Row 43, what was proposed in 2013: the last entry of the first descriptor moves into the hole, and walks go *upwards*, so it moves to where
+/// the walk has been. Played in a plain array, with each place where the walk can be and each entry that can go, upwards and
+/// downwards: the same moves, and only the direction decides whether an entry is missed.
+#[test]
+fn row_43_walking_upwards_misses_what_moves() {
+    let missed = |upwards: bool| {
+        let mut missed = 0;
+        for size in 2..=14usize {
+            for (stop, victim) in (0..=size).flat_map(|stop| (0..size).map(move |victim| (stop, victim))) {
+                let mut cells: Vec<Option<usize>> = (0..size).map(Some).collect();
+                let order: Vec<usize> = if upwards { (0..size).collect() } else { (0..size).rev().collect() };
+                let mut seen: HashSet<usize> = order[..stop].iter().filter_map(|&at| cells[at]).collect();
+                cells[victim] = cells[size - 1];
+                cells[size - 1] = None;
+                seen.extend(order[stop..].iter().filter_map(|&at| cells[at]));
+                missed += (0..size).filter(|number| *number != victim && !seen.contains(number)).count();
+            }
+        }
+        missed
+    };
+    // With each place of the walk between the hole and the last entry, that entry is missed.
+    assert_eq!(missed(true), (2..=14).map(|size| size * (size - 1) / 2).sum());
+    assert_eq!(missed(false), 0);
+}
+
 /// Row 43: the last entry; and a list that has two again and again.
 #[test]
 fn row_43_lists_fold_back_into_their_word() {
@@ -242,6 +267,40 @@ fn row_44_changes_are_bounded() {
     assert!(records.is_empty() && parents.list().is_empty());
 }
 
+/// The record of the oldest of 14 is told once, when a 15th comes: not again, and not if another is in its place by then.
+#[test]
+fn row_44_the_oldest_hears_once() {
+    let (rmap, mut writer) = Rmap::new();
+    let (mut cache, parents) = (rmap.cache(), rmap.parents().unwrap());
+    cache.reserve(10).unwrap();
+    let book = Book::default();
+    let entry = |number| Entry { list: 0, number };
+    let mut add = |writer: &mut memslot_mmu::rmap::Writer<Entry>, number| {
+        let mut told = Vec::new();
+        let keep = |entry: Entry, filed: memslot_mmu::rmap::Filed| {
+            told.push(entry.number);
+            book.keep()(entry, filed);
+        };
+        writer.add(parents.list(), entry(number), &mut cache, keep).unwrap();
+        told
+    };
+    for number in 0..14 {
+        assert_eq!(add(&mut writer, number), [number]);
+    }
+    assert_eq!(add(&mut writer, 14), [0, 14]);
+    book.remove(&mut writer, entry(14));
+    assert_eq!(add(&mut writer, 15), [15], "it has heard");
+    (1..16).filter(|&number| number != 14).for_each(|number| _ = book.remove(&mut writer, entry(number)));
+    for number in 20..33 {
+        add(&mut writer, number);
+    }
+    // The last one moves into the first cell, and hears of it.
+    book.remove(&mut writer, entry(0));
+    assert_eq!(add(&mut writer, 33), [33]);
+    assert_eq!(add(&mut writer, 34), [34]);
+    writer.check(parents.list(), |entry| book.look(entry)).unwrap();
+}
+
 /// Row 46: what a walk goes through is replaced, and freed, only when no walk is in it.
 #[test]
 fn row_46_a_walker_keeps_what_it_walks() {
@@ -291,4 +350,37 @@ fn a_bounded_list_lets_go_of_the_oldest() {
     // Nothing is forgotten for long: the oldest that is left is not much older than the limit.
     let oldest = writer.entries(parents.list()).map(|entry| entry.number).min().unwrap();
     assert!(10_000 - oldest < LIMIT as u32 + 3 * 14, "{oldest}");
+}
+
+/// A list that was never too long has no turn, whatever its descriptors were used for before: the oldest go first.
+#[test]
+fn a_bounded_list_begins_with_the_oldest() {
+    let (rmap, mut writer) = Rmap::new();
+    let (mut cache, book) = (rmap.cache(), Book::default());
+    cache.reserve(400).unwrap();
+    for list in 0..20 {
+        let parents = rmap.parents().unwrap();
+        let entry = |number| Entry { list, number };
+        for number in 0..100 {
+            book.add(&mut writer, parents.list(), entry(number), &mut cache);
+        }
+        for turn in 0..list % 4 {
+            let old: Vec<_> = writer.surplus(parents.list(), 50, entry(99)).map(|old| old.number).collect();
+            assert_eq!(old, (14 * turn..14 * (turn + 1)).collect::<Vec<_>>());
+        }
+        // Turns go with the list, when its first descriptor goes and another comes.
+        for number in (98..100).rev() {
+            book.remove(&mut writer, entry(number));
+        }
+        for number in 100..120 {
+            book.add(&mut writer, parents.list(), entry(number), &mut cache);
+        }
+        let old: Vec<_> = writer.surplus(parents.list(), 50, entry(119)).map(|old| old.number).collect();
+        let turn = list % 4;
+        assert_eq!(old, (14 * turn..14 * (turn + 1)).collect::<Vec<_>>());
+        for number in (0..98).chain(100..120) {
+            book.remove(&mut writer, entry(number));
+        }
+        writer.reclaim(10);
+    }
 }

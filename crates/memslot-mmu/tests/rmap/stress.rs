@@ -40,46 +40,70 @@ impl Random {
     }
 }
 
-/// Adds what is away, removes what is there; now and then all of a list, or all but one.
-fn write(lists: &Lists, mut writer: Writer<Entry>, mut cache: Cache, stop: &AtomicBool) -> u64 {
-    let (book, mut random, mut changes) = (Book::default(), Random(0x9e37_79b9_7f4a_7c15), 0);
-    let mut flip = |entry: Entry, cache: &mut Cache| {
-        let state = lists.state(entry);
+/// The writer, with the records.
+struct Changer<'a> {
+    lists: &'a Lists,
+    writer: Writer<Entry>,
+    cache: Cache,
+    book: Book,
+    changes: u64,
+}
+
+impl Changer<'_> {
+    /// Adds what is away, removes what is there.
+    fn flip(&mut self, entry: Entry) {
+        let state = self.lists.state(entry);
         let is_away = state.load(Ordering::Relaxed) % 4 == AWAY;
         state.fetch_add(1, Ordering::AcqRel);
         if is_away {
-            cache.reserve(1).unwrap();
-            book.add(&mut writer, lists.list(entry.list as usize), entry, cache);
+            self.cache.reserve(1).unwrap();
+            let list = self.lists.list(entry.list as usize);
+            self.book.add(&mut self.writer, list, entry, &mut self.cache);
         } else {
-            book.remove(&mut writer, entry);
+            self.book.remove(&mut self.writer, entry);
         }
         state.fetch_add(1, Ordering::AcqRel);
-        changes += 1;
-    };
+        self.changes += 1;
+    }
+
+    /// All entries of a list that are there, or away.
+    fn flip_all(&mut self, list: usize, those: u64, but: Option<usize>) {
+        for number in (0..self.lists.states[list].len()).filter(|&number| Some(number) != but) {
+            let entry = Entry { list: list as u32, number: number as u32 };
+            if self.lists.state(entry).load(Ordering::Relaxed) % 4 == those {
+                self.flip(entry);
+            }
+        }
+    }
+
+    /// Lets the oldest go, until the list is short enough.
+    fn bound(&mut self, list: usize, limit: usize, newest: Entry) {
+        let place = self.lists.list(list);
+        while self.writer.count(place) > limit {
+            let old: Vec<_> = self.writer.surplus(place, limit, newest).collect();
+            assert!(!old.is_empty() && !old.contains(&newest));
+            old.into_iter().for_each(|old| self.flip(old));
+        }
+    }
+}
+
+/// Adds what is away, removes what is there; now and then all of a list, or all but one, or the oldest.
+fn write(lists: &Lists, writer: Writer<Entry>, cache: Cache, stop: &AtomicBool) -> u64 {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut changer = Changer { lists, writer, cache, book: Book::default(), changes: 0 };
     while !stop.load(Ordering::Relaxed) {
         let list = random.below(lists.states.len());
         let size = lists.states[list].len();
-        let entry = |number: usize| Entry { list: list as u32, number: number as u32 };
+        let entry = Entry { list: list as u32, number: random.below(size) as u32 };
         match random.below(256) {
-            0 => {
-                let kept = random.below(size);
-                for number in (0..size).filter(|&number| number != kept) {
-                    if lists.state(entry(number)).load(Ordering::Relaxed) % 4 == PRESENT {
-                        flip(entry(number), &mut cache);
-                    }
-                }
-            }
-            1 => {
-                for number in 0..size {
-                    if lists.state(entry(number)).load(Ordering::Relaxed) % 4 == AWAY {
-                        flip(entry(number), &mut cache);
-                    }
-                }
-            }
-            _ => flip(entry(random.below(size)), &mut cache),
+            0 => changer.flip_all(list, PRESENT, Some(entry.number as usize)),
+            1 => changer.flip_all(list, PRESENT, None),
+            2 => changer.flip_all(list, AWAY, None),
+            3 => changer.bound(list, 1 + size / 2, entry),
+            _ => changer.flip(entry),
         }
     }
-    changes
+    changer.changes
 }
 
 /// Makes so many checks; how many were of entries that were there, and how many walks.
