@@ -96,12 +96,12 @@ impl<H: ShadowHost> Follower<H> {
         });
         for change in changes(update, forwards).filter(Change::zaps) {
             let now = if forwards { update.after } else { update.before };
-            let task =
-                match now.slot(change.space, change.old.id()).and_then(|new| moved(shared, &change.old, new))
-                {
-                    Some(further) => Task::ZapMoved(further),
-                    None => Task::Zap,
-                };
+            let new = now.slot(change.space, change.old.id());
+            let further = new.and_then(|new| moved(shared, &change.old, new));
+            let task = match further.or(is_wanted(shared, &change).then_some(0)) {
+                Some(further) => Task::ZapMoved(further),
+                None => Task::Zap,
+            };
             change.work_on(shared, task);
         }
         let old = shared.with(|locked| {
@@ -143,6 +143,12 @@ fn moved<H: ShadowHost>(shared: &Shared<H>, old: &Slot, new: &Slot) -> Option<u6
     let is_moved = old.backing() == new.backing() && old.base_gfn() != new.base_gfn();
     (is_moved && shared.is_logged(old) && shared.is_logged(new))
         .then(|| new.base_gfn().get().wrapping_sub(old.base_gfn().get()))
+}
+
+/// Whether a consumer of the log wants to know what was written to a slot that goes, up to the end.
+fn is_wanted<H: ShadowHost>(shared: &Shared<H>, change: &Change) -> bool {
+    let keeps_removed = || shared.config.log.as_ref().is_some_and(|log| log.keeps_removed());
+    change.new.is_none() && shared.is_logged(&change.old) && keeps_removed()
 }
 
 impl<H: ShadowHost> Locked<'_, H> {

@@ -26,7 +26,7 @@ const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
 pub(super) enum Task {
     /// They go.
     Zap,
-    /// They go; the memory is so much further now, in a slot that is logged: what was writable is dirty there.
+    /// They go; the memory is so much further now, in a slot that is logged: what was writable is dirty there. 0 where the slot goes.
     ZapMoved(u64),
     /// They lose these bits.
     Take(u64),
