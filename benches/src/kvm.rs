@@ -32,7 +32,7 @@ mod linux {
     use memslot::{
         AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable,
     };
-    use memslot_kvm::{KvmSlots, Options, Vm};
+    use memslot_kvm::{KvmSlots, NotRunning, Options, Vm};
 
     use crate::Effort;
     use crate::measure::{median, time};
@@ -144,7 +144,7 @@ mod linux {
         let (vm, mut peer) = (kvm.create_vm()?, kvm.create_vm()?);
         let mut table = SlotTable::new(Limits { address_spaces: 1, ..Limits::default() })?;
         // SAFETY: as for the peer: the memory is never touched.
-        let slots = unsafe { KvmSlots::attach(&mut table, Vm::of(&vm)?, Options::default()) }?;
+        let slots = unsafe { KvmSlots::attach(&mut table, Vm::of(&vm)?, NotRunning, Options::default()) }?;
         let mut ok = true;
         for spec in (0..n).map(|id| spec(id, pages)) {
             ok &= table.change(&spec, Change::Create) && peer.change(&spec, Change::Create);

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 
 use crate::run::{Report, say};
 use crate::step::{self, Step};
-use crate::{test, tools};
+use crate::{oldest, test, tools};
 
 /// Run the slow proofs: the real kernel, deep loom models, Miri, sanitizers, many random cases, mutants.
 ///
@@ -55,6 +55,8 @@ enum Proof {
     Fuzz,
     /// Linux on the hypervisor: every scenario, the dirty log with both sizes of pages and both ways (needs QEMU)
     Linux,
+    /// The libraries with the oldest compiler they promise, Rust 1.85, for x86-64 and arm64 (needs mmdebstrap)
+    Oldest,
     /// Changes the core on purpose and lists the changes that no test notices (needs cargo-mutants)
     Mutants,
 }
@@ -78,6 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             Proof::Proptest => report.run(&proptest(args.cases)),
             Proof::Fuzz => fuzz(&mut report, args.fuzz_seconds),
             Proof::Linux => linux(&mut report),
+            Proof::Oldest => oldest::run(&mut report),
             Proof::Mutants => mutants(&mut report),
         }
     }
@@ -98,6 +101,9 @@ fn linux(report: &mut Report) {
         ("two processors", &two),
         ("four processors", &four),
     ];
+    let repeatable = ["--icount", "--twice", "--memory=256M", "--rounds=1", "--scenario=dirty", "--pages=4k"];
+    let step = ["xtask", "linux", "--quiet"].into_iter().chain(repeatable);
+    report.run(&Step::cargo("linux, repeatable", step).xtask());
     for (name, arguments) in runs {
         for rearm in ["protect", "bits"] {
             let name = format!("linux, {name}, {rearm}");

@@ -11,6 +11,7 @@ mod ci;
 mod counts;
 mod deep;
 mod linux;
+mod oldest;
 mod run;
 mod setup;
 mod step;

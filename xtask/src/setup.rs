@@ -48,6 +48,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         ),
         (tools::has_program("mdbook"), "mdbook", "the guide as a book (cargo install --locked mdbook)"),
         (
+            tools::has_program("mmdebstrap"),
+            "mmdebstrap",
+            "the oldest compiler and arm64, in `deep` (apt-get install mmdebstrap)",
+        ),
+        (
             tools::has_mutants(),
             "cargo-mutants",
             "holes in the tests, in `deep` (cargo install --locked cargo-mutants)",

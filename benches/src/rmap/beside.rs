@@ -1,11 +1,20 @@
 //! A walker beside a writer that never stops.
 //!
 //! The writer removes a random entry of a random list and adds it again; the walker walks random lists. Each has a
-//! processor of its own.
+//! processor of its own. What is measured has to count both: the peer's walker and writer take the same lock, and who has it
+//! tends to keep it, so that a walker alone looks quick while the writer stands still (changes of many microseconds were
+//! seen, and a writer that did nothing at all in 50 ms), or the other way round.
 //!
-//! The peer's walker and writer take the same lock, and who has it keeps it: on long lists the walker is as fast as if it were
-//! alone, because the writer does not get on. So a walker's own time says little, and there are three rows: as many
-//! walks as changes, side by side, until both are done; the walker's time while the writer goes on; and the writer's.
+//! So the row with the target is *in step*: as many walks as changes, and neither side may be ahead of the other by more than 32. The time is
+//! that of a walk and a change, side by side. Without that rule the same number of both can be done by one after the other,
+//! each without a neighbour ("both done": the time until both are), or by one alone (the two rows of the race: the walker's time while the
+//! writer goes on, and the writer's).
+//!
+//! There is a bound below all of these. A walk that sees a change has to fetch the cache lines that the change has written from the
+//! other processor: "a line from the other processor" is the time of one such transfer, measured with a single word. So the ratio in step
+//! can be no larger than the peer's time divided by that of a line, whatever the structure: about 3 to 4 at 2 and 14 entries, which
+//! is below the target. Ours needs one or two lines for a change, most of the time at once; the peer has the lock's line
+//! besides, and waits for it twice, before any other.
 
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -33,6 +42,7 @@ pub(super) fn run(effort: Effort, report: &mut Report) -> anyhow::Result<()> {
         report.skipped("walk beside a writer: one processor only");
         return Ok(());
     }
+    line(rounds, report);
     for (lists, size, target) in [
         (1, 2, Some(5.0)),
         (1, 14, Some(5.0)),
@@ -41,7 +51,7 @@ pub(super) fn run(effort: Effort, report: &mut Report) -> anyhow::Result<()> {
         (64, 14, Some(1.0)),
         (64, 100, Some(1.0)),
     ] {
-        let mut times = [const { Vec::new() }; 6];
+        let mut times = [const { Vec::new() }; 8];
         let (mut ours, mut theirs) = (Ours::new(lists, size)?, Theirs::new(lists, size));
         for turn in 0..rounds {
             for side in [turn % 2, 1 - turn % 2] {
@@ -50,33 +60,101 @@ pub(super) fn run(effort: Effort, report: &mut Report) -> anyhow::Result<()> {
                 } else {
                     their_round(&mut theirs, lists, size, length)
                 };
-                times.iter_mut().skip(3 * side).zip(figures).for_each(|(times, figure)| times.push(figure));
+                times.iter_mut().skip(4 * side).zip(figures).for_each(|(times, figure)| times.push(figure));
             }
         }
-        let [both, walk, change, their_both, their_walk, their_change] =
+        let [step, both, walk, change, their_step, their_both, their_walk, their_change] =
             times.map(|mut times| median(&mut times));
         let at = if lists == 1 { size.to_string() } else { format!("{lists}x{size}") };
         for (name, ours, theirs, target) in [
-            ("walk beside a writer, both done", both, their_both, target),
+            ("walk beside a writer, in step", step, their_step, target),
+            ("… until both are done", both, their_both, None),
             ("… the walk, in a race", walk, their_walk, None),
             ("… the remove and add, in a race", change, their_change, None),
         ] {
-            let row = Row {
-                bench: name.to_owned(),
-                at: at.clone(),
-                ours_ns: ours,
-                peer: PEER.to_owned(),
-                peer_ns: Some(theirs),
-                ratio: Some(theirs / ours),
-                target,
-            };
-            report.add(row, &nanoseconds(ours), &nanoseconds(theirs));
+            report.text_row(name, &at, PEER, (ours, theirs), target);
         }
     }
     Ok(())
 }
 
-/// Nanoseconds for a walk and a change, as many of each, until both are done; then, while both go on, for each walk and
+/// The time of a piece, of many: that which a fifth is below. Threads in step cannot be quicker than they are together, but
+/// wait for each other while one of them does not run, which says nothing about either side.
+#[expect(clippy::cast_precision_loss, reason = "a time is not that exact")]
+fn undisturbed(pieces: &mut [Duration], operations: u64) -> f64 {
+    pieces.sort();
+    pieces.get(pieces.len() / 5).map_or(f64::NAN, |piece| piece.as_nanos() as f64 / operations as f64)
+}
+
+/// How long it takes for a word to go to the other processor and come back changed, halved.
+fn line(rounds: usize, report: &mut Report) {
+    const TURNS: u64 = 1000;
+    let pieces = 10 * rounds as u64;
+    let word = Padded::default();
+    let play = |own: u64, each: &mut dyn FnMut(u64)| {
+        for turn in 0..pieces * TURNS {
+            while word.0.load(Ordering::Acquire) != 2 * turn + own {}
+            word.0.store(2 * turn + own + 1, Ordering::Release);
+            each(turn);
+        }
+    };
+    let mut times = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| play(1, &mut |_| ()));
+        let mut start = Instant::now();
+        play(0, &mut |turn| {
+            if (turn + 1) % TURNS == 0 {
+                times.push(start.elapsed());
+                start = Instant::now();
+            }
+        });
+    });
+    let ns = undisturbed(&mut times, 2 * TURNS);
+    let row = Row {
+        bench: "… a line from the other processor".to_owned(),
+        at: String::new(),
+        ours_ns: ns,
+        peer: String::new(),
+        peer_ns: None,
+        ratio: None,
+        target: None,
+    };
+    report.add(row, &nanoseconds(ns), "");
+}
+
+/// Counts of what was done, each written by one thread.
+#[derive(Default)]
+struct Done {
+    walks: Padded,
+    changes: Padded,
+}
+
+#[derive(Default)]
+#[repr(align(128))]
+struct Padded(AtomicU64);
+
+impl Padded {
+    fn add(&self, count: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Waits until this is not behind by more than the lead. (Without the processor's pause, which takes as long as a walk.)
+    fn keep_step(&self, other: u64) {
+        while self.get() + LEAD < other {}
+    }
+}
+
+const GROUP: u64 = 16;
+const LEAD: u64 = 32;
+const PAIRS: u64 = 96_000;
+/// So many walks and changes are timed at once.
+const PIECE: u64 = 1600;
+
+/// Nanoseconds for a walk and a change: in step; as many of each, until both are done; then, while both go on, for each walk and
 /// for each change.
 fn round(
     length: Duration,
@@ -84,18 +162,22 @@ fn round(
     entries: usize,
     mut change: impl FnMut(usize) + Send,
     mut walk: impl FnMut(usize),
-) -> [f64; 3] {
-    const GROUP: u64 = 16;
-    const PAIRS: u64 = 100_000;
-    let (stop, changes, barrier) = (AtomicBool::new(false), AtomicU64::new(0), Barrier::new(2));
+) -> [f64; 4] {
+    let (stop, done, barrier) = (AtomicBool::new(false), Done::default(), Barrier::new(2));
     std::thread::scope(|scope| {
-        let (stop, changes, barrier) = (&stop, &changes, &barrier);
+        let (stop, done, barrier) = (&stop, &done, &barrier);
         scope.spawn(move || {
             let mut random = Random::new(31);
             let mut group = || {
                 (0..GROUP).for_each(|_| change(random.below(entries)));
-                changes.store(changes.load(Ordering::Relaxed) + GROUP, Ordering::Relaxed);
+                done.changes.add(GROUP);
             };
+            barrier.wait();
+            for _ in 0..PAIRS / GROUP {
+                done.walks.keep_step(done.changes.get());
+                group();
+            }
+            barrier.wait();
             barrier.wait();
             (0..PAIRS / GROUP).for_each(|_| group());
             barrier.wait();
@@ -105,7 +187,21 @@ fn round(
             }
         });
         let mut random = Random::new(17);
-        let mut group = || (0..GROUP).for_each(|_| walk(random.below(lists)));
+        let mut group = || {
+            (0..GROUP).for_each(|_| walk(random.below(lists)));
+            done.walks.add(GROUP);
+        };
+        barrier.wait();
+        let mut pieces = Vec::new();
+        for _ in 0..PAIRS / PIECE {
+            let start = Instant::now();
+            for _ in 0..PIECE / GROUP {
+                done.changes.keep_step(done.walks.get());
+                group();
+            }
+            pieces.push(start.elapsed());
+        }
+        barrier.wait();
         // Before the barrier: perhaps this thread does not run when the other starts.
         let start = Instant::now();
         barrier.wait();
@@ -113,44 +209,44 @@ fn round(
         barrier.wait();
         let both = start.elapsed();
         barrier.wait();
-        let (mut walks, before, start) = (0u64, changes.load(Ordering::Relaxed), Instant::now());
+        let (walks, changes, start) = (done.walks.get(), done.changes.get(), Instant::now());
         while start.elapsed() < length {
             (0..4).for_each(|_| group());
-            walks += 4 * GROUP;
         }
-        let (elapsed, done) = (start.elapsed(), (changes.load(Ordering::Relaxed) - before).max(1));
+        let (elapsed, changes) = (start.elapsed(), (done.changes.get() - changes).max(1));
         stop.store(true, Ordering::Relaxed);
         #[expect(clippy::cast_precision_loss, reason = "a time is not that exact")]
         let per = |elapsed: Duration, count: u64| elapsed.as_nanos() as f64 / count as f64;
-        [per(both, PAIRS), per(elapsed, walks), per(elapsed, done)]
+        [
+            undisturbed(&mut pieces, PIECE),
+            per(both, PAIRS),
+            per(elapsed, done.walks.get() - walks),
+            per(elapsed, changes),
+        ]
     })
 }
 
-fn our_round(ours: &mut Ours, lists: usize, size: usize, length: Duration) -> anyhow::Result<[f64; 3]> {
+fn our_round(ours: &mut Ours, lists: usize, size: usize, length: Duration) -> anyhow::Result<[f64; 4]> {
     let mut walker = ours.rmap.walker()?;
     let Ours { slot, writer, cache, records, .. } = ours;
-    cache.reserve(256)?;
     let slot = &*slot;
     let all: Vec<_> = (0..lists).filter_map(|list| slot.list(Level::K4, gfn(list))).collect();
     let all = &all;
     let change = |number: usize| {
         super::remove(writer, number, records);
-        if cache.len() < 16 {
-            assert!(cache.reserve(256).is_ok(), "memory");
-        }
-        super::add(writer, all[number % lists], number, cache, records);
+        super::add(writer, slot, number, gfn(number % lists), cache, records);
     };
-    let walk = |list: usize| walker.enter().entries(all[list]).for_each(|entry| _ = black_box(entry));
+    let walk = |list: usize| _ = black_box(super::sum(walker.enter().entries(all[list])));
     Ok(round(length, lists, lists * size, change, walk))
 }
 
-fn their_round(theirs: &mut Theirs, lists: usize, size: usize, length: Duration) -> [f64; 3] {
-    let Theirs { heads, cache, .. } = theirs;
-    let heads = &*heads;
+fn their_round(theirs: &mut Theirs, lists: usize, size: usize, length: Duration) -> [f64; 4] {
+    let Theirs { slots, cache, gfns } = theirs;
+    let slots = &*slots;
     let change = |number: usize| {
-        heads[number % lists].remove(super::entry(number).get(), cache);
-        black_box(heads[number % lists].add(super::entry(number).get(), cache));
+        super::peer_remove(slots, number, cache, gfns);
+        super::peer_add(&slots.0, number, gfn(number % lists).get(), cache, gfns);
     };
-    let walk = |list: usize| heads[list].walk_locked(|word| _ = black_box(word));
+    let walk = |list: usize| _ = black_box(super::peer_sum_locked(slots.0.list(0, list as u64)));
     round(length, lists, lists * size, change, walk)
 }

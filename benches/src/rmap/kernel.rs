@@ -3,9 +3,12 @@
 //! * The head is a word: 0, or an entry, or a descriptor with bit 0 set; bit 1 is a lock, which whoever changes the list and
 //!   whoever walks it without the MMU's lock take by compare-exchange. An empty list is never locked.
 //! * A descriptor is `more`, two counts and 14 entries, 128 bytes. Only the first may be partly full. Adding appends to the
-//!   first, or puts a new one in front. Removing searches, and moves the last entry of the first descriptor into the hole.
-//! * Descriptors come from a stack filled before. (The kernel frees them to its allocator; here they go back on the
-//!   stack, which costs less.)
+//!   first, or puts a new one in front. Removing searches, and moves the last entry of the first descriptor into the hole. When
+//!   one entry is left it stays in its descriptor.
+//! * A slot has an array of heads for each level, all there from the start. Whoever adds knows the slot and computes the place; whoever
+//!   removes has the gfn from the shadow page, and finds the slot that was used last, and then the place.
+//! * Descriptors come from an array of 40, filled up from the allocator when a fault finds fewer than 14 there. (The kernel's
+//!   allocator is replaced by a stack, which costs less.)
 #![expect(unsafe_code, reason = "descriptors are behind pointers with tag bits")]
 
 use std::ptr;
@@ -23,9 +26,14 @@ pub(super) struct Descriptor {
     entries: [AtomicU64; ENTRIES],
 }
 
-/// The memory of all descriptors, and those that are free. As long as it is there, every descriptor is.
+/// A processor's cache holds so many, and is filled up when it has fewer than the second.
+pub(super) const FULL: usize = 40;
+pub(super) const LOW: usize = 14;
+
+/// A virtual processor's cache, and the allocator behind it. As long as it is there, every descriptor is.
 pub(super) struct Cache {
-    free: Vec<*mut Descriptor>,
+    objects: Vec<*mut Descriptor>,
+    allocator: Vec<*mut Descriptor>,
     memory: Vec<*mut Descriptor>,
 }
 
@@ -41,17 +49,33 @@ impl Cache {
             entries: [const { AtomicU64::new(0) }; ENTRIES],
         };
         let memory: Vec<_> = (0..descriptors).map(|_| Box::into_raw(Box::new(fresh()))).collect();
-        Self { free: memory.clone(), memory }
+        Self { objects: Vec::with_capacity(FULL), allocator: memory.clone(), memory }
     }
 
+    /// As a fault does before it takes the lock.
+    #[inline(always)]
+    pub(super) fn top_up(&mut self) {
+        if self.objects.len() < LOW {
+            self.fill();
+        }
+    }
+
+    #[inline(never)]
+    fn fill(&mut self) {
+        while self.objects.len() < FULL {
+            self.objects.push(self.allocator.pop().unwrap_or_else(|| panic!("enough descriptors")));
+        }
+    }
+
+    #[inline(always)]
     fn allocate<'a>(&mut self) -> &'a Descriptor {
-        let descriptor = self.free.pop().unwrap_or_else(|| panic!("the cache was filled before"));
+        let descriptor = self.objects.pop().unwrap_or_else(|| panic!("the cache was filled before"));
         // SAFETY: allocated, and freed with the cache, which outlives all lists.
         unsafe { &*descriptor }
     }
 
     fn free(&mut self, descriptor: &Descriptor) {
-        self.free.push(ptr::from_ref(descriptor).cast_mut());
+        self.allocator.push(ptr::from_ref(descriptor).cast_mut());
     }
 }
 
@@ -61,6 +85,43 @@ impl Drop for Cache {
             // SAFETY: made from a box, freed once.
             drop(unsafe { Box::from_raw(descriptor) });
         }
+    }
+}
+
+/// What of a slot is needed to find a list.
+pub(super) struct Slot {
+    base: u64,
+    pages: u64,
+    /// For each level, the heads.
+    rmap: [Box<[Head]>; 3],
+}
+
+impl Slot {
+    pub(super) fn new(base: u64, pages: u64) -> Self {
+        let heads = |level: u32| {
+            let len = (pages >> (9 * level)) + 2;
+            (0..len).map(|_| Head::default()).collect()
+        };
+        Self { base, pages, rmap: [heads(0), heads(1), heads(2)] }
+    }
+
+    /// The list of a gfn. Level 0 is the lowest.
+    #[inline(always)]
+    pub(super) fn list(&self, level: usize, gfn: u64) -> &Head {
+        let index = (gfn >> (9 * level)) - (self.base >> (9 * level));
+        &self.rmap[level][usize::try_from(index).unwrap_or(0)]
+    }
+}
+
+/// The slots, of which there is one here: that which was used last.
+pub(super) struct Slots(pub(super) Slot);
+
+impl Slots {
+    #[inline(always)]
+    pub(super) fn find(&self, gfn: u64) -> &Slot {
+        let slot = &self.0;
+        assert!(gfn >= slot.base && gfn < slot.base + slot.pages, "the slot used last");
+        slot
     }
 }
 
@@ -175,6 +236,11 @@ impl Head {
         }
     }
 
+    #[inline(always)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == 0
+    }
+
     /// Walks the list as the holder of the MMU's lock does.
     #[inline]
     pub(super) fn walk(&self, f: impl FnMut(u64)) {
@@ -229,5 +295,28 @@ fn walk(word: u64, mut f: impl FnMut(u64)) {
             }
         }
         at = more(here);
+    }
+}
+
+impl Head {
+    /// Zaps all that is in the list, as is done when it has become too long; how many there were.
+    pub(super) fn zap_all(&self, cache: &mut Cache, mut zap: impl FnMut(u64)) -> usize {
+        let old = self.lock();
+        let mut count = 0;
+        walk(old, |entry| {
+            zap(entry);
+            count += 1;
+        });
+        if old & MANY != 0 {
+            let mut at = Some(descriptor(old));
+            while let Some(here) = at {
+                at = more(here);
+                // An unused place is empty.
+                here.entries.iter().for_each(|entry| entry.store(0, Ordering::Relaxed));
+                cache.free(here);
+            }
+        }
+        self.unlock(0);
+        count
     }
 }

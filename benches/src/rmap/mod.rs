@@ -1,8 +1,16 @@
 //! The reverse map: adding, removing, counting, walking; beside the kernel's layout, re-created in [`kernel`].
 //!
-//! Both sides have the same entries in the same lists, and an array with a word for each entry, as a shadow page has: ours
-//! with the entry's record, the peer's with its gfn, by which it finds the list. What is added was removed before, at
-//! random places, so neither side is measured at its tidiest.
+//! Both sides do what a user of them has to do. Both have the same entries in the same lists, and an array with a word for
+//! each entry, as a shadow page has: ours with the entry's record, the peer's with its gfn.
+//!
+//! * *add* begins with slot and gfn, as a fault has them: the cache is topped up if it runs low, the list is found, the
+//!   entry is added, and its word is stored.
+//! * *remove* begins with an entry: its word is loaded, which leads to the list (the peer's by the slot that was used last), and
+//!   the entry is removed, with what this means for the words of others.
+//! * *count* and *walk* begin with the list.
+//!
+//! What is added was removed before, at random places in random order, so neither side is measured at its tidiest. What is the
+//! same on both sides is left out: finding the shadow page of an entry, statistics, the MMU's own lock.
 
 mod beside;
 mod kernel;
@@ -12,7 +20,7 @@ use std::num::NonZeroU64;
 
 use memslot::{Gfn, GfnRange};
 use memslot_mmu::Level;
-use memslot_mmu::rmap::{Cache, Filed, List, Rmap, SlotRmap, Walker, Writer};
+use memslot_mmu::rmap::{Cache, Entries, Filed, Rmap, SlotRmap, Walker, Writer};
 
 use crate::Effort;
 use crate::layout::Random;
@@ -35,6 +43,7 @@ pub(crate) fn run(effort: Effort, report: &mut Report) -> anyhow::Result<()> {
         reads(size, rounds, report)?;
     }
     find(rounds, report)?;
+    bounded(rounds, report)?;
     beside::run(effort, report)?;
     memory(report)
 }
@@ -74,19 +83,24 @@ impl Ours {
     }
 
     fn add(&mut self, number: usize, lists: usize) {
-        let Some(list) = self.slot.list(Level::K4, gfn(number % lists)) else { return };
-        add(&mut self.writer, list, number, &mut self.cache, &mut self.records);
+        let Self { slot, writer, cache, records, .. } = self;
+        add(writer, slot, number, gfn(number % lists), cache, records);
     }
 }
 
 #[inline(always)]
 fn add(
     writer: &mut Writer<NonZeroU64>,
-    list: List<'_, NonZeroU64>,
+    slot: &SlotRmap<NonZeroU64>,
     number: usize,
+    gfn: Gfn,
     cache: &mut Cache,
     records: &mut [u64],
 ) {
+    if cache.len() < kernel::LOW && cache.reserve(kernel::FULL).is_err() {
+        panic!("memory");
+    }
+    let Some(list) = slot.list(Level::K4, gfn) else { panic!("reserved") };
     match writer.add(list, entry(number), cache, keep_in(records)) {
         Ok(before) => _ = black_box(before),
         Err(error) => panic!("{error}"),
@@ -109,16 +123,16 @@ fn keep_in(records: &mut [u64]) -> impl FnMut(NonZeroU64, Filed) {
 
 /// The same of the peer.
 struct Theirs {
-    heads: Vec<kernel::Head>,
+    slots: kernel::Slots,
     cache: kernel::Cache,
     gfns: Vec<u64>,
 }
 
 impl Theirs {
     fn new(lists: usize, size: usize) -> Self {
-        let heads = (0..lists).map(|_| kernel::Head::default()).collect();
+        let slots = kernel::Slots(kernel::Slot::new(0, lists as u64));
         let cache = kernel::Cache::new(descriptors(lists, size));
-        let mut theirs = Self { heads, cache, gfns: vec![0; lists * size] };
+        let mut theirs = Self { slots, cache, gfns: vec![0; lists * size] };
         for number in in_random_order(lists * size) {
             theirs.add(number, lists);
         }
@@ -126,21 +140,22 @@ impl Theirs {
     }
 
     fn add(&mut self, number: usize, lists: usize) {
-        let list = number % lists;
-        peer_add(&self.heads[list], list, number, &mut self.cache, &mut self.gfns);
+        let Self { slots, cache, gfns } = self;
+        peer_add(&slots.0, number, gfn(number % lists).get(), cache, gfns);
     }
 }
 
 #[inline(always)]
-fn peer_add(head: &kernel::Head, gfn: usize, number: usize, cache: &mut kernel::Cache, gfns: &mut [u64]) {
-    gfns[number] = gfn as u64;
-    black_box(head.add(entry(number).get(), cache));
+fn peer_add(slot: &kernel::Slot, number: usize, gfn: u64, cache: &mut kernel::Cache, gfns: &mut [u64]) {
+    cache.top_up();
+    gfns[number] = gfn;
+    black_box(slot.list(0, gfn).add(entry(number).get(), cache));
 }
 
 #[inline(always)]
-fn peer_remove(heads: &[kernel::Head], number: usize, cache: &mut kernel::Cache, gfns: &[u64]) {
-    let gfn = usize::try_from(gfns[number]).unwrap_or(0);
-    heads[gfn].remove(entry(number).get(), cache);
+fn peer_remove(slots: &kernel::Slots, number: usize, cache: &mut kernel::Cache, gfns: &[u64]) {
+    let gfn = gfns[number];
+    slots.find(gfn).list(0, gfn).remove(entry(number).get(), cache);
 }
 
 fn lists_of(size: usize) -> usize {
@@ -165,48 +180,22 @@ fn changes(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()
     let lists = lists_of(size);
     let per_list = (size / 16).max(1);
     let (mut ours, mut theirs) = (Ours::new(lists, size)?, Theirs::new(lists, size));
-    // Both sides are given the list itself to add to; the row "find" shows what finding it costs.
-    let Ours { slot, writer, cache, records, .. } = &mut ours;
-    let slot = &*slot;
-    let all: Vec<_> = (0..lists).filter_map(|list| slot.list(Level::K4, gfn(list))).collect();
-    let Theirs { heads, cache: peer_cache, gfns } = &mut theirs;
-    let heads: &[kernel::Head] = heads;
-    let peers: Vec<&kernel::Head> = heads.iter().collect();
     let mut random = Random::new(99);
     let mut times = [const { Vec::new() }; 4];
     for round in 0..rounds + 2 {
-        let mut victims = Vec::with_capacity(lists * per_list);
-        for list in 0..lists {
-            let mut places: Vec<usize> = (0..size).collect();
-            random.shuffle(&mut places);
-            victims.extend(places.iter().take(per_list).map(|place| place * lists + list));
-        }
-        random.shuffle(&mut victims);
-        let (victims, count) = (&victims, victims.len());
+        // The first time warms what the other side has pushed out; others go then than those that are measured.
+        let victims = [(); 2].map(|()| victims(lists, size, per_list, &mut random));
         let mut measured = [0.0; 4];
         for side in [round % 2, 1 - round % 2] {
-            if side == 0 {
-                measured[0] = time(count, || {
-                    victims.iter().for_each(|&number| remove(writer, number, records));
-                });
-                measured[1] = time(count, || {
-                    victims
-                        .iter()
-                        .for_each(|&number| add(writer, all[number % lists], number, cache, records));
-                });
-            } else {
-                measured[2] = time(count, || {
-                    victims.iter().for_each(|&number| peer_remove(heads, number, peer_cache, gfns));
-                });
-                measured[3] = time(count, || {
-                    victims.iter().for_each(|&number| {
-                        let list = number % lists;
-                        peer_add(peers[list], list, number, peer_cache, gfns);
-                    });
-                });
+            for victims in &victims {
+                if side == 0 {
+                    measured[0] = our_removes(&mut ours, victims);
+                    measured[1] = our_adds(&mut ours, victims);
+                } else {
+                    measured[2] = their_removes(&mut theirs, victims);
+                    measured[3] = their_adds(&mut theirs, victims);
+                }
             }
-            // Outside of the lock, as a fault does.
-            cache.reserve(descriptors(lists, 0))?;
         }
         // The first rounds warm up.
         if round >= 2 {
@@ -224,11 +213,52 @@ fn changes(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()
     Ok(())
 }
 
+/// So many entries of each list, at random places, in random order.
+fn victims(lists: usize, size: usize, per_list: usize, random: &mut Random) -> Vec<(usize, Gfn)> {
+    let mut victims = Vec::with_capacity(lists * per_list);
+    for list in 0..lists {
+        let mut places: Vec<usize> = (0..size).collect();
+        random.shuffle(&mut places);
+        victims.extend(places.iter().take(per_list).map(|place| (place * lists + list, gfn(list))));
+    }
+    random.shuffle(&mut victims);
+    victims
+}
+
+#[inline(never)]
+fn our_removes(ours: &mut Ours, victims: &[(usize, Gfn)]) -> f64 {
+    let Ours { writer, records, .. } = ours;
+    time(victims.len(), || victims.iter().for_each(|&(number, _)| remove(writer, number, records)))
+}
+
+#[inline(never)]
+fn our_adds(ours: &mut Ours, victims: &[(usize, Gfn)]) -> f64 {
+    let Ours { writer, slot, cache, records, .. } = ours;
+    time(victims.len(), || {
+        victims.iter().for_each(|&(number, gfn)| add(writer, slot, number, gfn, cache, records));
+    })
+}
+
+#[inline(never)]
+fn their_removes(theirs: &mut Theirs, victims: &[(usize, Gfn)]) -> f64 {
+    let Theirs { slots, cache, gfns } = theirs;
+    time(victims.len(), || victims.iter().for_each(|&(number, _)| peer_remove(slots, number, cache, gfns)))
+}
+
+#[inline(never)]
+fn their_adds(theirs: &mut Theirs, victims: &[(usize, Gfn)]) -> f64 {
+    let Theirs { slots, cache, gfns } = theirs;
+    time(victims.len(), || {
+        victims.iter().for_each(|&(number, gfn)| peer_add(&slots.0, number, gfn.get(), cache, gfns));
+    })
+}
+
 fn reads(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()> {
-    let lists = lists_of(size);
+    // Not so many that the lists' names, of which ours are twice as long, come from far away.
+    let lists = (1024 / size).max(8);
     let (ours, theirs) = (Ours::new(lists, size)?, Theirs::new(lists, size));
-    let repeat = if rounds == 1 { 1 } else { 4 };
-    let peers: Vec<&kernel::Head> = theirs.heads.iter().collect();
+    let repeat = if rounds == 1 { 1 } else { 32 };
+    let peers: Vec<_> = (0..lists).map(|list| theirs.slots.0.list(0, list as u64)).collect();
     let all: Vec<_> = (0..lists).filter_map(|list| ours.slot.list(Level::K4, gfn(list))).collect();
     let operations = all.len() * repeat;
     let times = |work: &mut dyn FnMut()| time(operations, || (0..repeat).for_each(|_| work()));
@@ -239,17 +269,11 @@ fn reads(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()> 
         report.times("count", size, PEER, versus(rounds, mine, peer), Some(1.0));
     }
     let mut walker: Walker<_> = ours.rmap.walker()?;
-    let peer_locked =
-        || times(&mut || peers.iter().for_each(|head| head.walk_locked(|word| _ = black_box(word))));
-    let peer = || times(&mut || peers.iter().for_each(|head| head.walk(|word| _ = black_box(word))));
+    let peer_locked = || times(&mut || peers.iter().for_each(|head| _ = black_box(peer_sum_locked(head))));
+    let peer = || times(&mut || peers.iter().for_each(|head| _ = black_box(peer_sum(head))));
     if report.wants("walk a list, lock-free") {
-        let mine = || {
-            times(&mut || {
-                for &list in &all {
-                    walker.enter().entries(list).for_each(|entry| _ = black_box(entry));
-                }
-            })
-        };
+        let mine =
+            || times(&mut || all.iter().for_each(|&list| _ = black_box(sum(walker.enter().entries(list)))));
         let ns = versus(rounds, mine, peer_locked);
         report.times("walk a list, lock-free", size, "… with its lock", ns, Some(1.0));
     }
@@ -257,22 +281,39 @@ fn reads(size: usize, rounds: usize, report: &mut Report) -> anyhow::Result<()> 
         let mine = || {
             times(&mut || {
                 let inside = walker.enter();
-                all.iter().for_each(|&list| inside.entries(list).for_each(|entry| _ = black_box(entry)));
+                all.iter().for_each(|&list| _ = black_box(sum(inside.entries(list))));
             })
         };
         let ns = versus(rounds, mine, peer_locked);
         report.times("walk many lists, lock-free", size, "… with their locks", ns, Some(1.0));
     }
     if report.wants("walk, as the writer") {
-        let mine = || {
-            times(&mut || {
-                all.iter().for_each(|&list| ours.writer.entries(list).for_each(|entry| _ = black_box(entry)));
-            })
-        };
+        let mine =
+            || times(&mut || all.iter().for_each(|&list| _ = black_box(sum(ours.writer.entries(list)))));
         let ns = versus(rounds, mine, peer);
         report.times("walk, as the writer", size, "… holding the MMU's lock", ns, Some(1.0));
     }
     Ok(())
+}
+
+/// What a walk does with the entries.
+#[inline(always)]
+fn sum(entries: Entries<'_, NonZeroU64>) -> u64 {
+    entries.fold(0, |sum, entry| sum ^ entry.get())
+}
+
+#[inline(always)]
+fn peer_sum(list: &kernel::Head) -> u64 {
+    let mut sum = 0;
+    list.walk(|entry| sum ^= entry);
+    sum
+}
+
+#[inline(always)]
+fn peer_sum_locked(list: &kernel::Head) -> u64 {
+    let mut sum = 0;
+    list.walk_locked(|entry| sum ^= entry);
+    sum
 }
 
 /// From gfn to list: the kernel's array has room for all frames from the start.
@@ -286,7 +327,7 @@ fn find(rounds: usize, report: &mut Report) -> anyhow::Result<()> {
     for list in 0..lists {
         slot.reserve(Level::K4, gfn(list))?;
     }
-    let heads: Vec<kernel::Head> = (0..lists).map(|_| kernel::Head::default()).collect();
+    let peers = kernel::Slot::new(0, lists as u64);
     let mut random = Random::new(3);
     let places: Vec<usize> = (0..1 << 14).map(|_| random.below(lists)).collect();
     let mine = || {
@@ -296,9 +337,89 @@ fn find(rounds: usize, report: &mut Report) -> anyhow::Result<()> {
             }
         })
     };
-    let peer =
-        || time(places.len(), || places.iter().for_each(|&place| _ = black_box(heads[place].count() == 0)));
+    let peer = || {
+        time(places.len(), || {
+            for &place in &places {
+                black_box(peers.list(0, place as u64).is_empty());
+            }
+        })
+    };
     report.text_row("find the list of a gfn", "1 GiB", "an array", versus(rounds, mine, peer), None);
+    Ok(())
+}
+
+/// Adds to a list that is kept at 1000 entries. The kernel zaps all of them when there are more, under the MMU's lock; here the oldest
+/// go, no more than 14 at a time. So beside the time of an add, with its share of that work, there is the time of one such event.
+fn bounded(rounds: usize, report: &mut Report) -> anyhow::Result<()> {
+    const LIMIT: usize = 1000;
+    const NUMBERS: usize = 4096;
+    const ADDS: usize = 10 * NUMBERS;
+    if !report.wants("add, at most 1000 in a list") {
+        return Ok(());
+    }
+    let mut ours = Ours::new(1, 0)?;
+    ours.records = vec![0; NUMBERS];
+    let mut theirs = Theirs::new(1, 0);
+    theirs.cache = kernel::Cache::new(descriptors(1, NUMBERS));
+    theirs.gfns = vec![0; NUMBERS];
+    // What stands for the tables: zapping an entry is a store there.
+    let mut tables = vec![0u64; NUMBERS];
+    let (mut longest, mut their_longest) = (Vec::new(), Vec::new());
+    let place = |word: u64| usize::try_from(word / 8 - 1).unwrap_or(0);
+    let (mine, peer) = {
+        let tables = std::cell::RefCell::new(&mut tables);
+        let mine = || {
+            let Ours { writer, slot, cache, records, .. } = &mut ours;
+            let tables = &mut *tables.borrow_mut();
+            let mut events = Vec::new();
+            let ns = time(ADDS, || {
+                for number in 0..ADDS {
+                    let number = number % NUMBERS;
+                    tables[number] = 1;
+                    add(writer, slot, number, gfn(0), cache, records);
+                    let Some(list) = slot.list(Level::K4, gfn(0)) else { panic!("reserved") };
+                    if writer.count(list) > LIMIT {
+                        let start = std::time::Instant::now();
+                        for old in writer.surplus(list, LIMIT, entry(number)) {
+                            tables[place(old.get())] = 0;
+                            remove(writer, place(old.get()), records);
+                        }
+                        events.push(start.elapsed().as_nanos());
+                    }
+                }
+            });
+            longest.push(events);
+            ns
+        };
+        let peer = || {
+            let Theirs { slots, cache, gfns } = &mut theirs;
+            let tables = &mut *tables.borrow_mut();
+            let mut events = Vec::new();
+            let ns = time(ADDS, || {
+                for number in 0..ADDS {
+                    let number = number % NUMBERS;
+                    tables[number] = 1;
+                    peer_add(&slots.0, number, 0, cache, gfns);
+                    let list = slots.0.list(0, 0);
+                    if list.count() > LIMIT {
+                        let start = std::time::Instant::now();
+                        black_box(list.zap_all(cache, |word| tables[place(word)] = 0));
+                        events.push(start.elapsed().as_nanos());
+                    }
+                }
+            });
+            their_longest.push(events);
+            ns
+        };
+        versus(rounds, mine, peer)
+    };
+    report.times("add, at most 1000 in a list", LIMIT, PEER, (mine, peer), None);
+    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    let typical = |events: Vec<Vec<u128>>| {
+        median(&mut events.into_iter().flatten().map(|ns| ns as f64).collect::<Vec<_>>())
+    };
+    let ns = (typical(longest), typical(their_longest));
+    report.times("… what goes at a time", LIMIT, PEER, ns, None);
     Ok(())
 }
 

@@ -31,17 +31,18 @@ pub(crate) fn run(sizes: &[usize], effort: Effort, report: &mut Report) -> anyho
         report.skipped("reader beside a writer: one processor only");
         return Ok(());
     }
+    let processors = Processors::of_this_thread();
     for &n in sizes {
         let pieces = layout(n);
         let (mut table, mut other) = (table_of(&pieces)?, table_of(&pieces)?);
         let mut times = [Vec::new(), Vec::new(), Vec::new()];
         let mut per_update = Vec::new();
         for _ in 0..rounds {
-            times[0].push(read(&table, None, &pieces, length)?.0);
+            times[0].push(read(&table, None, &pieces, length, &processors)?.0);
             let reader = table.reader()?;
-            times[1].push(read_with(reader, Some(&mut other), &pieces, length).0);
+            times[1].push(read_with(reader, Some(&mut other), &pieces, length, &processors).0);
             let reader = table.reader()?;
-            let (with, update) = read_with(reader, Some(&mut table), &pieces, length);
+            let (with, update) = read_with(reader, Some(&mut table), &pieces, length, &processors);
             times[2].push(with);
             per_update.push(update);
         }
@@ -80,8 +81,9 @@ fn read(
     writer: Option<&mut SlotTable>,
     pieces: &[Piece],
     length: Duration,
+    processors: &Processors,
 ) -> anyhow::Result<(f64, f64)> {
-    Ok(read_with(table.reader()?, writer, pieces, length))
+    Ok(read_with(table.reader()?, writer, pieces, length, processors))
 }
 
 /// Nanoseconds per lookup, and per update of the writer.
@@ -90,6 +92,7 @@ fn read_with(
     writer: Option<&mut SlotTable>,
     pieces: &[Piece],
     length: Duration,
+    processors: &Processors,
 ) -> (f64, f64) {
     let stop = AtomicBool::new(false);
     let updates = AtomicU64::new(0);
@@ -97,6 +100,7 @@ fn read_with(
         if let Some(table) = writer {
             let (stop, updates) = (&stop, &updates);
             scope.spawn(move || {
+                processors.stay_on(1);
                 let mut random = Random::new(31);
                 while !stop.load(Ordering::Relaxed) {
                     let piece = &pieces[random.below(pieces.len())];
@@ -106,6 +110,7 @@ fn read_with(
                 }
             });
         }
+        processors.stay_on(0);
         let mut random = Random::new(17);
         let addresses: Vec<u64> = (0..1 << 14).map(|_| pieces[random.below(pieces.len())].gpa).collect();
         let mut lookups = 0u64;
@@ -128,6 +133,58 @@ fn read_with(
             (updates.load(Ordering::Relaxed) - before) as f64,
         );
         stop.store(true, Ordering::Relaxed);
+        processors.leave();
         (elapsed / lookups, elapsed / done)
     })
+}
+
+/// The processors that this thread may run on, of which reader and writer take one each: on a machine with other work
+/// the system may otherwise put both on the same one.
+struct Processors {
+    #[cfg(target_os = "linux")]
+    all: libc::cpu_set_t,
+}
+
+#[cfg(target_os = "linux")]
+#[expect(unsafe_code, reason = "the affinity calls of libc")]
+impl Processors {
+    fn of_this_thread() -> Self {
+        // SAFETY: a set of bits may be all 0; the call fills as much as it is told.
+        let all = unsafe {
+            let mut all: libc::cpu_set_t = std::mem::zeroed();
+            libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut all);
+            all
+        };
+        Self { all }
+    }
+
+    /// Keeps this thread on the one with this number among them, if there are so many.
+    fn stay_on(&self, number: usize) {
+        // SAFETY: the numbers are below the size of a set; the call reads as much as it is told.
+        unsafe {
+            let mut may = (0..libc::CPU_SETSIZE as usize).filter(|&cpu| libc::CPU_ISSET(cpu, &self.all));
+            if let Some(cpu) = may.nth(number) {
+                let mut one: libc::cpu_set_t = std::mem::zeroed();
+                libc::CPU_SET(cpu, &mut one);
+                libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const one);
+            }
+        }
+    }
+
+    /// Lets this thread run on all of them again.
+    fn leave(&self) {
+        // SAFETY: as above.
+        unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const self.all) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+impl Processors {
+    fn of_this_thread() -> Self {
+        Self {}
+    }
+
+    fn stay_on(&self, _: usize) {}
+
+    fn leave(&self) {}
 }

@@ -252,7 +252,7 @@ impl Engine {
     pub(crate) fn restore(&mut self, region: &Region, before: Option<MapSlot>) {
         let inverse = match before {
             None => Region { size: 0, flags: 0, ..*region },
-            Some(slot) => crate::replay::region_of(&slot, region.second.is_some()),
+            Some(slot) => slot.region(region.second.is_some()),
         };
         // It undoes what these rules allowed a moment ago; where there is nothing to undo they change nothing.
         _ = self.set(&inverse);

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use serde::Serialize;
 
-use crate::trace::GuestMemfd;
+use crate::trace::{GuestMemfd, Region};
 use crate::units;
 
 /// `KVM_MEM_LOG_DIRTY_PAGES`.
@@ -66,6 +66,19 @@ impl Kind {
 }
 
 impl MapSlot {
+    /// The region that would bring the slot back to what it is, in the second form of the call if asked.
+    pub(crate) fn region(&self, second: bool) -> Region {
+        let memfd = self.guest_memfd.unwrap_or(GuestMemfd { file: 0, offset: 0 });
+        Region {
+            slot: self.address_space << 16 | self.id,
+            flags: self.flags,
+            gpa: self.gpa,
+            size: self.size,
+            hva: self.hva,
+            second: (second || self.flags & GUEST_MEMFD != 0).then_some(memfd),
+        }
+    }
+
     pub(crate) fn end(&self) -> u64 {
         self.gpa.saturating_add(self.size)
     }

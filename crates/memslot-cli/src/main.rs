@@ -22,6 +22,7 @@ mod svg;
 mod text;
 mod trace;
 mod units;
+mod verdict;
 mod warnings;
 mod words;
 

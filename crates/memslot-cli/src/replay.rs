@@ -12,13 +12,14 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::io::BufRead;
 
-use crate::dirty::calls::{DirtyCalls, Round};
+use crate::dirty::calls::{self, DirtyCalls, Round};
 use crate::engine::{Capabilities, Change, Engine};
-use crate::history::{GUEST_MEMFD, History, LOG_DIRTY_PAGES, MapSlot, Moment};
+use crate::history::{History, LOG_DIRTY_PAGES, MapSlot, Moment};
 use crate::trace::{
     Answer, CAP_GUEST_MEMFD, CAP_MULTI_ADDRESS_SPACE, CAP_NR_MEMSLOTS, CAP_READONLY_MEM, Call, Format,
-    GuestMemfd, Ignored, Record, Region, TraceError, TraceReader, VmKey,
+    Ignored, Record, Region, TraceError, TraceReader, VmKey,
 };
+use crate::verdict::{Disagreement, Unjudged, Verdict};
 use crate::warnings::AliasLog;
 use crate::words::{describe, effect, unasked, unknowable};
 
@@ -51,29 +52,6 @@ pub(crate) struct Vm {
     /// How often logging was turned on, by address space and slot id.
     logged: HashMap<(u32, u32), u64>,
     pub(crate) engine: Engine,
-}
-
-/// The engine and the kernel answered differently.
-#[derive(Clone, Debug, serde::Serialize)]
-pub(crate) struct Disagreement {
-    pub(crate) line: u64,
-    pub(crate) fd: i64,
-    #[serde(skip)]
-    pub(crate) key: VmKey,
-    pub(crate) call: String,
-    pub(crate) recorded: String,
-    pub(crate) came: String,
-    pub(crate) why: String,
-}
-
-/// A recorded answer that depends on what the engine cannot know.
-#[derive(Clone, Debug, serde::Serialize)]
-pub(crate) struct Unjudged {
-    pub(crate) line: u64,
-    pub(crate) fd: i64,
-    pub(crate) call: String,
-    pub(crate) recorded: String,
-    pub(crate) why: String,
 }
 
 /// What a trace came to.
@@ -115,18 +93,18 @@ pub(crate) fn replay<R: BufRead>(
 
 /// A replay under way.
 #[derive(Default)]
-pub(crate) struct Run {
+struct Run {
     capabilities: Capabilities,
-    pub(crate) vms: Vec<Vm>,
+    vms: Vec<Vm>,
     by_key: HashMap<VmKey, usize>,
     ioctls: HashMap<Cow<'static, str>, u64>,
     first_ns: Option<u64>,
     now_ns: u64,
     untimed: bool,
-    pub(crate) compared: u64,
-    pub(crate) dirty: DirtyCalls,
-    pub(crate) disagreements: Vec<Disagreement>,
-    pub(crate) unjudged: Vec<Unjudged>,
+    compared: u64,
+    dirty: DirtyCalls,
+    disagreements: Vec<Disagreement>,
+    unjudged: Vec<Unjudged>,
 }
 
 impl Run {
@@ -191,12 +169,12 @@ impl Run {
     }
 
     /// The moment of a record, which has been [clocked](Self::clock).
-    pub(crate) fn now(&self, line: u64) -> Moment {
+    fn now(&self, line: u64) -> Moment {
         Moment { line, ns: if self.untimed { line } else { self.now_ns } }
     }
 
     /// The VM that a call went to; one that the trace did not see created comes up here.
-    pub(crate) fn vm_of(&mut self, record: &Record) -> Result<usize, TraceError> {
+    fn vm_of(&mut self, record: &Record) -> Result<usize, TraceError> {
         match self.by_key.get(&record.key()) {
             Some(&at) => Ok(at),
             None => self.open_vm(record.key(), record.fd, record),
@@ -309,6 +287,42 @@ impl Run {
         Ok(())
     }
 
+    /// One of the calls that concern the dirty log.
+    fn dirty_log(&mut self, record: &Record) -> Result<(), TraceError> {
+        let at = self.vm_of(record)?;
+        let now = self.now(record.line);
+        let vm = &mut self.vms[at];
+        let Some(outcome) = self.dirty.follow(&mut vm.engine, record) else { return Ok(()) };
+        if let Some((slot, written)) = outcome.round {
+            let session = vm.session(slot.address_space, slot.id);
+            vm.rounds.push(Round {
+                at: now,
+                address_space: slot.address_space,
+                id: slot.id,
+                gpa: slot.gpa,
+                size: slot.size,
+                session,
+                reported: outcome.reported,
+                written,
+            });
+        }
+        let (line, fd, call) = (record.line, record.fd, calls::describe(record));
+        let recorded = record.answer.to_string();
+        let verdict = calls::judge(record, outcome.answer);
+        self.compared += u64::from(!matches!(verdict, Verdict::Unjudged { .. }));
+        match verdict {
+            Verdict::Agreed => {}
+            Verdict::Unjudged { why } => {
+                self.unjudged.push(Unjudged { line, fd, call, recorded, why: why.to_owned() });
+            }
+            Verdict::Disagreed { came, why } => {
+                let key = record.key();
+                self.disagreements.push(Disagreement { line, fd, key, call, recorded, came, why });
+            }
+        }
+        Ok(())
+    }
+
     fn finish<R: BufRead>(self, reader: &TraceReader<R>, until: u64) -> Replay {
         let mut ioctls: Vec<_> = self.ioctls.into_iter().collect();
         ioctls.sort_by(|(a, n), (b, m)| m.cmp(n).then_with(|| a.cmp(b)));
@@ -341,7 +355,7 @@ impl Run {
 
 impl Vm {
     /// How often logging of a slot has been turned on.
-    pub(crate) fn session(&self, address_space: u32, id: u32) -> u64 {
+    fn session(&self, address_space: u32, id: u32) -> u64 {
         self.logged.get(&(address_space, id)).copied().unwrap_or(0)
     }
 
@@ -371,18 +385,5 @@ impl Vm {
     /// Slots alive now, by address space and gpa.
     pub(crate) fn map(&self) -> Vec<MapSlot> {
         self.history.alive()
-    }
-}
-
-/// The region that would bring a slot back to what it was.
-pub(crate) fn region_of(slot: &MapSlot, second: bool) -> Region {
-    let memfd = slot.guest_memfd.unwrap_or(GuestMemfd { file: 0, offset: 0 });
-    Region {
-        slot: slot.address_space << 16 | slot.id,
-        flags: slot.flags,
-        gpa: slot.gpa,
-        size: slot.size,
-        hva: slot.hva,
-        second: (second || slot.flags & GUEST_MEMFD != 0).then_some(memfd),
     }
 }

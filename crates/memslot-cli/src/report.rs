@@ -9,8 +9,9 @@ use serde::Serialize;
 
 use crate::dirty::calls::DirtyCalls;
 use crate::history::{Kind, MOST_ALIASES, MapSlot, flag_names};
-use crate::replay::{Changes, Disagreement, Replay, Unjudged, Vm};
+use crate::replay::{Changes, Replay, Vm};
 use crate::trace::{Format, GuestMemfd, Ignored};
+use crate::verdict::{Disagreement, Unjudged};
 use crate::warnings::{Hex, Warning, warnings};
 
 /// One file's report.

@@ -9,6 +9,9 @@
 //! | bitmaps, [manual protection](KvmSlots::enable_manual_protect) | `KVM_GET_DIRTY_LOG` copies the bits | `KVM_CLEAR_DIRTY_LOG`, for the pages that were taken |
 //! | [rings](KvmSlots::enable_rings) | entries are read and marked, `KVM_RESET_DIRTY_RINGS` write-protects | done already |
 //!
+//! Where the kernel also writes guest memory for no vCPU (arm64, for its interrupt tables), it keeps a bitmap beside the rings; then a
+//! fetch reads both, which costs what bitmaps cost.
+//!
 //! In each of them a page is write-protected after its bit was taken and before anybody reads the page: a write that
 //! comes later is reported the next time.
 
@@ -26,7 +29,7 @@ use crate::error::DirtyError;
 use crate::kernel::Kernel;
 use crate::programmed::KvmSlot;
 use crate::slots::KvmSlots;
-use crate::steps::State;
+use crate::steps::{Marks, State};
 
 impl<K: Kernel + 'static> KvmSlots<K> {
     /// Gives the table a dirty log that the kernel's bits flow into; the same one each time.
@@ -75,7 +78,8 @@ impl<K: Kernel + 'static> KvmSlots<K> {
 
     /// Has the kernel keep dirty rings of `entries` entries instead of bitmaps: a power of two, a page of them at least,
     /// and more than the processor needs for itself (1024 is enough everywhere with pages of 4 KiB). Before the first
-    /// vCPU is made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs.
+    /// vCPU is made; each vCPU is then told with [`add_vcpu`](Self::add_vcpu), before it runs. On arm64 (wherever there is
+    /// `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`, which is turned on as well) also before there is any slot.
     ///
     /// All entries are read here, and those of slots that are not this table's are lost: rings are for a VM whose slots
     /// are all of one table.
@@ -83,27 +87,42 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     /// A vCPU whose ring is full leaves the guest with `KVM_EXIT_DIRTY_RING_FULL`; [`fetch`](Self::fetch) makes room.
     ///
     /// # Errors
-    /// The kernel's, [`DirtyError::NoLog`] and [`DirtyError::RingsAndManualProtect`].
+    /// The kernel's, [`DirtyError::NoLog`], [`DirtyError::RingsAndManualProtect`] and [`DirtyError::RingsAfterSlots`].
     pub fn enable_rings(&self, entries: u32) -> Result<(), DirtyError> {
-        let mut state = self.shared.state();
+        let state = &mut *self.shared.state();
         if state.log.is_none() {
             return Err(DirtyError::NoLog);
         }
         if state.manual_protect {
             return Err(DirtyError::RingsAndManualProtect);
         }
-        let enabled = state.rings.enable(&self.shared.kernel, entries);
-        enabled
-            .map_err(|error| DirtyError::Ioctl { what: format!("dirty rings of {entries} entries"), error })
+        state.rings.enable(&self.shared.kernel, entries, &state.programmed)
     }
 
-    /// Reads the ring of this vCPU from now on. Once for each vCPU.
+    /// Reads the ring of this vCPU from now on. `number` is the caller's name for it, the vCPU's id for instance.
+    ///
+    /// The ring lives, and with it the vCPU, until [`remove_vcpu`](Self::remove_vcpu). A vCPU is added once: two readers of
+    /// one ring each get half of it.
     ///
     /// # Errors
-    /// Of mapping the ring, also where [`enable_rings`](Self::enable_rings) was not called.
-    pub fn add_vcpu(&self, vcpu: &impl AsRawFd) -> Result<(), DirtyError> {
-        let added = self.shared.state().rings.add(vcpu);
-        added.map_err(|error| DirtyError::Ioctl { what: "map a vCPU's dirty ring".to_owned(), error })
+    /// [`DirtyError::NoRings`], [`DirtyError::VcpuKnown`], and those of mapping the ring.
+    pub fn add_vcpu(&self, number: u32, vcpu: &impl AsRawFd) -> Result<(), DirtyError> {
+        self.shared.state().rings.add(number, vcpu)
+    }
+
+    /// Reads the ring of this vCPU once more and forgets it. What the vCPU writes after that is lost, so it must not run
+    /// any more. Returns how many pages all rings named.
+    ///
+    /// # Errors
+    /// [`DirtyError::NoSuchVcpu`], and those of [`fetch`](Self::fetch): the vCPU is still known then.
+    pub fn remove_vcpu(&self, number: u32) -> Result<u64, DirtyError> {
+        let mut state = self.shared.state();
+        if !state.rings.knows(number) {
+            return Err(DirtyError::NoSuchVcpu { vcpu: number });
+        }
+        let pages = fetch(&self.shared.kernel, &mut state)?;
+        state.rings.remove(number);
+        Ok(pages)
     }
 
     /// Fetches all dirty bits that the kernel has into the log. Returns how many pages it named.
@@ -135,18 +154,23 @@ impl<K: Kernel + 'static> KvmSlots<K> {
 
 fn fetch<K: Kernel>(kernel: &K, state: &mut State) -> Result<u64, DirtyError> {
     let log = state.log.clone().ok_or(DirtyError::NoLog)?;
-    if state.rings.is_enabled() {
-        return state
-            .rings
-            .collect(kernel, &log, &state.programmed)
-            .map_err(|error| DirtyError::Ioctl { what: "reset dirty rings".to_owned(), error });
-    }
-    let logged: Vec<KvmSlot> = state.programmed.all().filter(|slot| slot.logs()).copied().collect();
+    let marks = Marks { log: &log, back_to: None };
+    state.fetches += 1;
     let mut pages = 0;
-    for slot in &logged {
+    if state.rings.is_enabled() {
         pages += state
-            .merge_bitmap(kernel, &log, slot)
-            .map_err(|error| DirtyError::Ioctl { what: format!("get the dirty log of {slot}"), error })?;
+            .rings
+            .collect(kernel, &marks, &state.programmed)
+            .map_err(|error| DirtyError::Ioctl { what: "reset dirty rings".to_owned(), error })?;
+    }
+    if state.has_bitmaps() {
+        let logged: Vec<KvmSlot> =
+            state.programmed.in_order().all().filter(|slot| slot.logs()).copied().collect();
+        for slot in &logged {
+            pages += state
+                .merge_bitmap(kernel, &marks, slot)
+                .map_err(|error| DirtyError::Ioctl { what: format!("get the dirty log of {slot}"), error })?;
+        }
     }
     Ok(pages)
 }
@@ -217,7 +241,9 @@ impl<K: Kernel> Rearm for KvmRearm<'_, K> {
         }
         let mut from = gfns.start();
         while let Some(rest) = GfnRange::new(from, gfns.end()).filter(|rest| !rest.is_empty()) {
-            let Some(slot) = self.state.programmed.in_range(space, rest).next().copied() else { break };
+            let Some(slot) = self.state.programmed.in_order().in_range(space, rest).next().copied() else {
+                break;
+            };
             if let Some(here) = slot.gfns.intersect(&rest).filter(|_| slot.logs()) {
                 self.add(&slot, here)?;
             }

@@ -9,16 +9,17 @@ use memslot::dirty::HarvestError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KvmError {
-    /// The kernel has no id left for another slot.
+    /// The kernel has too few ids for the slots that the change creates, also when slots that could be one are made one.
     #[error(
-        "the change needs {needed} more KVM slots in address space {address_space}, and {available} ids are free"
+        "the change creates {needed} KVM slots in address space {address_space}, where {available} ids are free, \
+         those of the slots that it deletes included"
     )]
     NoSlots {
-        /// The address space.
+        /// The address space. (Where several have too few, the first.)
         address_space: u8,
-        /// How many slots would be created.
+        /// How many slots the change creates there.
         needed: usize,
-        /// How many ids are free, those of slots that would go included.
+        /// How many ids are free there once the slots that the change deletes are gone.
         available: u32,
     },
     /// The table has an address space that the VM does not have (`KVM_CAP_MULTI_ADDRESS_SPACE`).
@@ -87,6 +88,28 @@ pub enum DirtyError {
     /// pages initially set it then never arms them: writes go unnoticed.
     #[error("dirty rings and manual dirty log protection exclude each other")]
     RingsAndManualProtect,
+    /// Dirty rings were asked for when the kernel had slots already. Where it keeps a bitmap beside them
+    /// (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`: arm64), it has to be told before the first one.
+    #[error("dirty rings with a bitmap have to be enabled before there are slots, and KVM has {slots} now")]
+    RingsAfterSlots {
+        /// How many slots the kernel has.
+        slots: usize,
+    },
+    /// A vCPU was named, and [`enable_rings`](crate::KvmSlots::enable_rings) was not called.
+    #[error("dirty rings are not enabled: call KvmSlots::enable_rings first")]
+    NoRings,
+    /// The ring of a vCPU with this number is read already.
+    #[error("vCPU {vcpu} is known already")]
+    VcpuKnown {
+        /// The vCPU's number.
+        vcpu: u32,
+    },
+    /// No ring of a vCPU with this number is read.
+    #[error("vCPU {vcpu} is not known: it was not added, or removed already")]
+    NoSuchVcpu {
+        /// The vCPU's number.
+        vcpu: u32,
+    },
     /// An ioctl failed.
     #[error("{what}: {error}")]
     Ioctl {

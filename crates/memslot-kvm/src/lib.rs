@@ -3,15 +3,16 @@
 //! [`KvmSlots`] is a [`Listener`](memslot::Listener): it follows a [`SlotTable`](memslot::SlotTable) and keeps the
 //! memory slots of a VM in step with it. A VMM changes the table, in transactions; the ioctls follow from that.
 //!
-//! ```no_run
+#![cfg_attr(target_os = "linux", doc = "```no_run")]
+#![cfg_attr(not(target_os = "linux"), doc = "```ignore")]
 //! use memslot::*;
-//! use memslot_kvm::{KvmSlots, Options, Vm};
+//! use memslot_kvm::{KvmSlots, NotRunning, Options, Vm};
 //!
 //! let kvm = kvm_ioctls::Kvm::new()?;
 //! let vm = kvm.create_vm()?;
 //! let mut table = SlotTable::new(Limits { address_spaces: 1, ..Limits::default() })?;
 //! // SAFETY: the slots below stand on memory that is not used for anything else and outlives the VM.
-//! let slots = unsafe { KvmSlots::attach(&mut table, Vm::of(&vm)?, Options::default()) }?;
+//! let slots = unsafe { KvmSlots::attach(&mut table, Vm::of(&vm)?, NotRunning, Options::default()) }?;
 //!
 //! let memory = vec![0u8; 3 << 20];
 //! let hva = (memory.as_ptr() as u64).next_multiple_of(4096);
@@ -57,22 +58,27 @@
 //!
 //! All ioctls of a transaction are planned when it is prepared: a change that needs more slots than the kernel has
 //! is refused before anything happened. They are issued after the new version is published, in an order that
-//! never overlaps: deletes, moves, flags, creates. When one fails, those before it are undone in reverse order, and
-//! the table publishes what it had before. Should even that fail (the kernel is out of memory), the frames
+//! never overlaps, what the kernel may refuse first: creates, logs turned on, moves, then deletes, and after them only those
+//! creates that need the place, or the id, of what was deleted. When one fails, those before it are undone in reverse order, and
+//! the table publishes what it had before. So it does when something panics. Should even that fail (the kernel is out of memory), the frames
 //! concerned are remembered and put right with the next change; until then [`KvmSlots::is_in_step`] is false.
 //!
 //! # Who stands still
 //!
 //! Where a guest could see the gap between a delete and a create, or where a slot that is logged goes and a write
 //! could come between the last look at its dirty bitmap and its end, the ioctls run inside
-//! [`Vcpus::while_paused`]. Everything else pauses nobody: also where an ioctl fails and those before it are undone, so
-//! that memory that was to go is missing for a moment, and then back.
+//! [`Vcpus::while_paused`]. Everything else pauses nobody. What a guest may see of a change without a pause that fails is memory
+//! that comes and goes again; and, only if a move fails after another one, or if ids are so short that a new
+//! slot has to wait for the id of one that goes, or if another listener fails, memory that is missing for a moment, and then back.
 //!
 //! # Dirty pages
 //!
 //! [`KvmSlots::dirty_log`] gives the table a [`DirtyLog`](memslot::dirty::DirtyLog) that the kernel's bits flow into:
 //! from its bitmaps, or from its rings. [`KvmSlots::harvest`] fetches them and gives a consumer what it has not
 //! seen. Bits outlive every change: before a logged slot of the kernel's goes, its bitmap is fetched.
+//!
+//! They outlive a change that is taken back, too: pages that were written meanwhile count where the version before has their
+//! memory. Only where another thread [fetches](KvmSlots::fetch) in the middle of that, all memory that had moved counts as dirty.
 //!
 //! # What it does not do
 //!
@@ -81,6 +87,9 @@
 //! It makes no VM and maps no memory. It does not look at slots that somebody else programs into the same VM:
 //! give those ids of their own with [`Options::ids`]. Slots without host memory
 //! ([`Backing::Device`](memslot::Backing::Device)) are not programmed: their accesses exit to the VMM as MMIO.
+
+// The names that the text above links to are not there.
+#![cfg_attr(not(target_os = "linux"), allow(rustdoc::broken_intra_doc_links))]
 
 #[cfg(target_os = "linux")]
 mod dirty;
@@ -98,6 +107,8 @@ mod plan;
 mod programmed;
 #[cfg(target_os = "linux")]
 mod ring;
+#[cfg(target_os = "linux")]
+mod single;
 #[cfg(target_os = "linux")]
 mod slots;
 #[cfg(target_os = "linux")]

@@ -9,18 +9,31 @@
 //! 2. Otherwise it **goes**.
 //! 3. Frames that are wanted and that no kept slot covers get **new** ones.
 //! 4. A slot that goes and a new one with the same memory are **one move**, unless the new place overlaps another slot
-//!    that goes: then the order of moves would matter, and there is not always one (two slots that swap).
+//!    that goes: then the order of moves would matter, and there is not always one (two slots that swap). Of aliases that
+//!    move, each goes where the table moves its own slot: its dirty bits go with it.
 //!
 //! Slots of the kernel's get smaller this way and never larger. When ids run out, the plan is made once more, and those that
 //! could be one with a neighbour go and come again as one.
 //!
-//! Deletes come first, then moves, flags, creates: so nothing ever overlaps.
+//! # The order
+//!
+//! What the kernel is likely to refuse comes before anything is taken away, so that a change that fails shows the guest no
+//! gap, not even for the moment until it is undone:
+//!
+//! 1. creates where no slot of the kernel's is, as far as ids are free without those of the slots that go;
+//! 2. logs turned on, then moves (to where nothing is either);
+//! 3. deletes;
+//! 4. creates where something was (there the vCPUs stand still), and those that need an id that was just given back;
+//! 5. logs turned off: the kernel forgets their bits, so nothing of this change may fail after them.
+//!
+//! So nothing ever overlaps, either.
 
-use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, MAX_PAGES_PER_SLOT, Slot, SlotFlags, View};
+use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, Hva, MAX_PAGES_PER_SLOT, Slot, SlotFlags, View};
 
 use crate::error::KvmError;
+use crate::ids::SlotIds;
 use crate::options::Options;
-use crate::programmed::{KvmSlot, Programmed};
+use crate::programmed::{InOrder, KvmSlot, Programmed};
 
 /// One ioctl.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,16 +74,6 @@ impl Step {
         slot.logs().then_some(slot)
     }
 
-    /// What comes first.
-    const fn order(&self) -> u8 {
-        match self {
-            Self::Delete(_) => 0,
-            Self::Move { .. } => 1,
-            Self::Flags { .. } => 2,
-            Self::Create(_) => 3,
-        }
-    }
-
     /// The slot that it is about, as it is before or, for one that is created, after it.
     pub(crate) const fn slot(&self) -> &KvmSlot {
         match self {
@@ -101,8 +104,12 @@ pub(crate) struct Plan {
     pub(crate) ends_log: bool,
     /// So the vCPUs have to stand still.
     pub(crate) needs_pause: bool,
+    /// Ids are taken and given back as if the plan had been carried out already.
+    pub(crate) ids_are_ahead: bool,
     going: Vec<KvmSlot>,
     coming: Vec<KvmSlot>,
+    flags: Vec<Step>,
+    moves: Vec<Step>,
 }
 
 /// A range of frames of an address space.
@@ -125,28 +132,24 @@ pub(crate) fn join(places: &mut Vec<Place>) {
 /// used, before the next plan is made. The plan is empty at first, and its memory is used again.
 pub(crate) fn plan(
     programmed: &mut Programmed,
-    after: &View,
+    (before, after): (&View, &View),
     places: &mut Vec<Place>,
     options: &Options,
     plan: &mut Plan,
 ) -> Result<(), KvmError> {
     join(places);
-    let (mut going, mut coming) = (std::mem::take(&mut plan.going), std::mem::take(&mut plan.coming));
-    let mut result = fill(programmed, after, places, options, plan, &mut going, &mut coming, false);
+    let result = fill(programmed, (before, after), places, options, plan, false);
     if matches!(result, Err(KvmError::NoSlots { .. })) {
         plan.clear();
-        going.clear();
-        coming.clear();
-        if fill(programmed, after, places, options, plan, &mut going, &mut coming, true).is_ok() {
-            result = Ok(());
+        if fill(programmed, (before, after), places, options, plan, true).is_ok() {
+            return Ok(());
         }
     }
-    (plan.going, plan.coming) = (going, coming);
     result
 }
 
 /// Slots that could be one with a neighbour: what the splits and flags of the past have left behind.
-fn parted(programmed: &Programmed, after: &View, options: &Options) -> Vec<KvmSlot> {
+fn parted(programmed: InOrder<'_>, after: &View, options: &Options) -> Vec<KvmSlot> {
     let mut found: Vec<KvmSlot> = Vec::new();
     let mut last: Option<&KvmSlot> = None;
     for slot in programmed.all() {
@@ -172,95 +175,128 @@ fn belong_together(low: &KvmSlot, high: &KvmSlot, after: &View, options: &Option
 }
 
 /// With `gather`, slots that could be one are made one: ids are short.
-#[expect(clippy::too_many_arguments, reason = "one step of `plan`, done twice where ids are short")]
 fn fill(
     programmed: &mut Programmed,
-    after: &View,
+    (before, after): (&View, &View),
     places: &mut Vec<Place>,
     options: &Options,
     plan: &mut Plan,
-    going: &mut Vec<KvmSlot>,
-    coming: &mut Vec<KvmSlot>,
     gather: bool,
 ) -> Result<(), KvmError> {
+    let Plan { steps, going, coming, flags, moves, .. } = plan;
     for &(space, gfns) in &*places {
-        for slot in programmed.in_range(space, gfns) {
+        for slot in programmed.in_order().in_range(space, gfns) {
             match wanted_flags(after, slot) {
-                Some(flags) if flags == slot.flags => {}
-                Some(flags) => plan.steps.push(Step::Flags { from: *slot, to: KvmSlot { flags, ..*slot } }),
+                Some(wanted) if wanted == slot.flags => {}
+                Some(wanted) => {
+                    flags.push(Step::Flags { from: *slot, to: KvmSlot { flags: wanted, ..*slot } });
+                }
                 // It may reach into the next range.
                 None if going.last() != Some(slot) => going.push(*slot),
                 None => {}
             }
         }
     }
-    plan.steps.dedup();
+    flags.dedup();
     if gather {
-        going.extend(parted(programmed, after, options));
+        going.extend(parted(programmed.in_order(), after, options));
         going.sort_unstable_by_key(key);
         going.dedup();
-        plan.steps.retain(|step| going.binary_search_by_key(&key(step.slot()), key).is_err());
+        flags.retain(|step| going.binary_search_by_key(&key(step.slot()), key).is_err());
     }
     if !going.is_empty() {
         places.extend(going.iter().map(|slot| (slot.address_space, slot.gfns)));
         join(places);
     }
     for &(space, gfns) in &*places {
-        bare(programmed, going, after, space, gfns, options, coming)?;
+        bare(programmed.in_order(), going, after, space, gfns, options, coming)?;
     }
-    if !going.is_empty() {
-        let moved = find_moves(&mut plan.steps, going, coming);
-        // The kernel takes a slot that moves out before it puts it in again.
-        let moves_over_itself =
-            |step: &Step| matches!(step, Step::Move { from, to } if from.gfns.overlaps(&to.gfns));
-        plan.leaves_gap = coming.iter().any(|slot| first_overlapping(going, slot).is_some())
-            || plan.steps.iter().any(moves_over_itself);
-        let mut moved = moved.into_iter();
-        going.retain(|_| moved.next() != Some(true));
-    }
-    for slot in &*going {
+    let moved = find_moves(moves, going, coming, (before, after));
+    let is_free = |slot: &KvmSlot| first_overlapping(going, slot).is_none();
+    // The kernel takes a slot that moves out before it puts it in again.
+    let moves_over_itself =
+        |step: &Step| matches!(step, Step::Move { from, to } if from.gfns.overlaps(&to.gfns));
+    plan.leaves_gap = !coming.iter().all(is_free) || moves.iter().any(moves_over_itself);
+    check_ids(programmed, going, &moved, coming)?;
+    plan.ids_are_ahead = true;
+    coming.retain(|slot| {
+        let shares = |going: &KvmSlot| shares_memfd(going, slot);
+        let may_be_first = is_free(slot) && (is_host(slot) || !going.iter().any(shares));
+        let id = programmed.ids(slot.address_space).filter(|_| may_be_first).and_then(take);
+        steps.extend(id.map(|id| Step::Create(KvmSlot { id, ..*slot })));
+        id.is_none()
+    });
+    let is_log_on = |step: &&Step| matches!(step, Step::Flags { to, .. } if to.logs());
+    steps.extend(flags.iter().filter(is_log_on));
+    steps.append(moves);
+    for (slot, _) in going.iter().zip(&moved).filter(|(_, moved)| !**moved) {
         if let Some(ids) = programmed.ids(slot.address_space) {
             ids.free(slot.id.into());
         }
-        plan.steps.push(Step::Delete(*slot));
+        steps.push(Step::Delete(*slot));
     }
-    for (done, slot) in coming.iter().enumerate() {
-        let ids = programmed.ids(slot.address_space);
-        let id = ids.and_then(|ids| ids.allocate()).and_then(|id| u16::try_from(id).ok());
-        let Some(id) = id else {
-            let available = programmed.ids(slot.address_space).map_or(0, |ids| ids.available());
-            plan.settle_ids(programmed);
-            let available = available + u32::try_from(done).unwrap_or(u32::MAX);
-            return Err(KvmError::NoSlots {
-                address_space: slot.address_space.get(),
-                needed: coming.len(),
-                available,
-            });
-        };
-        plan.steps.push(Step::Create(KvmSlot { id, ..*slot }));
+    for slot in &*coming {
+        let id = programmed.ids(slot.address_space).and_then(take);
+        steps.extend(id.map(|id| Step::Create(KvmSlot { id, ..*slot })));
     }
-    plan.ends_log = plan.steps.iter().any(|step| step.drops_bitmap().is_some());
-    if plan.steps.len() > 1 {
-        // Stable: each kind stays in the order of the frames.
-        plan.steps.sort_by_key(Step::order);
+    steps.extend(flags.iter().filter(|step| !is_log_on(step)));
+    plan.ends_log = steps.iter().any(|step| step.drops_bitmap().is_some());
+    Ok(())
+}
+
+/// The lowest free id.
+pub(crate) fn take(ids: &mut SlotIds) -> Option<u16> {
+    ids.allocate().and_then(|id| u16::try_from(id).ok())
+}
+
+/// Whether there are enough ids in each address space.
+fn check_ids(
+    programmed: &mut Programmed,
+    going: &[KvmSlot],
+    moved: &[bool],
+    coming: &[KvmSlot],
+) -> Result<(), KvmError> {
+    // They are in order of address spaces.
+    for new in coming.chunk_by(|a, b| a.address_space == b.address_space) {
+        let space = new[0].address_space;
+        let goes = |(slot, moved): &(&KvmSlot, &bool)| slot.address_space == space && !**moved;
+        let freed = going.iter().zip(moved).filter(goes).count();
+        let free = programmed.ids(space).map_or(0, |ids| ids.available());
+        let available = free.saturating_add(u32::try_from(freed).unwrap_or(u32::MAX));
+        let needed = new.len();
+        if needed > usize::try_from(available).unwrap_or(usize::MAX) {
+            return Err(KvmError::NoSlots { address_space: space.get(), needed, available });
+        }
     }
     Ok(())
 }
 
 impl Plan {
-    /// Forgets all but its memory.
+    /// Forgets all but its memory. Ids are [settled](Self::settle_ids).
     pub(crate) fn clear(&mut self) {
-        let Self { steps, leaves_gap, ends_log, needs_pause, going, coming } = self;
-        (*leaves_gap, *ends_log, *needs_pause) = (false, false, false);
-        steps.clear();
-        going.clear();
-        coming.clear();
+        let Self { steps, leaves_gap, ends_log, needs_pause, ids_are_ahead, going, coming, flags, moves } =
+            self;
+        (*leaves_gap, *ends_log, *needs_pause, *ids_are_ahead) = (false, false, false, false);
+        [going, coming].into_iter().for_each(Vec::clear);
+        [steps, flags, moves].into_iter().for_each(Vec::clear);
+    }
+
+    /// The kernel has what was planned, so its ids are as they should be.
+    pub(crate) fn is_done(&mut self) {
+        self.ids_are_ahead = false;
+    }
+
+    /// The kernel has what it had before.
+    pub(crate) fn is_taken_back(&mut self) {
+        self.ids_are_ahead = true;
     }
 
     /// Makes the ids that the plan is about free or taken, as the kernel has them now.
-    pub(crate) fn settle_ids(&self, programmed: &mut Programmed) {
-        for step in &self.steps {
-            programmed.settle_id(step.slot().address_space, step.slot().id);
+    pub(crate) fn settle_ids(&mut self, programmed: &mut Programmed) {
+        if std::mem::take(&mut self.ids_are_ahead) {
+            for step in &self.steps {
+                programmed.settle_id(step.slot().address_space, step.slot().id);
+            }
         }
     }
 }
@@ -286,7 +322,7 @@ fn wanted_flags(after: &View, slot: &KvmSlot) -> Option<SlotFlags> {
 
 /// The slots (still without ids) for those frames that are wanted and that no slot covers which stays.
 fn bare(
-    programmed: &Programmed,
+    programmed: InOrder<'_>,
     going: &[KvmSlot],
     after: &View,
     space: AddressSpaceId,
@@ -333,11 +369,11 @@ fn bare(
 }
 
 /// The first slot's worth of a range: up to the next multiple of the largest size.
-fn cut(from: Gfn, end: Gfn, options: &Options) -> GfnRange {
-    let most = options.max_pages.map_or(MAX_PAGES_PER_SLOT, |most| most.get().min(MAX_PAGES_PER_SLOT));
+pub(crate) fn cut(from: Gfn, end: Gfn, options: &Options) -> GfnRange {
     let border = match options.max_pages {
-        Some(_) => (from.get() / most + 1).saturating_mul(most),
-        None => from.get().saturating_add(most),
+        // Slots of the table have no more pages than the kernel's may have, so only this cuts them.
+        Some(most) => (from.get() / most + 1).saturating_mul(most.get()),
+        None => from.get().saturating_add(MAX_PAGES_PER_SLOT),
     };
     GfnRange::new(from, end.min(Gfn::new(border))).unwrap_or_default()
 }
@@ -355,9 +391,32 @@ fn first_overlapping(slots: &[KvmSlot], other: &KvmSlot) -> Option<usize> {
     (found.address_space == other.address_space && found.gfns.overlaps(&other.gfns)).then_some(at)
 }
 
+const fn is_host(slot: &KvmSlot) -> bool {
+    matches!(slot.backing, Backing::Host { .. })
+}
+
+/// Whether both have a page of a guest_memfd: the kernel lets no two slots have that, wherever they are.
+fn shares_memfd(one: &KvmSlot, other: &KvmSlot) -> bool {
+    let range = |slot: &KvmSlot| match slot.backing {
+        Backing::GuestMemfd { file, offset, .. } => {
+            Some((file, offset, offset.saturating_add(slot.page_size.bytes_of(slot.gfns.len())?)))
+        }
+        _ => None,
+    };
+    range(other).zip(range(one)).is_some_and(|((file, start, end), (other_file, other_start, other_end))| {
+        file == other_file && start < other_end && other_start < end
+    })
+}
+
 /// Makes moves of slots that go and slots that come with the same memory; the latter are then no longer among those
 /// that come. Returns which ones are moved of those that go.
-fn find_moves(steps: &mut Vec<Step>, going: &[KvmSlot], coming: &mut Vec<KvmSlot>) -> Vec<bool> {
+fn find_moves(
+    moves: &mut Vec<Step>,
+    going: &[KvmSlot],
+    coming: &mut Vec<KvmSlot>,
+    (before, after): (&View, &View),
+) -> Vec<bool> {
+    let mut moved = vec![false; going.len()];
     let memory = |slot: &KvmSlot| match slot.backing {
         Backing::Host { hva } => Some((
             slot.address_space,
@@ -367,15 +426,20 @@ fn find_moves(steps: &mut Vec<Step>, going: &[KvmSlot], coming: &mut Vec<KvmSlot
         )),
         _ => None,
     };
-    let mut by_memory: Vec<_> = (0..going.len()).filter_map(|at| Some((memory(&going[at])?, at))).collect();
+    let by_memory = |(at, slot)| Some((memory(slot)?, new_place(slot, before, after), at));
+    let mut by_memory: Vec<_> = going.iter().enumerate().filter_map(by_memory).collect();
     by_memory.sort_unstable();
-    let mut moved = vec![false; going.len()];
     coming.retain(|to| {
-        let Some(wanted) = memory(to) else { return true };
-        let first = by_memory.partition_point(|(memory, _)| *memory < wanted);
-        let same = by_memory[first..].iter().take_while(|(memory, _)| *memory == wanted);
-        // Aliases: several may have this memory.
-        let Some(&(_, at)) = same.clone().find(|&&(_, at)| !moved[at]) else { return true };
+        let Some(memory) = memory(to) else { return true };
+        // Aliases have the same memory. The one that the table moves here, or else one whose slot is no more.
+        let with_place = |place| {
+            let first = by_memory.partition_point(|&(here, at, _)| (here, at) < (memory, place));
+            let same =
+                by_memory[first..].iter().take_while(move |&&(here, at, _)| (here, at) == (memory, place));
+            same.map(|&(.., at)| at)
+        };
+        let mut found = with_place(Some(to.gfns.start())).chain(with_place(None));
+        let Some(at) = found.find(|&at| !moved[at]) else { return true };
         let overlapping = first_overlapping(going, to);
         let only_itself = overlapping.is_none_or(|found| {
             found == at
@@ -383,13 +447,22 @@ fn find_moves(steps: &mut Vec<Step>, going: &[KvmSlot], coming: &mut Vec<KvmSlot
                     next.address_space != to.address_space || !next.gfns.overlaps(&to.gfns)
                 })
         });
-        if !only_itself {
-            return true;
+        if only_itself {
+            moved[at] = true;
+            moves.push(Step::Move { from: going[at], to: KvmSlot { id: going[at].id, ..*to } });
         }
-        moved[at] = true;
-        let from = going[at];
-        steps.push(Step::Move { from, to: KvmSlot { id: from.id, ..*to } });
-        false
+        !only_itself
     });
     moved
+}
+
+/// Where the table's slot behind a slot of the kernel's has the memory of its first frame now. `None` where that slot is
+/// gone, or has other memory.
+fn new_place(slot: &KvmSlot, before: &View, after: &View) -> Option<Gfn> {
+    let old = before.slot_at(slot.address_space, slot.gfns.start())?;
+    let new = after.slot(slot.address_space, old.id());
+    let new = new.filter(|new| new.generation() == old.generation())?;
+    let bytes = slot.backing.hva()?.get().checked_sub(new.hva().map(Hva::get)?)?;
+    let pages = bytes >> slot.page_size.shift();
+    (pages < new.pages()).then(|| new.base_gfn().checked_add(pages)).flatten()
 }

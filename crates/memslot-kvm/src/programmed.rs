@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use memslot::rules::{KVM_MEM_GUEST_MEMFD, UserMemoryRegion, UserMemoryRegion2};
-use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, HvaRange, PageSize, SlotFlags};
+use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, HvaRange, PageSize, SlotFlags, SlotId};
 
 use crate::ids::SlotIds;
+use crate::plan::Step;
 
 /// One memory slot of the kernel's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -93,14 +94,36 @@ impl std::fmt::Display for KvmSlot {
 /// little in the caches.
 #[derive(Debug)]
 struct Space {
-    by_gfn: BTreeMap<Gfn, u16>,
     by_id: Vec<Option<KvmSlot>>,
     ids: SlotIds,
+    by_gfn: BTreeMap<Gfn, u16>,
+    /// What the tree has not heard of yet, in order: which slot starts at a frame now.
+    untold: Vec<(Gfn, Option<u16>)>,
 }
+
+/// So many changes the tree may lag behind. Most changes do not look at it, and to tell it of many at once costs less than
+/// of each after the kernel has emptied the caches.
+const UNTOLD: usize = 64;
 
 impl Space {
     fn slot(&self, id: u16) -> Option<&KvmSlot> {
         self.by_id.get(usize::from(id))?.as_ref()
+    }
+
+    fn starts(&mut self, gfn: Gfn, id: Option<u16>) {
+        if self.untold.len() >= UNTOLD {
+            self.tell();
+        }
+        self.untold.push((gfn, id));
+    }
+
+    fn tell(&mut self) {
+        for (gfn, id) in self.untold.drain(..) {
+            match id {
+                Some(id) => self.by_gfn.insert(gfn, id),
+                None => self.by_gfn.remove(&gfn),
+            };
+        }
     }
 }
 
@@ -112,7 +135,12 @@ pub(crate) struct Programmed {
 
 impl Programmed {
     pub(crate) fn new(address_spaces: u8, ids: &SlotIds) -> Self {
-        let space = |_| Space { by_gfn: BTreeMap::new(), by_id: Vec::new(), ids: ids.clone() };
+        let space = |_| Space {
+            by_id: Vec::new(),
+            ids: ids.clone(),
+            by_gfn: BTreeMap::new(),
+            untold: Vec::with_capacity(UNTOLD),
+        };
         Self { spaces: (0..address_spaces).map(space).collect() }
     }
 
@@ -120,33 +148,35 @@ impl Programmed {
         self.spaces.get(usize::from(space.get()))
     }
 
-    /// All slots, in order of address space and gfn.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &KvmSlot> {
-        self.spaces.iter().flat_map(|space| space.by_gfn.values().filter_map(|&id| space.slot(id)))
+    /// The slots in order of their frames.
+    pub(crate) fn in_order(&mut self) -> InOrder<'_> {
+        self.spaces.iter_mut().for_each(Space::tell);
+        InOrder { spaces: &self.spaces }
     }
 
-    /// The slots that cover a frame of `gfns`, in order.
-    pub(crate) fn in_range(&self, space: AddressSpaceId, gfns: GfnRange) -> impl Iterator<Item = &KvmSlot> {
-        let space = self.space(space).filter(|_| !gfns.is_empty());
-        space.into_iter().flat_map(move |space| {
-            // A slot that starts before the range may reach into it.
-            let mut found = space.by_gfn.range(..gfns.end()).rev();
-            let mut first = gfns.end();
-            // Backwards to the first one: mostly there is none, or just one.
-            while let Some(slot) = found.next().and_then(|(_, &id)| space.slot(id)) {
-                if slot.gfns.end() <= gfns.start() {
-                    break;
-                }
-                first = slot.gfns.start();
-            }
-            let slots = (first < gfns.end()).then(|| space.by_gfn.range(first..gfns.end()));
-            slots.into_iter().flatten().filter_map(|(_, &id)| space.slot(id))
-        })
+    /// How many slots there are.
+    pub(crate) fn len(&self) -> usize {
+        self.spaces.iter().map(|space| space.by_id.iter().flatten().count()).sum()
     }
 
     /// The slot with this id.
     pub(crate) fn with_id(&self, space: AddressSpaceId, id: u16) -> Option<&KvmSlot> {
         self.space(space)?.slot(id)
+    }
+
+    /// The slot with exactly these frames, of a slot of the table's with this id: mostly they have the same.
+    pub(crate) fn exactly(&mut self, space: AddressSpaceId, gfns: GfnRange, id: SlotId) -> Option<&KvmSlot> {
+        let space = self.spaces.get_mut(usize::from(space.get()))?;
+        let likely = space.ids.range().start.checked_add(id.get()).and_then(|id| u16::try_from(id).ok());
+        let is_it = |id: &u16| space.slot(*id).is_some_and(|slot| slot.gfns == gfns);
+        let id = match likely.filter(is_it) {
+            Some(id) => id,
+            None => {
+                space.tell();
+                *space.by_gfn.get(&gfns.start())?
+            }
+        };
+        space.slot(id).filter(|slot| slot.gfns == gfns)
     }
 
     /// Where ids of an address space come from.
@@ -166,25 +196,57 @@ impl Programmed {
         }
     }
 
-    /// The kernel has this slot now. One with the same id, and the same first frame, is replaced.
-    pub(crate) fn insert(&mut self, slot: KvmSlot) {
+    /// Does what the kernel does with this step.
+    pub(crate) fn apply(&mut self, step: &Step) {
+        let slot = step.slot();
         let Some(space) = self.spaces.get_mut(usize::from(slot.address_space.get())) else { return };
         let id = usize::from(slot.id);
         if id >= space.by_id.len() {
             space.by_id.resize(id + 1, None);
         }
-        let old = space.by_id[id].replace(slot);
-        if old.is_none_or(|old| old.gfns.start() != slot.gfns.start()) {
-            space.by_gfn.insert(slot.gfns.start(), slot.id);
-        }
+        let (old, new) = match step {
+            Step::Create(slot) => (None, Some(slot)),
+            Step::Delete(slot) => (Some(slot), None),
+            Step::Flags { to: slot, .. } => {
+                space.by_id[id] = Some(*slot);
+                return;
+            }
+            Step::Move { from, to } => (Some(from), Some(to)),
+        };
+        space.by_id[id] = new.copied();
+        old.into_iter().for_each(|old| space.starts(old.gfns.start(), None));
+        new.into_iter().for_each(|new| space.starts(new.gfns.start(), Some(new.id)));
+    }
+}
+
+/// The kernel's slots in order of their frames.
+#[derive(Clone, Copy)]
+pub(crate) struct InOrder<'p> {
+    spaces: &'p [Space],
+}
+
+impl<'p> InOrder<'p> {
+    /// All slots, in order of address space and gfn.
+    pub(crate) fn all(self) -> impl Iterator<Item = &'p KvmSlot> {
+        self.spaces.iter().flat_map(|space| space.by_gfn.values().filter_map(|&id| space.slot(id)))
     }
 
-    /// The kernel does not have this slot any more.
-    pub(crate) fn remove(&mut self, slot: &KvmSlot) {
-        let Some(space) = self.spaces.get_mut(usize::from(slot.address_space.get())) else { return };
-        space.by_gfn.remove(&slot.gfns.start());
-        if let Some(place) = space.by_id.get_mut(usize::from(slot.id)) {
-            *place = None;
-        }
+    /// The slots that cover a frame of `gfns`, in order.
+    pub(crate) fn in_range(self, space: AddressSpaceId, gfns: GfnRange) -> impl Iterator<Item = &'p KvmSlot> {
+        let space = self.spaces.get(usize::from(space.get())).filter(|_| !gfns.is_empty());
+        space.into_iter().flat_map(move |space| {
+            // A slot that starts before the range may reach into it.
+            let mut found = space.by_gfn.range(..gfns.end()).rev();
+            let mut first = gfns.end();
+            // Backwards to the first one: mostly there is none, or just one.
+            while let Some(slot) = found.next().and_then(|(_, &id)| space.slot(id)) {
+                if slot.gfns.end() <= gfns.start() {
+                    break;
+                }
+                first = slot.gfns.start();
+            }
+            let slots = (first < gfns.end()).then(|| space.by_gfn.range(first..gfns.end()));
+            slots.into_iter().flatten().filter_map(|(_, &id)| space.slot(id))
+        })
     }
 }

@@ -1,20 +1,22 @@
 //! The listener, and the handle to it.
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_CAP_MULTI_ADDRESS_SPACE, KVM_CAP_NR_MEMSLOTS};
 use memslot::{
-    AddressSpaceId, Gfn, GfnRange, Handle, Listener, ListenerError, PieceKind, SlotTable, Snapshot, Update,
-    View,
+    AddressSpaceId, Gfn, GfnRange, Handle, Listener, ListenerError, PieceKind, SlotChange, SlotTable,
+    Snapshot, Update, View,
 };
 
 use crate::error::{AttachError, KvmError};
 use crate::ids::SlotIds;
 use crate::kernel::Kernel;
-use crate::options::{NotRunning, Options, Vcpus};
+use crate::options::{Options, Vcpus};
 use crate::plan::{Place, Plan, Step, plan};
 use crate::programmed::{KvmSlot, Programmed};
+use crate::single::single;
 use crate::steps::State;
 use crate::vm::Vm;
 
@@ -51,7 +53,9 @@ impl<K> Clone for KvmSlots<K> {
 }
 
 impl<K: Kernel + 'static> KvmSlots<K> {
-    /// Programs the slots that `table` has into the VM and follows every change of the table from now on.
+    /// Programs the slots that `table` has into the VM and follows every change of the table from now on. Where a guest could
+    /// see a change half done, `vcpus` makes it stand still meanwhile: [`NotRunning`](crate::NotRunning) as long as no
+    /// vCPU runs, and [`set_vcpus`](Self::set_vcpus) before one does.
     ///
     /// # Errors
     /// [`AttachError`]; the VM has none of the slots then.
@@ -63,7 +67,12 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     ///
     /// Nobody else programs slots with the same ids ([`Options::ids`]) into the VM, another `KvmSlots` included: the
     /// kernel writes as many dirty bits as its slot has pages, and reads a call about an id that it knows as a change.
-    pub unsafe fn attach(table: &mut SlotTable, kernel: K, options: Options) -> Result<Self, AttachError> {
+    pub unsafe fn attach(
+        table: &mut SlotTable,
+        kernel: K,
+        vcpus: impl Vcpus + 'static,
+        options: Options,
+    ) -> Result<Self, AttachError> {
         let (ours, kernels) = (table.view().page_size().bytes(), kernel.page_bytes());
         if ours != kernels {
             // The kernel would write a bit for each of its pages, wherever there are more of them.
@@ -80,7 +89,7 @@ impl<K: Kernel + 'static> KvmSlots<K> {
             table: table.handle(),
             options,
             spaces,
-            vcpus: Mutex::new(Box::new(NotRunning)),
+            vcpus: Mutex::new(Box::new(vcpus)),
             state: Mutex::new(state),
         });
         let mut follower = Follower {
@@ -88,21 +97,22 @@ impl<K: Kernel + 'static> KvmSlots<K> {
             plan: Plan::default(),
             places: Vec::new(),
             put_right: Vec::new(),
+            fetches: 0,
             kept: Vec::new(),
         };
         let all = GfnRange::new(Gfn::new(0), Gfn::new(u64::MAX)).unwrap_or_default();
         follower.places.extend(table.view().address_spaces().map(|space| (space, all)));
-        follower.plan(table.view())?;
-        follower.issue()?;
+        follower.plan(table.view(), table.view())?;
+        follower.issue(table.view(), None)?;
         let issued = std::mem::take(&mut follower.plan);
         if let Err(error) = table.add_listener(Box::new(follower)) {
-            shared.state().take_back(&shared.kernel, &issued.steps);
+            shared.state().take_back(&shared.kernel, &issued.steps, table.view());
             return Err(error.into());
         }
         Ok(Self { shared })
     }
 
-    /// Who makes the vCPUs stand still, where that is needed; [`NotRunning`] at first.
+    /// Who makes the vCPUs stand still from now on, where that is needed.
     pub fn set_vcpus(&self, vcpus: impl Vcpus + 'static) {
         *self.shared.vcpus.lock().unwrap_or_else(PoisonError::into_inner) = Box::new(vcpus);
     }
@@ -110,14 +120,14 @@ impl<K: Kernel + 'static> KvmSlots<K> {
     /// The slots that the kernel has, in order of address space and gfn.
     #[must_use]
     pub fn slots(&self) -> Vec<KvmSlot> {
-        self.shared.state().programmed.all().copied().collect()
+        self.shared.state().programmed.in_order().all().copied().collect()
     }
 
     /// The slot of the kernel's that covers a frame.
     #[must_use]
     pub fn slot_at(&self, space: AddressSpaceId, gfn: Gfn) -> Option<KvmSlot> {
         let gfns = GfnRange::with_len(gfn, 1)?;
-        self.shared.state().programmed.in_range(space, gfns).next().copied()
+        self.shared.state().programmed.in_order().in_range(space, gfns).next().copied()
     }
 
     /// The slot of the kernel's with this id.
@@ -142,7 +152,7 @@ impl<K: Kernel + 'static> KvmSlots<K> {
 
 impl<K> fmt::Debug for KvmSlots<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.shared.state().programmed.all()).finish()
+        f.debug_list().entries(self.shared.state().programmed.in_order().all()).finish()
     }
 }
 
@@ -152,12 +162,28 @@ struct Follower<K> {
     places: Vec<Place>,
     /// What was out of step before the change.
     put_right: Vec<Place>,
+    /// How often bits had been fetched when the change was made.
+    fetches: u64,
     /// Versions whose slots the kernel may still have, though the table has not: their memory has to stay.
     kept: Vec<Snapshot>,
 }
 
 impl<K: Kernel> Follower<K> {
-    fn plan(&mut self, after: &View) -> Result<(), KvmError> {
+    /// Plans a change of one slot, which most changes are. Returns whether it could: not where more than that slot of the
+    /// kernel's has to change.
+    fn plan_single(&mut self, change: &SlotChange) -> bool {
+        let mut state = self.shared.state();
+        if !state.out_of_step.is_empty() {
+            return false;
+        }
+        self.plan.settle_ids(&mut state.programmed);
+        self.plan.clear();
+        let planned = single(&mut state.programmed, change, &self.shared.options, &mut self.plan);
+        self.plan.needs_pause = self.plan.leaves_gap || (self.plan.ends_log && state.log.is_some());
+        planned
+    }
+
+    fn plan(&mut self, before: &View, after: &View) -> Result<(), KvmError> {
         let Shared { options, spaces, .. } = &*self.shared;
         let beyond = (*spaces..after.limits().address_spaces).map(AddressSpaceId::new);
         if let Some(space) = beyond.into_iter().find(|&space| after.len(space) > 0) {
@@ -168,36 +194,49 @@ impl<K: Kernel> Follower<K> {
         // Those of the plan before, which may not have come to be, however it ended.
         self.plan.settle_ids(&mut state.programmed);
         self.plan.clear();
-        plan(&mut state.programmed, after, &mut self.places, options, &mut self.plan)?;
+        plan(&mut state.programmed, (before, after), &mut self.places, options, &mut self.plan)?;
         self.plan.needs_pause = self.plan.leaves_gap || (self.plan.ends_log && state.log.is_some());
         Ok(())
     }
 
-    fn issue(&mut self) -> Result<(), KvmError> {
-        let Self { shared, plan, put_right, .. } = self;
+    /// Has the kernel follow, from `before` on. `update` is `None` where the table changes nothing.
+    fn issue(&mut self, before: &View, update: Option<&Update<'_>>) -> Result<(), KvmError> {
+        let Self { shared, plan, put_right, fetches, kept, .. } = self;
         put_right.clear();
-        let under_way = UnderWay { shared, plan };
+        let under_way = UnderWay { shared, plan, update, kept, has_begun: Cell::new(false) };
         let result = with_vcpus(shared, plan, |state| {
-            state.issue(&shared.kernel, plan)?;
+            under_way.has_begun.set(true);
+            state.issue(&shared.kernel, plan, before)?;
             put_right.append(&mut state.out_of_step);
+            *fetches = state.fetches;
             Ok(())
         });
         under_way.ends();
-        result.unwrap_or(Err(KvmError::NotPaused))
+        let result = result.unwrap_or(Err(KvmError::NotPaused));
+        if result.is_ok() {
+            plan.is_done();
+        } else {
+            self.keep(update);
+        }
+        result
     }
 
     /// The kernel may have kept slots of a version that the table takes back.
-    fn keep(&mut self, after: Option<Snapshot>) {
+    fn keep(&mut self, update: Option<&Update<'_>>) {
         if !self.shared.state().out_of_step.is_empty() {
-            self.kept.extend(after);
+            self.kept.extend(update.and_then(Update::snapshot));
         }
     }
 }
 
-/// A plan that is being carried out. A panic may end that anywhere: then nobody knows what the kernel has there.
+/// A plan that is being carried out. A panic may end that anywhere: then nobody knows what the kernel has there, and the
+/// memory of both versions has to stay. (That of the version before does, in the table, which goes back to it.)
 struct UnderWay<'f, K> {
     shared: &'f Shared<K>,
     plan: &'f Plan,
+    update: Option<&'f Update<'f>>,
+    kept: &'f mut Vec<Snapshot>,
+    has_begun: Cell<bool>,
 }
 
 impl<K> UnderWay<'_, K> {
@@ -208,7 +247,10 @@ impl<K> UnderWay<'_, K> {
 
 impl<K> Drop for UnderWay<'_, K> {
     fn drop(&mut self) {
-        self.shared.state().out_of_step.extend(self.plan.steps.iter().flat_map(Step::places));
+        if self.has_begun.get() {
+            self.shared.state().out_of_step.extend(self.plan.steps.iter().flat_map(Step::places));
+            self.kept.extend(self.update.and_then(Update::snapshot));
+        }
     }
 }
 
@@ -237,40 +279,45 @@ impl<K: Kernel> Listener for Follower<K> {
     }
 
     fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
+        if let [change] = update.slots {
+            if self.plan_single(change) {
+                return Ok(());
+            }
+        }
         self.places.clear();
         self.places.extend(update.pieces.iter().filter_map(|piece| match piece.kind {
             PieceKind::Changed { old, new } if old.flags() == new.flags() => None,
             _ => Some((piece.address_space, piece.gfns)),
         }));
-        Ok(self.plan(update.after)?)
+        Ok(self.plan(update.before, update.after)?)
     }
 
     fn commit(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
-        let result = self.issue();
-        if result.is_err() {
-            self.keep(update.snapshot());
-        }
-        Ok(result?)
+        Ok(self.issue(update.before, Some(update))?)
     }
 
     fn undo(&mut self, update: &Update<'_>) {
-        let Self { shared, plan, put_right, .. } = self;
-        let under_way = UnderWay { shared, plan };
+        let Self { shared, plan, put_right, fetches, kept, .. } = self;
+        let has_begun = Cell::new(true);
+        let under_way = UnderWay { shared, plan, update: Some(update), kept, has_begun };
         let mut take_back = |state: &mut State| {
-            state.take_back(&shared.kernel, &plan.steps);
+            state.take_back(&shared.kernel, &plan.steps, update.before);
             state.out_of_step.append(put_right);
-            state.mark_where_it_was(&plan.steps, update.before);
+            if state.fetches != *fetches {
+                state.mark_where_it_was(&plan.steps, update.before);
+            }
         };
         // The vCPUs do not matter more than being in step.
         if with_vcpus(shared, plan, &mut take_back).is_none() {
             take_back(&mut shared.state());
         }
         under_way.ends();
-        self.keep(update.snapshot());
+        plan.is_taken_back();
+        self.keep(Some(update));
     }
 
     fn settled(&mut self, _: &Update<'_>) {
-        if self.shared.state().out_of_step.is_empty() {
+        if !self.kept.is_empty() && self.shared.state().out_of_step.is_empty() {
             self.kept.clear();
         }
     }

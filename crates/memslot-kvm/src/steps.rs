@@ -1,7 +1,7 @@
 //! Issuing planned ioctls, and taking them back.
 
-use memslot::View;
 use memslot::dirty::DirtyLog;
+use memslot::{GfnRange, HvaRange, SlotFlags, View};
 
 use crate::error::KvmError;
 use crate::kernel::Kernel;
@@ -16,6 +16,8 @@ pub(crate) struct State {
     pub(crate) log: Option<DirtyLog>,
     pub(crate) rings: Rings,
     pub(crate) manual_protect: bool,
+    /// How often bits were fetched other than for a change.
+    pub(crate) fetches: u64,
     /// For dirty bitmaps, used again and again.
     pub(crate) words: Vec<u64>,
     /// Frames where the kernel may have something else than the table says.
@@ -30,16 +32,22 @@ impl State {
             log: None,
             rings: Rings::default(),
             manual_protect: false,
+            fetches: 0,
             words: Vec::new(),
             out_of_step: Vec::new(),
         }
     }
 
     /// Issues all steps, or none: when one fails, those before it are taken back.
-    pub(crate) fn issue<K: Kernel>(&mut self, kernel: &K, plan: &Plan) -> Result<(), KvmError> {
+    pub(crate) fn issue<K: Kernel>(
+        &mut self,
+        kernel: &K,
+        plan: &Plan,
+        before: &View,
+    ) -> Result<(), KvmError> {
         for (done, step) in plan.steps.iter().enumerate() {
-            if let Err(error) = self.step(kernel, step) {
-                self.take_back(kernel, &plan.steps[..done]);
+            if let Err(error) = self.step(kernel, step, None) {
+                self.take_back(kernel, &plan.steps[..done], before);
                 return Err(KvmError::Ioctl { what: step.to_string(), error });
             }
         }
@@ -47,17 +55,17 @@ impl State {
     }
 
     /// Takes back steps that were issued, the last one first. What cannot be taken back is remembered as out of step.
-    pub(crate) fn take_back<K: Kernel>(&mut self, kernel: &K, steps: &[Step]) {
+    pub(crate) fn take_back<K: Kernel>(&mut self, kernel: &K, steps: &[Step], before: &View) {
         for step in steps.iter().rev() {
             let step = step.reversed();
-            if self.is_in_the_way(&step) || self.step(kernel, &step).is_err() {
+            if self.is_in_the_way(&step) || self.step(kernel, &step, Some(before)).is_err() {
                 self.out_of_step.extend(step.places());
             }
         }
     }
 
-    /// Steps were taken back when the log had already gone back to the version before: bits that were fetched since lie
-    /// where the memory was meanwhile. Where it is again, all of it counts as dirty.
+    /// Somebody fetched bits between a change and its taking back, when the log may have gone back to the version before
+    /// already: then they lie where the memory was meanwhile. Where it is again, all of it counts as dirty.
     pub(crate) fn mark_where_it_was(&self, steps: &[Step], before: &View) {
         let Some(log) = &self.log else { return };
         for step in steps {
@@ -74,57 +82,68 @@ impl State {
     }
 
     /// Whether a slot that should have gone has the id or the frames of the one that this step makes.
-    fn is_in_the_way(&self, step: &Step) -> bool {
+    fn is_in_the_way(&mut self, step: &Step) -> bool {
         let (new, old) = match step {
             Step::Create(slot) => (slot, None),
             Step::Move { from, to } => (to, Some(from)),
             Step::Delete(_) | Step::Flags { .. } => return false,
         };
-        let mut there = self.programmed.in_range(new.address_space, new.gfns);
-        there.any(|there| Some(there) != old)
-            || (old.is_none() && self.programmed.with_id(new.address_space, new.id).is_some())
+        let has_id = self.programmed.with_id(new.address_space, new.id).is_some();
+        let mut there = self.programmed.in_order().in_range(new.address_space, new.gfns);
+        there.any(|there| Some(there) != old) || (old.is_none() && has_id)
     }
 
-    fn step<K: Kernel>(&mut self, kernel: &K, step: &Step) -> std::io::Result<()> {
+    /// Issues a step. `back_to` is the version that it is a step back to.
+    fn step<K: Kernel>(&mut self, kernel: &K, step: &Step, back_to: Option<&View>) -> std::io::Result<()> {
         if let Some(slot) = step.drops_bitmap() {
-            self.fetch(kernel, slot);
+            self.fetch_last(kernel, slot, back_to);
         }
         let argument = match step {
             Step::Delete(slot) => slot.removal(),
             Step::Move { to, .. } | Step::Flags { to, .. } | Step::Create(to) => to.region(),
         };
+        // Before the call, not after it: what the plan has just looked at is in the caches still, and the kernel leaves
+        // little there.
+        self.programmed.apply(step);
         // SAFETY: whoever attached to the table has vouched for the memory of its slots.
-        unsafe { kernel.set_user_memory_region(&argument) }?;
+        let result = unsafe { kernel.set_user_memory_region(&argument) };
         match step {
-            Step::Delete(slot) => self.programmed.remove(slot),
-            Step::Create(slot) => self.programmed.insert(*slot),
-            Step::Flags { to, .. } => self.programmed.insert(*to),
-            Step::Move { from, to } => {
-                self.programmed.remove(from);
-                self.programmed.insert(*to);
+            _ if result.is_err() => self.programmed.apply(&step.reversed()),
+            // Entries that are left would count for the next slot with this id.
+            Step::Flags { from, to } if from.logs() && !to.logs() && self.rings.is_enabled() => {
+                self.fetch_last(kernel, from, back_to);
             }
+            _ => {}
         }
-        Ok(())
+        result
     }
 
     /// Fetches the dirty bits of a slot that is about to go. Where the kernel does not tell, all its pages are dirty.
-    fn fetch<K: Kernel>(&mut self, kernel: &K, slot: &KvmSlot) {
+    fn fetch_last<K: Kernel>(&mut self, kernel: &K, slot: &KvmSlot, back_to: Option<&View>) {
         let Some(log) = self.log.clone() else { return };
-        let fetched = if self.rings.is_enabled() {
-            self.rings.collect(kernel, &log, &self.programmed).is_ok()
-        } else {
-            self.merge_bitmap(kernel, &log, slot).is_ok()
-        };
-        if !fetched {
-            log.mark_range(slot.address_space, slot.gfns);
+        let marks = Marks { log: &log, back_to };
+        let mut fetched = true;
+        if self.rings.is_enabled() {
+            fetched = self.rings.collect(kernel, &marks, &self.programmed).is_ok();
         }
+        if fetched && self.has_bitmaps() {
+            fetched = self.merge_bitmap(kernel, &marks, slot).is_ok();
+        }
+        if !fetched {
+            marks.add(slot, slot.gfns);
+        }
+    }
+
+    /// Whether there are dirty bits in bitmaps: always, but with rings where every write is a vCPU's.
+    pub(crate) fn has_bitmaps(&self) -> bool {
+        !self.rings.is_enabled() || self.rings.with_bitmap()
     }
 
     /// Adds a slot's dirty bits to the log. Returns how many there were.
     pub(crate) fn merge_bitmap<K: Kernel>(
         &mut self,
         kernel: &K,
-        log: &DirtyLog,
+        marks: &Marks<'_>,
         slot: &KvmSlot,
     ) -> std::io::Result<u64> {
         let words = slot.words();
@@ -136,10 +155,55 @@ impl State {
         let words = &mut self.words[..words];
         // SAFETY: this is a slot of the kernel's, with these pages.
         unsafe { kernel.get_dirty_log(slot.number(), words) }?;
-        Ok(log.merge(slot.address_space, slot.gfns, words).unwrap_or_else(|_| {
+        Ok(marks.merge(slot, words).unwrap_or_else(|| {
             // Bits behind the end: the kernel has another slot than we think.
-            log.mark_range(slot.address_space, slot.gfns);
+            marks.add(slot, slot.gfns);
             slot.gfns.len()
         }))
+    }
+}
+
+/// Where dirty pages of the kernel's slots are marked.
+pub(crate) struct Marks<'m> {
+    pub(crate) log: &'m DirtyLog,
+    /// While a change is taken back: the version that the log has, or will have, and the kernel has not yet. Pages count where
+    /// that version has their memory.
+    pub(crate) back_to: Option<&'m View>,
+}
+
+impl Marks<'_> {
+    /// Frames of a slot are dirty.
+    pub(crate) fn add(&self, slot: &KvmSlot, gfns: GfnRange) {
+        let space = slot.address_space;
+        let Some(before) = self.back_to else { return self.log.mark_range(space, gfns) };
+        let hva = slot.backing_at(gfns.start()).and_then(|backing| backing.hva());
+        let bytes = slot.page_size.bytes_of(gfns.len());
+        let Some(hvas) = hva.zip(bytes).and_then(|(hva, bytes)| HvaRange::with_len(hva, bytes)) else {
+            return;
+        };
+        for hit in before.slots_at_hva(space, hvas) {
+            if hit.slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES) {
+                self.log.mark_range(space, hit.gfns);
+            }
+        }
+    }
+
+    /// The pages of a slot whose bits are set are dirty. Returns how many there are; `None` if bits are set that are of no
+    /// page.
+    fn merge(&self, slot: &KvmSlot, words: &[u64]) -> Option<u64> {
+        if self.back_to.is_none() {
+            return self.log.merge(slot.address_space, slot.gfns, words).ok();
+        }
+        let mut pages = 0;
+        for (first, word) in (0..).step_by(64).zip(words) {
+            let mut word = u64::from_le(*word);
+            while word != 0 {
+                let gfn = slot.gfns.start().checked_add(first + u64::from(word.trailing_zeros()))?;
+                self.add(slot, GfnRange::with_len(gfn, 1).filter(|page| slot.gfns.overlaps(page))?);
+                word &= word - 1;
+                pages += 1;
+            }
+        }
+        Some(pages)
     }
 }

@@ -17,7 +17,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use memslot::dirty::{Consumer, DirtyLog};
 use memslot::*;
-use memslot_kvm::{Kernel, KvmSlots, Options, Vm};
+use memslot_kvm::{Kernel, KvmSlots, NotRunning, Options, Vm};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::common::{PAGE, RAM, Random, gfns, random_op, skipped, spec};
@@ -76,7 +76,8 @@ impl Rig {
         let vm = kvm.create_vm().unwrap();
         let mut table = SlotTable::new(Limits { address_spaces: 1, ..Limits::default() }).unwrap();
         // SAFETY: slots stand on `memory`, which lives longer than the VM and consists of atomics.
-        let slots = unsafe { KvmSlots::attach(&mut table, Vm::of(&vm).unwrap(), options) }.unwrap();
+        let slots =
+            unsafe { KvmSlots::attach(&mut table, Vm::of(&vm).unwrap(), NotRunning, options) }.unwrap();
         let log = slots.dirty_log(&mut table).unwrap();
         let consumer = log.consumer().unwrap();
         match mode {
@@ -87,7 +88,7 @@ impl Rig {
         }
         let vcpu = vm.create_vcpu(0).unwrap();
         if mode == Mode::Ring {
-            slots.add_vcpu(&vcpu).unwrap();
+            slots.add_vcpu(0, &vcpu).unwrap();
         }
         Self { table, slots, log, consumer, vcpu, vm, memory }
     }
@@ -257,8 +258,8 @@ fn an_entry_that_names_no_page_of_a_slot_is_ignored() {
 fn rings_are_mapped_only_where_they_were_asked_for() {
     let Some(kvm) = kvm() else { return };
     let rig = Rig::new(&kvm, Mode::Auto, Options::default());
-    let error = rig.slots.add_vcpu(&rig.vcpu).unwrap_err().to_string();
-    assert_eq!(error, "map a vCPU's dirty ring: dirty rings are not enabled");
+    let error = rig.slots.add_vcpu(0, &rig.vcpu).unwrap_err().to_string();
+    assert_eq!(error, "dirty rings are not enabled: call KvmSlots::enable_rings first");
     // A vCPU is there already.
     assert!(
         rig.slots.enable_rings(1024).unwrap_err().to_string().starts_with("dirty rings of 1024 entries: ")
@@ -298,6 +299,27 @@ fn signals_lose_no_page_of_a_ring() {
         let left: Vec<_> = rounds.into_iter().filter(|&round| round != (3 * 199, 0)).collect();
         assert_eq!(left, [], "pages were fetched that the guest could still write unnoticed");
     });
+}
+
+/// A vCPU that goes is read to the end, and one that is added twice would have its entries shared out between two readers.
+#[test]
+fn vcpus_come_and_go() {
+    let Some(kvm) = kvm() else { return };
+    let mut rig = Rig::new(&kvm, Mode::Ring, Options::default());
+    let hva = rig.memory.hva();
+    rig.table.create(spec(0, 0, 64, hva, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    let known = rig.slots.add_vcpu(0, &rig.vcpu).unwrap_err().to_string();
+    assert_eq!(known, "vCPU 0 is known already");
+    assert!(rig.write(5));
+    assert_eq!(rig.slots.remove_vcpu(0).unwrap(), 3, "the kernel writes three times");
+    assert_eq!(rig.harvested(), BTreeSet::from([5]));
+    let unknown = rig.slots.remove_vcpu(0).unwrap_err().to_string();
+    assert_eq!(unknown, "vCPU 0 is not known: it was not added, or removed already");
+    // Another one, under the same number; nobody holds the first one any more.
+    rig.vcpu = rig.vm.create_vcpu(1).unwrap();
+    rig.slots.add_vcpu(0, &rig.vcpu).unwrap();
+    assert!(rig.write(7));
+    assert_eq!(rig.harvested(), BTreeSet::from([7]));
 }
 
 /// What can be done wrong in safe code has an error, and no more.

@@ -124,7 +124,9 @@ impl<F: Format, H: Host> Drop for Flush<'_, F, H> {
             locked.graves.append(&mut chain, owed.tables);
             locked.pending.forgotten_chain = Some(chain);
             locked.pending.forgotten += owed.count;
-            shared.forgotten.fetch_add(1, Ordering::Relaxed);
+            // Under the lock. It must not become 0 again: that says that there is nothing to pay.
+            let forgotten = shared.forgotten.load(Ordering::Relaxed);
+            shared.forgotten.store(forgotten.saturating_add(1), Ordering::Relaxed);
         }
         #[cfg(all(feature = "std", debug_assertions))]
         assert!(std::thread::panicking(), "a flush was owed and not done");

@@ -25,6 +25,7 @@
 extern crate alloc;
 
 mod cache;
+mod counted;
 mod flush;
 pub mod format;
 pub mod host;

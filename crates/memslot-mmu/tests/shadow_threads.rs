@@ -27,6 +27,8 @@ const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 /// Tables are in the first frames, a slot of their own; data behind.
 const TABLES: u64 = 32;
 const PAGES: u64 = 2048;
+/// How much each virtual processor does.
+const STEPS: u64 = if cfg!(miri) { 60 } else { 20_000 };
 /// The page tables, each level's, and the roots.
 const PT: u64 = 16;
 const PD: u64 = 8;
@@ -260,18 +262,18 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
 
 #[test]
 fn threads_with_all_tables_unsync() {
-    run(5, 1 << 14, 3, 20_000);
+    run(5, 1 << 14, 3, STEPS);
 }
 
 #[test]
 fn threads_as_in_kvm_and_with_little_room() {
-    run(1, 64, 11, 20_000);
+    run(1, 64, 11, STEPS);
 }
 
 /// Everything that needs a table runs out of them, at every step: an error, nothing changed, and the next try goes on.
 #[test]
 fn tables_run_out_at_every_step() {
-    for left in 0..16 {
+    for left in (0..16).step_by(if cfg!(miri) { 5 } else { 1 }) {
         let host = TestHost::new();
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let shadow = Shadow::attach(&mut table, host.clone(), ShadowConfig::default()).unwrap();
@@ -324,7 +326,7 @@ fn the_limit_lets_go_of_the_oldest() {
     }
     let mut vcpu = shadow.vcpu().unwrap();
     vcpu.load(paging(1), RAM).unwrap();
-    for round in 0..3 {
+    for round in 0..if cfg!(miri) { 1 } else { 3 } {
         for index in 0..400 {
             assert_eq!(vcpu.fault(index << 21, GuestAccess::WRITE).unwrap(), ShadowFault::Mapped(Level::K4));
             assert!(shadow.stats().pages <= 64);

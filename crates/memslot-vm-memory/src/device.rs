@@ -7,9 +7,8 @@
 //! implementation drops the permission. Virtqueues ask for no more; kernel loaders and vhost take a
 //! [`Space`].
 //!
-//! Owning the iterator of slices has a second use. vm-memory's own one goes through calls that pass slices in
-//! memory; this one is made to be inlined into `read_obj` and its kind, which is more than half of what such an
-//! access costs.
+//! The iterator of slices is our own because it checks; it knows the host address without the region, where nothing is
+//! tracked.
 
 use std::iter::FusedIterator;
 use std::ops::Deref;

@@ -60,8 +60,12 @@ impl<B> Memory<B> {
     }
 
     /// The region of an address, and where in it the address lies.
-    #[inline]
-    pub(crate) fn locate(&self, addr: GuestAddress) -> Option<(&Region<B>, MemoryRegionAddress)> {
+    ///
+    /// Not inlined, and its result is in two registers: vm-memory's iterator of slices, which asks for it, is then small
+    /// enough to be inlined into `read_obj` and its kind. Otherwise it hands slices over in memory, piece by piece, and
+    /// what takes them waits for that longer than the whole lookup lasts.
+    #[inline(never)]
+    fn locate(&self, addr: GuestAddress) -> Option<(&Region<B>, MemoryRegionAddress)> {
         if let Some(region) = self.map().main() {
             if let Some(offset) = region.offset_of(addr) {
                 return Some((region, offset));
@@ -73,31 +77,46 @@ impl<B> Memory<B> {
         // out of the way to the memory; `Region::get_slice` asks.
         Some((region, region.offset_from_start(addr)))
     }
+
+    /// The host memory of an address, how many bytes of it there are in the slot, and in the highest bit of that whether
+    /// the slot is read-only.
+    ///
+    /// As [`locate`](Self::locate), for those who do not need the region, and not inlined for the same reason.
+    #[inline(never)]
+    fn host_at(&self, addr: GuestAddress) -> Option<(NonNull<u8>, u64)> {
+        let flagged = |left, read_only: bool| left | u64::from(read_only) << READ_ONLY_AT;
+        if let Some(region) = self.map().main() {
+            if let Some((host, left)) = region.host_at(addr) {
+                return Some((host, flagged(left, region.is_read_only())));
+            }
+        }
+        let found = self.view().translate(self.map().space, Gpa::new(addr.0))?;
+        let host = NonNull::new(std::ptr::with_exposed_provenance_mut(to_usize(found.hva.get())))?;
+        Some((host, flagged(found.bytes_left, found.flags.contains(SlotFlags::READONLY))))
+    }
 }
+
+/// The bit of a number of bytes that says that they are read-only; a slot has fewer.
+const READ_ONLY_AT: u32 = 63;
 
 impl<B: Tracking> Memory<B> {
     /// The memory at an address up to `count` bytes or the end of the slot, and whether the slot is read-only.
-    ///
-    /// As [`locate`](Self::locate) and [`Region::get_slice`], but for a slot without bitmap the region is not needed.
     #[inline]
     pub(crate) fn slice(
         &self,
         addr: GuestAddress,
         count: usize,
     ) -> Option<(VolatileSlice<'_, BS<'_, B>>, bool)> {
-        if let Some(region) = self.map().main() {
-            if let Some(offset) = region.offset_of(addr) {
-                let left = to_usize(region.len() - offset.0);
-                return Some((region.get_slice(offset, count.min(left)).ok()?, region.is_read_only()));
-            }
+        if let Some(untracked) = B::untracked(self) {
+            let (host, left) = self.host_at(addr)?;
+            let here = count.min(to_usize(left & !(1 << READ_ONLY_AT)));
+            // SAFETY: as in `Region::get_slice`: the slot has `left` bytes of host memory from here on.
+            let slice = unsafe { VolatileSlice::with_bitmap(host.as_ptr(), here, untracked, None) };
+            return Some((slice, left >> READ_ONLY_AT != 0));
         }
-        let found = self.view().translate(self.address_space(), Gpa::new(addr.0))?;
-        let host = std::ptr::with_exposed_provenance_mut(to_usize(found.hva.get()));
-        let here = count.min(to_usize(found.bytes_left));
-        let bitmap = B::slice_of(|| self.map().get(found.slot), addr)?;
-        // SAFETY: as in `Region::get_slice`: the slot has `bytes_left` bytes of host memory from here on.
-        let slice = unsafe { VolatileSlice::with_bitmap(host, here, bitmap, None) };
-        Some((slice, found.flags.contains(SlotFlags::READONLY)))
+        let (region, offset) = self.locate(addr)?;
+        let left = to_usize(region.len() - offset.0);
+        Some((region.get_slice(offset, count.min(left)).ok()?, region.is_read_only()))
     }
 }
 

@@ -1,6 +1,7 @@
 //! A slot with host memory, as vm-memory's region.
 
 use std::any::Any;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use memslot::{Slot, SlotFlags};
@@ -81,6 +82,13 @@ impl<B> Region<B> {
     #[inline]
     fn host(&self) -> *mut u8 {
         self.host.map_addr(|address| address & !READ_ONLY)
+    }
+
+    /// The host memory of an address, and how much of it there is, if the address lies in the region.
+    #[inline]
+    pub(crate) fn host_at(&self, addr: GuestAddress) -> Option<(NonNull<u8>, u64)> {
+        let offset = self.offset_of(addr)?.0;
+        Some((NonNull::new(self.host().wrapping_add(to_usize(offset)))?, self.len - offset))
     }
 
     /// Where an address of the region lies in it.

@@ -25,19 +25,14 @@ pub(crate) mod sealed {
     use std::sync::Arc;
 
     use memslot::Slot;
-    use vm_memory::GuestAddress;
     use vm_memory::bitmap::{BS, Bitmap};
 
     use crate::log::{LogSlice, Marks, SlotLog};
-    use crate::region::{Region, to_usize};
+    use crate::memory::Memory;
 
     pub trait Make: Bitmap + Sized + 'static {
-        /// The part of the bitmap from an address in a region on. Where there is nothing to track the region is
-        /// not asked for.
-        fn slice_of<'a>(
-            region: impl FnOnce() -> Option<&'a Region<Self>>,
-            addr: GuestAddress,
-        ) -> Option<BS<'a, Self>>;
+        /// The bitmap of any memory, where nothing is tracked: then nobody needs the region for it.
+        fn untracked(memory: &Memory<Self>) -> Option<BS<'_, Self>>;
 
         /// The bitmap of a slot's region.
         ///
@@ -49,7 +44,7 @@ pub(crate) mod sealed {
 
     impl Make for () {
         #[inline]
-        fn slice_of<'a>(_: impl FnOnce() -> Option<&'a Region<()>>, _: GuestAddress) -> Option<()> {
+        fn untracked(_: &Memory<()>) -> Option<()> {
             Some(())
         }
 
@@ -59,12 +54,8 @@ pub(crate) mod sealed {
 
     impl Make for SlotLog {
         #[inline]
-        fn slice_of<'a>(
-            region: impl FnOnce() -> Option<&'a Region<Self>>,
-            addr: GuestAddress,
-        ) -> Option<LogSlice<'a>> {
-            let region = region()?;
-            Some(region.bitmap_at(to_usize(region.offset_from_start(addr).0)))
+        fn untracked(_: &Memory<Self>) -> Option<LogSlice<'_>> {
+            None
         }
 
         #[expect(private_interfaces, reason = "as above")]

@@ -13,6 +13,10 @@
 //! settled   all have committed: nothing will be undone
 //! ```
 //!
+//! A listener that panics has failed, as with an error: the others hear the same, the table publishes what it had before,
+//! and then the panic goes on. Only a panic in `settled` takes nothing back. (One while the others are told, in `abort` or
+//! `undo`, is a second panic, and ends the process.)
+//!
 //! What it hears is an [`Update`]: the version before and the one after, the slots that changed, and the same
 //! change cut into [`Piece`]s: ranges of frames that lost their backing, keep it under another slot or other
 //! flags, or gained one. A listener that keeps something per page (mappings, dirty bits) wants the pieces: a

@@ -9,6 +9,7 @@
 //! never used twice.
 
 use core::fmt;
+use core::num::NonZeroU32;
 
 use bitflags::bitflags;
 
@@ -190,22 +191,44 @@ pub struct SlotSpec {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
-    base_gfn: u64,
-    /// The host address, or a device's token.
+    /// Below [`GFN_BITS`] the first guest frame, above it a [`Tag`], in the highest [`FILE_TOP`] a part of the file.
+    base_and_tag: u64,
+    /// The host address, with a part of the file in the bits that are 0 in a page's address; or a device's token.
     address: u64,
-    /// Where in the guest_memfd file the slot starts.
+    /// Where in the `guest_memfd` file the slot starts, again with a part of the file.
     file_offset: u64,
     generation: u64,
-    pages: u32,
-    id: SlotId,
-    file: u32,
-    address_space: AddressSpaceId,
-    flags: u8,
-    kind: Kind,
-    page: PageSize,
+    pages: NonZeroU32,
+    /// The id, and above [`MAX_SLOTS`] the last part of the file.
+    id_and_file: u32,
 }
 
-const _: () = assert!(size_of::<Slot>() == 48, "id leaves are sized for 48-byte slots");
+// A table has a slot's 40 bytes for each id, so every bit is used: a gfn has 52 bits (a guest physical address has
+// 64), a page's address and offset have 12 low ones that are 0, an id has 28. A `guest_memfd`'s number, which most
+// slots do not have, lies where those leave room.
+const _: () = assert!(size_of::<Option<Slot>>() == 40, "id leaves are sized for 40-byte slots");
+
+/// Bits of a gfn.
+const GFN_BITS: u32 = 52;
+/// The bits of an address or offset that are 0 where a page begins, whatever its size.
+const IN_PAGE_BITS: u32 = 12;
+/// Bits of the file's number above those in the address and in the offset; as many lie above the id.
+const FILE_TOP: u32 = 4;
+const FILE_AT_BASE: u32 = 64 - FILE_TOP;
+
+const _: () = assert!(MAX_SLOTS == 1 << (32 - FILE_TOP) && 2 * (IN_PAGE_BITS + FILE_TOP) == 32);
+
+/// The small things, two bits each.
+struct Tag;
+
+impl Tag {
+    const ADDRESS_SPACE: u32 = GFN_BITS;
+    const FLAGS: u32 = GFN_BITS + 2;
+    const KIND: u32 = GFN_BITS + 4;
+    const PAGE: u32 = GFN_BITS + 6;
+}
+
+const _: () = assert!(Tag::PAGE + 2 == FILE_AT_BASE);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -214,62 +237,114 @@ enum Kind {
     Device,
 }
 
+/// The lowest bits of a word.
+const fn low(word: u64, bits: u32) -> u64 {
+    word & ((1 << bits) - 1)
+}
+
 impl Slot {
-    /// The slot that `spec` describes. The table has checked it: pages fit, addresses do not wrap.
+    /// The slot that `spec` describes. The table has checked it: pages fit, addresses are aligned and do not wrap, id and
+    /// address space are such as a table can have.
     pub(crate) fn from_spec(spec: &SlotSpec, generation: u64, page: PageSize) -> Self {
         let (kind, address, file, file_offset) = match spec.backing {
             Backing::Host { hva } => (Kind::Host, hva.get(), 0, 0),
             Backing::GuestMemfd { hva, file, offset } => (Kind::GuestMemfd, hva.get(), file, offset),
             Backing::Device { token } => (Kind::Device, token, 0, 0),
         };
+        let (base, space) = (spec.gfns.start().get(), spec.address_space.get());
+        let id = spec.id.get();
+        debug_assert!(base >> GFN_BITS == 0 && space < 4 && id < MAX_SLOTS && spec.flags.bits() < 4);
+        debug_assert!(kind == Kind::Device || low(address | file_offset, IN_PAGE_BITS) == 0);
+        let page = match page {
+            PageSize::K4 => 0,
+            PageSize::K16 => 1,
+            PageSize::K64 => 2,
+        };
+        let tag = u64::from(space) << Tag::ADDRESS_SPACE
+            | u64::from(spec.flags.bits()) << Tag::FLAGS
+            | (kind as u64) << Tag::KIND
+            | page << Tag::PAGE;
+        let part = |at| low(u64::from(file >> at), IN_PAGE_BITS);
+        let top = file >> (2 * IN_PAGE_BITS);
         Self {
-            base_gfn: spec.gfns.start().get(),
-            address,
-            file_offset,
+            base_and_tag: base | tag | u64::from(top) << FILE_AT_BASE,
+            address: address | part(0),
+            file_offset: file_offset | part(IN_PAGE_BITS),
             generation,
-            pages: u32::try_from(spec.gfns.len()).unwrap_or(u32::MAX),
-            id: spec.id,
-            file,
-            address_space: spec.address_space,
-            flags: u8::try_from(spec.flags.bits()).unwrap_or(0),
-            kind,
-            page,
+            pages: u32::try_from(spec.gfns.len()).ok().and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MAX),
+            id_and_file: id | top >> FILE_TOP << (32 - FILE_TOP),
         }
+    }
+
+    /// Two bits of the tag.
+    #[inline]
+    const fn tag(&self, at: u32) -> u64 {
+        low(self.base_and_tag >> at, 2)
+    }
+
+    #[inline]
+    const fn kind(&self) -> Kind {
+        match self.tag(Tag::KIND) {
+            0 => Kind::Host,
+            1 => Kind::GuestMemfd,
+            _ => Kind::Device,
+        }
+    }
+
+    /// The number of the `guest_memfd` file; 0 for other backings.
+    #[expect(clippy::cast_possible_truncation, reason = "each part has few bits")]
+    const fn file(&self) -> u32 {
+        match self.kind() {
+            Kind::GuestMemfd => {
+                low(self.address, IN_PAGE_BITS) as u32
+                    | (low(self.file_offset, IN_PAGE_BITS) as u32) << IN_PAGE_BITS
+                    | ((self.base_and_tag >> FILE_AT_BASE) as u32) << (2 * IN_PAGE_BITS)
+                    | self.id_and_file >> (32 - FILE_TOP) << (32 - FILE_TOP)
+            }
+            Kind::Host | Kind::Device => 0,
+        }
+    }
+
+    /// Where in its file the slot starts.
+    const fn file_offset(&self) -> u64 {
+        self.file_offset & !low(u64::MAX, IN_PAGE_BITS)
     }
 
     /// The slot's number.
     #[inline]
     #[must_use]
     pub const fn id(&self) -> SlotId {
-        self.id
+        SlotId::new(self.id_and_file & (MAX_SLOTS - 1))
     }
 
     /// The address space it belongs to.
     #[inline]
     #[must_use]
     pub const fn address_space(&self) -> AddressSpaceId {
-        self.address_space
+        #[expect(clippy::cast_possible_truncation, reason = "two bits")]
+        let number = self.tag(Tag::ADDRESS_SPACE) as u8;
+        AddressSpaceId::new(number)
     }
 
     /// Its first guest frame.
     #[inline]
     #[must_use]
     pub const fn base_gfn(&self) -> Gfn {
-        Gfn::new(self.base_gfn)
+        Gfn::new(low(self.base_and_tag, GFN_BITS))
     }
 
     /// How many pages it has; at least 1, at most [`MAX_PAGES_PER_SLOT`].
     #[inline]
     #[must_use]
     pub const fn pages(&self) -> u64 {
-        self.pages as u64
+        self.pages.get() as u64
     }
 
     /// The frames it covers.
     #[inline]
     #[must_use]
     pub const fn gfns(&self) -> GfnRange {
-        match GfnRange::with_len(Gfn::new(self.base_gfn), self.pages as u64) {
+        match GfnRange::with_len(self.base_gfn(), self.pages()) {
             Some(range) => range,
             None => unreachable!(),
         }
@@ -279,11 +354,13 @@ impl Slot {
     #[inline]
     #[must_use]
     pub const fn backing(&self) -> Backing {
-        let hva = Hva::new(self.address);
-        match self.kind {
-            Kind::Host => Backing::Host { hva },
-            Kind::GuestMemfd => Backing::GuestMemfd { hva, file: self.file, offset: self.file_offset },
-            Kind::Device => Backing::Device { token: self.address },
+        let address = self.address();
+        match self.kind() {
+            Kind::Host => Backing::Host { hva: Hva::new(address) },
+            Kind::GuestMemfd => {
+                Backing::GuestMemfd { hva: Hva::new(address), file: self.file(), offset: self.file_offset() }
+            }
+            Kind::Device => Backing::Device { token: address },
         }
     }
 
@@ -291,8 +368,8 @@ impl Slot {
     #[inline]
     #[must_use]
     pub const fn hva(&self) -> Option<Hva> {
-        match self.kind {
-            Kind::Host | Kind::GuestMemfd => Some(Hva::new(self.address)),
+        match self.kind() {
+            Kind::Host | Kind::GuestMemfd => Some(Hva::new(self.address())),
             Kind::Device => None,
         }
     }
@@ -300,22 +377,22 @@ impl Slot {
     /// The host addresses behind it, for backings that have some.
     #[must_use]
     pub fn hvas(&self) -> Option<HvaRange> {
-        HvaRange::with_len(self.hva()?, self.page.bytes_of(self.pages())?)
+        HvaRange::with_len(self.hva()?, self.page_size().bytes_of(self.pages())?)
     }
 
     /// The host address of a frame, or `None` outside the slot and for devices.
     #[must_use]
     pub fn hva_of(&self, gfn: Gfn) -> Option<Hva> {
         let offset = gfn.offset_from(self.base_gfn()).filter(|&offset| offset < self.pages())?;
-        self.hva()?.checked_add(self.page.bytes_of(offset)?)
+        self.hva()?.checked_add(self.page_size().bytes_of(offset)?)
     }
 
     /// A device's token for a frame (its token plus the offset in bytes); `None` outside and for memory.
     #[must_use]
     pub fn token_at(&self, gfn: Gfn) -> Option<u64> {
         let offset = gfn.offset_from(self.base_gfn()).filter(|&offset| offset < self.pages())?;
-        match self.kind {
-            Kind::Device => self.address.checked_add(self.page.bytes_of(offset)?),
+        match self.kind() {
+            Kind::Device => self.address.checked_add(self.page_size().bytes_of(offset)?),
             Kind::Host | Kind::GuestMemfd => None,
         }
     }
@@ -324,7 +401,9 @@ impl Slot {
     #[inline]
     #[must_use]
     pub const fn flags(&self) -> SlotFlags {
-        SlotFlags::from_bits_truncate(self.flags as u32)
+        #[expect(clippy::cast_possible_truncation, reason = "two bits")]
+        let bits = self.tag(Tag::FLAGS) as u32;
+        SlotFlags::from_bits_truncate(bits)
     }
 
     /// The generation that created this slot. Kept while the slot is moved, resized or given other flags;
@@ -339,15 +418,19 @@ impl Slot {
     #[inline]
     #[must_use]
     pub const fn page_size(&self) -> PageSize {
-        self.page
+        match self.tag(Tag::PAGE) {
+            0 => PageSize::K4,
+            1 => PageSize::K16,
+            _ => PageSize::K64,
+        }
     }
 
     /// What `create` would need to make this slot again.
     #[must_use]
     pub const fn spec(&self) -> SlotSpec {
         SlotSpec {
-            address_space: self.address_space,
-            id: self.id,
+            address_space: self.address_space(),
+            id: self.id(),
             gfns: self.gfns(),
             backing: self.backing(),
             flags: self.flags(),
@@ -357,40 +440,44 @@ impl Slot {
     /// The raw host address or token, as the indexes keep it.
     #[inline]
     pub(crate) const fn address(&self) -> u64 {
-        self.address
+        match self.kind() {
+            Kind::Device => self.address,
+            Kind::Host | Kind::GuestMemfd => self.address & !low(u64::MAX, IN_PAGE_BITS),
+        }
     }
 
     /// The number of pages as the indexes keep it.
     #[inline]
     pub(crate) const fn pages32(&self) -> u32 {
-        self.pages
+        self.pages.get()
     }
 
     /// Whether both slots put the same thing behind the same frame, wherever both cover a frame.
     pub(crate) fn same_backing_at_same_gfn(&self, other: &Self) -> bool {
-        let delta = other.base_gfn.wrapping_sub(self.base_gfn) << self.page.shift();
-        self.kind == other.kind
-            && self.file == other.file
-            && self.address.wrapping_add(delta) == other.address
-            && (self.kind != Kind::GuestMemfd || self.file_offset.wrapping_add(delta) == other.file_offset)
+        let delta = other.base_gfn().get().wrapping_sub(self.base_gfn().get()) << self.page_size().shift();
+        self.kind() == other.kind()
+            && self.file() == other.file()
+            && self.address().wrapping_add(delta) == other.address()
+            && (self.kind() != Kind::GuestMemfd
+                || self.file_offset().wrapping_add(delta) == other.file_offset())
     }
 }
 
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "slot {} ", self.id)?;
-        if self.address_space != AddressSpaceId::NORMAL {
-            write!(f, "(address space {}) ", self.address_space)?;
+        write!(f, "slot {} ", self.id())?;
+        if self.address_space() != AddressSpaceId::NORMAL {
+            write!(f, "(address space {}) ", self.address_space())?;
         }
-        write!(f, "{}", ByteExtent { gfns: self.gfns(), page: self.page })
+        write!(f, "{}", ByteExtent { gfns: self.gfns(), page: self.page_size() })
     }
 }
 
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Slot")
-            .field("id", &self.id)
-            .field("address_space", &self.address_space)
+            .field("id", &self.id())
+            .field("address_space", &self.address_space())
             .field("gfns", &self.gfns())
             .field("backing", &self.backing())
             .field("flags", &self.flags())
@@ -416,5 +503,47 @@ impl fmt::Display for ByteExtent {
             unit += 1;
         }
         write!(f, "[{start:#x}, +{size} {})", UNITS[unit])
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    /// Every field at its smallest, its largest and something between, with all others at each end.
+    #[test]
+    fn a_slot_is_what_it_was_made_of() {
+        for page in [PageSize::K4, PageSize::K16, PageSize::K64] {
+            let last_page = u64::MAX << page.shift();
+            let mut backings = [0, 1, u64::MAX].map(|token| Backing::Device { token }).to_vec();
+            for hva in [0, page.bytes(), last_page].map(Hva::new) {
+                backings.push(Backing::Host { hva });
+                for file in [0, 1, 0xabc, 0xdef_abc, 0x1234_5678, u32::MAX, 1 << 31, 0xf << 24] {
+                    for offset in [0, page.bytes(), last_page] {
+                        backings.push(Backing::GuestMemfd { hva, file, offset });
+                    }
+                }
+            }
+            for backing in backings {
+                for (space, id, flags) in [(0, 0, 0), (1, 5, 1), (3, MAX_SLOTS - 1, 3)] {
+                    for (base, pages) in
+                        [(0, 1), (7, MAX_PAGES_PER_SLOT), ((1 << (64 - page.shift())) - 1, 1)]
+                    {
+                        let spec = SlotSpec {
+                            address_space: AddressSpaceId::new(space),
+                            id: SlotId::new(id),
+                            gfns: GfnRange::with_len(Gfn::new(base), pages).unwrap(),
+                            backing,
+                            flags: SlotFlags::from_bits_truncate(flags),
+                        };
+                        let slot = Slot::from_spec(&spec, u64::MAX - 1, page);
+                        assert_eq!(slot.spec(), spec);
+                        assert_eq!((slot.generation(), slot.page_size()), (u64::MAX - 1, page));
+                        assert_eq!(slot.hva(), backing.hva());
+                        assert!(slot.same_backing_at_same_gfn(&slot));
+                    }
+                }
+            }
+        }
     }
 }

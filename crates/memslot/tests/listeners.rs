@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use common::Random;
@@ -149,11 +150,13 @@ struct Recorder {
     name: String,
     calls: Calls,
     fails_in: &'static str,
+    panics: bool,
 }
 
 impl Recorder {
     fn call(&self, what: &'static str) -> Result<(), ListenerError> {
         self.calls.lock().unwrap().push(format!("{what} {}", self.name));
+        assert!(!self.panics || self.fails_in != what, "on purpose");
         if self.fails_in == what { Err("on purpose".into()) } else { Ok(()) }
     }
 }
@@ -186,12 +189,16 @@ impl Listener for Recorder {
 
 /// A table with three listeners a, b, c of which one fails.
 fn recorded(failing: &str, fails_in: &'static str) -> (SlotTable, Calls) {
+    recorded_until(failing, fails_in, false)
+}
+
+fn recorded_until(failing: &str, fails_in: &'static str, panics: bool) -> (SlotTable, Calls) {
     let mut table = SlotTable::new(Limits::default()).unwrap();
     table.create(spec(0, 0, 16, 1000)).unwrap();
     let calls = Calls::default();
     for name in ["a", "b", "c"] {
         let fails_in = if name == failing { fails_in } else { "" };
-        let recorder = Recorder { name: name.to_owned(), calls: calls.clone(), fails_in };
+        let recorder = Recorder { name: name.to_owned(), calls: calls.clone(), fails_in, panics };
         table.add_listener(Box::new(recorder)).unwrap();
     }
     (table, calls)
@@ -272,6 +279,37 @@ fn whoever_has_committed_is_undone_when_a_later_one_fails() {
             "the change and its taking back were published"
         );
     }
+}
+
+/// Nobody is left with half a change: readers that act on a version nobody follows would act on memory that goes.
+#[test]
+fn a_panic_is_taken_back_like_an_error() {
+    let prepared = "prepare a, prepare b, prepare c, ";
+    for (failing, fails_in, expected, published) in [
+        ("a", "prepare", "prepare a".to_owned(), 0),
+        ("c", "prepare", format!("{prepared}abort b, abort a"), 0),
+        ("a", "commit", format!("{prepared}commit a, abort c, abort b"), 2),
+        ("b", "commit", format!("{prepared}commit a, commit b, abort c, undo a"), 2),
+        ("c", "commit", format!("{prepared}commit a, commit b, commit c, undo b, undo a"), 2),
+    ] {
+        let (mut table, calls) = recorded_until(failing, fails_in, true);
+        let (before, generation) = (frames(table.view()), table.view().generation());
+        let nodes = table.stats().nodes;
+        let held = table.snapshot();
+        catch_unwind(AssertUnwindSafe(|| table.delete(RAM, SlotId::new(0)))).unwrap_err();
+        assert_eq!(said(&calls), expected);
+        assert_eq!(frames(table.view()), before);
+        assert_eq!(frames(&held), before);
+        assert_eq!(table.view().generation(), generation + published);
+        drop(held);
+        table.reclaim();
+        assert_eq!((table.stats().nodes, table.stats().versions), (nodes, 1));
+    }
+    // All have followed: the change stays.
+    let (mut table, calls) = recorded_until("b", "settled", true);
+    catch_unwind(AssertUnwindSafe(|| table.delete(RAM, SlotId::new(0)))).unwrap_err();
+    assert_eq!(said(&calls), format!("{prepared}commit a, commit b, commit c, settled a, settled b"));
+    assert!(table.view().is_empty());
 }
 
 /// Fails every third time, in the middle of a long life.

@@ -1,8 +1,11 @@
 //! `hotplug`: memory comes and goes while Linux runs, and a program in the guest looks whether it sees just what it should.
 //!
-//! Debian's kernel has no probe file for memory, and there is no driver for ours. So the memory that is plugged in lies above all that
-//! the kernel knows, and the guest's program maps it through `/dev/mem`. It calls for each change and then looks. While it
-//! does, other processes of the guest fill and check ordinary memory.
+//! Debian's kernel has no probe file for memory (`# CONFIG_ARCH_MEMORY_PROBE is not set`), and there is no driver for ours. So the memory
+//! that is plugged in lies above all that the kernel knows, and the guest's program maps it through `/dev/mem`. It calls for each change and
+//! then looks. While it does, other processes of the guest fill and check ordinary memory.
+//!
+//! The same happens to a *window*, a slot of the machine's own addresses: the firmware's ROM at the end of the first megabyte, which the
+//! guest sees there as well, and can compare.
 //!
 //! An access to nothing (or a write to ROM) comes out and is completed as the bus of a PC would: reads are all ones, writes
 //! are lost. Not to have to decode the instruction, the hypervisor lets the program say where it goes on.
@@ -29,6 +32,15 @@ const OTHER_PLACE: u64 = PLACE + (32 << 20);
 const BYTES: u64 = 8 << 20;
 const ID: SlotId = SlotId::new(50);
 const UPPER: SlotId = SlotId::new(51);
+/// Where the window is, where it is moved to, and what is behind it.
+const WINDOW: u64 = PLACE + (48 << 20);
+const OTHER_WINDOW: u64 = PLACE + (56 << 20);
+const WINDOW_BYTES: u64 = 64 << 10;
+const FIRMWARE: u64 = 0xf_0000;
+const WINDOW_ID: SlotId = SlotId::new(52);
+const UPPER_WINDOW: SlotId = SlotId::new(53);
+/// The end of all this.
+const END: u64 = PLACE + (64 << 20);
 
 /// See the [module documentation](self).
 pub(crate) struct Hotplug {
@@ -51,6 +63,10 @@ impl Hotplug {
             let backing = Backing::Host { hva: Hva::new(self.hva + from) };
             spec(id.get(), frames(PLACE + from, PLACE + to), backing, SlotFlags::empty())
         };
+        let window = |id: SlotId, from: u64| {
+            let backing = Backing::Device { token: FIRMWARE + from };
+            spec(id.get(), frames(WINDOW + from, WINDOW + WINDOW_BYTES), backing, SlotFlags::empty())
+        };
         let middle = Gfn::new((PLACE + BYTES / 2) >> 12);
         guest.table.transaction(|tx| match what {
             0 => tx.create(slot(ID, 0, BYTES)),
@@ -66,7 +82,17 @@ impl Hotplug {
             }
             8 => tx.resize(SPACE, ID, (BYTES / 4) >> 12),
             9 => tx.resize(SPACE, ID, BYTES >> 12),
-            _ => tx.delete(SPACE, ID),
+            10 => tx.delete(SPACE, ID),
+            11 => tx.create(window(WINDOW_ID, 0)),
+            12 => tx.move_to(SPACE, WINDOW_ID, Gfn::new(OTHER_WINDOW >> 12)),
+            13 => tx.move_to(SPACE, WINDOW_ID, Gfn::new(WINDOW >> 12)),
+            14 => tx.split(SPACE, WINDOW_ID, Gfn::new((WINDOW + WINDOW_BYTES / 2) >> 12), UPPER_WINDOW),
+            15 => tx.delete(SPACE, UPPER_WINDOW),
+            16 => {
+                tx.create(window(UPPER_WINDOW, WINDOW_BYTES / 2))?;
+                tx.merge(SPACE, WINDOW_ID, UPPER_WINDOW)
+            }
+            _ => tx.delete(SPACE, WINDOW_ID),
         })
     }
 }
@@ -84,7 +110,7 @@ impl Scenario for Hotplug {
 
     fn hole(&mut self, turn: &mut Turn<'_>, gpa: Gpa, access: Access) -> Result<(), String> {
         let vcpu = &mut *turn.vcpu;
-        let is_there = (PLACE..OTHER_PLACE + BYTES).contains(&gpa.get());
+        let is_there = (PLACE..END).contains(&gpa.get());
         if !is_there || vcpu.vmcb.save.cpl != 3 || vcpu.registers.r14 != EXPECTS_NOTHING {
             return Err(format!("the guest accesses {gpa} ({access:?}), rip {:#x}", vcpu.vmcb.save.rip));
         }

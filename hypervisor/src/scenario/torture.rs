@@ -51,10 +51,10 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
     let mut host = Torture::new(turn.guest)?;
     prepare(turn.guest)?;
     start(turn.vcpu);
-    let mut faults = turn.guest.faults()?;
     if let Maps::Shadow(shadow) = turn.guest.maps {
         turn.vcpu.use_shadow(turn.guest, shadow)?;
     }
+    let mut faults = turn.guest.faults()?;
     loop {
         match turn.vcpu.run() {
             Exit::Fault { gpa, access } => {

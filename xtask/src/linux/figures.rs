@@ -11,6 +11,8 @@ pub(crate) struct Run {
     /// Words such as `("scenario", "dirty")` that say what was run.
     pub(crate) what: Vec<(&'static str, String)>,
     pub(crate) ended: Ended,
+    /// A second run, which should be just the same.
+    pub(crate) again: Option<Ended>,
     /// The same kernel and workload without the hypervisor.
     pub(crate) plain: Option<Ended>,
 }
@@ -18,17 +20,8 @@ pub(crate) struct Run {
 impl Run {
     /// Passed, or the reason why not.
     pub(crate) fn verdict(&self) -> Result<(), String> {
-        let ended = &self.ended;
-        let result = ended.figures.get("result").map(String::as_str);
-        match (ended.status, result) {
-            (None, _) => Err(format!("no end after {}", seconds(ended.wall))),
-            // The device that ends QEMU makes 2n + 1 of n; the hypervisor's n is 0x10 if all is well.
-            (Some(33), Some("PASS")) => Ok(()),
-            (_, Some(result)) if result != "PASS" => Err(result.to_owned()),
-            (Some(status), _) => {
-                Err(format!("QEMU ended with status {status}, the machine was reset or crashed"))
-            }
-        }
+        verdict(&self.ended)?;
+        self.again.as_ref().map_or(Ok(()), |again| same(&self.ended, again))
     }
 
     /// How many ticks of the time stamp counter that is: the guest's first program and the hypervisor say what the counter was at
@@ -116,6 +109,39 @@ impl Run {
             fields.push(format!("{}: {value}", quoted(name)));
         }
         format!("{{{}}}", fields.join(", "))
+    }
+}
+
+fn verdict(ended: &Ended) -> Result<(), String> {
+    let result = ended.figures.get("result").map(String::as_str);
+    match (ended.status, result) {
+        (None, _) => Err(format!("no end after {}", seconds(ended.wall))),
+        // The device that ends QEMU makes 2n + 1 of n; the hypervisor's n is 0x10 if all is well.
+        (Some(33), Some("PASS")) => Ok(()),
+        (_, Some(result)) if result != "PASS" => Err(result.to_owned()),
+        (Some(status), _) => {
+            Err(format!("QEMU ended with status {status}, the machine was reset or crashed"))
+        }
+    }
+}
+
+/// Whether two runs said the same.
+fn same(one: &Ended, other: &Ended) -> Result<(), String> {
+    let mut lines = one.console.lines().zip(other.console.lines());
+    if let Some((line, other)) = lines.find(|(line, other)| line != other) {
+        return Err(format!(
+            "the second run's console differs: {:?} is {:?} there",
+            line.trim(),
+            other.trim()
+        ));
+    }
+    if one.console.len() != other.console.len() {
+        return Err("the second run's console has another length".to_owned());
+    }
+    let differs = |name: &&String| one.figures.get(*name) != other.figures.get(*name);
+    match one.figures.keys().chain(other.figures.keys()).find(differs) {
+        Some(name) => Err(format!("the second run's figure {name:?} differs")),
+        None => Ok(()),
     }
 }
 
@@ -231,7 +257,23 @@ mod tests {
         let figures = figures.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let wall = Duration::from_secs(3);
         let ended = Ended { wall, processor: None, userland: None, console: String::new(), figures, status };
-        Run { what: vec![("scenario", "boot".to_owned())], ended, plain: None }
+        Run { what: vec![("scenario", "boot".to_owned())], ended, again: None, plain: None }
+    }
+
+    #[test]
+    fn a_second_run_must_say_the_same() {
+        let twice = |console: &str, faults: &str| {
+            let run = |console: &str, faults: &str| {
+                let mut run = ended(Some(33), &[("result", "PASS"), ("exits.faults", faults)]);
+                console.clone_into(&mut run.ended.console);
+                run
+            };
+            Run { again: Some(run(console, faults).ended), ..run("one\ntwo\n", "7") }.verdict()
+        };
+        assert_eq!(twice("one\ntwo\n", "7"), Ok(()));
+        assert!(twice("one\ntwo!\n", "7").unwrap_err().contains("two!"));
+        assert!(twice("one\ntwo\nthree\n", "7").is_err() && twice("one\n", "7").is_err());
+        assert!(twice("one\ntwo\n", "8").unwrap_err().contains("exits.faults"));
     }
 
     #[test]
@@ -266,6 +308,7 @@ mod tests {
             text.contains("faults 1 234 567") && text.contains("differ 0") && !text.contains("calls"),
             "{text}"
         );
+        assert!(text.contains("1: 4 000, 3-4: 6, 9-16: 5"), "{text}");
         let several = ended(
             Some(33),
             &[
@@ -282,7 +325,6 @@ mod tests {
         assert!(text.contains("10.0 % of the time, faults 6.0 %, ticks 4.0 %\n"), "{text}");
         let processors = "0: 12 345 faults, brought out 0 times; 1: 7 faults, brought out 1 times";
         assert!(text.contains(processors), "{text}");
-        assert!(text.contains("1: 4 000, 3-4: 6, 9-16: 5"), "{text}");
         let json = run.json();
         assert!(
             json.contains("\"verdict\": \"a \\\"b\\\"\"") && json.contains("\"exits.faults\": 1234567"),

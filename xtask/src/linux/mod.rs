@@ -70,9 +70,12 @@ pub(crate) struct Args {
     /// Run the same without the hypervisor first, and compare the times
     #[arg(long)]
     plain: bool,
-    /// Let the machine's time follow its instructions: two runs are the same to the byte
+    /// Let the machine's time follow its instructions (QEMU's -icount): each run is like the last, to the byte
     #[arg(long)]
-    repeatable: bool,
+    icount: bool,
+    /// Run it twice, and fail if console or figures differ in a byte
+    #[arg(long, requires = "icount")]
+    twice: bool,
     /// Show the console only if something fails
     #[arg(long)]
     quiet: bool,
@@ -296,12 +299,14 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
         1 => 1,
         more => more + 1,
     };
-    let mut qemu = machine::qemu(args.cpu(), args.memory + copy + (304 << 20), processors, args.repeatable);
+    let mut qemu = machine::qemu(args.cpu(), args.memory + copy + (304 << 20), processors, args.icount);
     let figures = files.folder.join("figures");
     qemu.arg("-debugcon").arg(format!("file:{}", figures.display()));
     qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-append", &words]);
     qemu.arg("-kernel").arg(&files.hypervisor).arg("-initrd").arg(&container);
-    let ended = machine::run(&mut qemu, &figures, Duration::from_secs(args.time_limit), !args.quiet)?;
+    let limit = Duration::from_secs(args.time_limit);
+    let ended = machine::run(&mut qemu, &figures, limit, !args.quiet)?;
+    let again = if args.twice { Some(machine::run(&mut qemu, &figures, limit, false)?) } else { None };
     let what = vec![
         ("scenario", word(&scenario)),
         ("paging", word(&args.paging)),
@@ -312,12 +317,12 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
         ("kaslr", (!args.no_kaslr).to_string()),
         ("smp", args.smp.to_string()),
     ];
-    Ok(Run { what, ended, plain })
+    Ok(Run { what, ended, again, plain })
 }
 
 /// The same without the hypervisor.
 fn plain(args: &Args, files: &Files, command_line: &str) -> Result<Ended> {
-    let mut qemu = machine::qemu(args.cpu(), args.memory, args.smp, args.repeatable);
+    let mut qemu = machine::qemu(args.cpu(), args.memory, args.smp, args.icount);
     qemu.arg("-kernel")
         .arg(&files.kernel)
         .arg("-initrd")

@@ -7,11 +7,11 @@
 
 use std::borrow::Cow;
 
-use crate::engine::Got;
-use crate::history::Moment;
-use crate::replay::{Disagreement, Run, Unjudged};
-use crate::trace::{Answer, Bits, Call, Record, TraceError};
+use crate::engine::{Engine, Got};
+use crate::history::{MapSlot, Moment};
+use crate::trace::{Answer, Bits, Call, Record};
 use crate::units;
+use crate::verdict::Verdict;
 use crate::words::unknowable;
 
 /// How many calls of each kind were judged, and the bits in them.
@@ -63,96 +63,93 @@ impl Round {
     }
 }
 
-impl Run {
-    /// One of the calls that concern the dirty log.
-    pub(crate) fn dirty_log(&mut self, record: &Record) -> Result<(), TraceError> {
-        let vm = self.vm_of(record)?;
-        let now = self.now(record.line);
-        let engine = &mut self.vms[vm].engine;
+/// What the engine made of a call.
+pub(crate) struct Outcome {
+    /// The errno, or what is wrong although the call succeeded.
+    pub(crate) answer: Result<Option<String>, &'static str>,
+    /// The slot whose log was read, and the pages that the guest wrote.
+    pub(crate) round: Option<(MapSlot, Vec<(u64, u64)>)>,
+    /// How many bits the kernel reported.
+    pub(crate) reported: u64,
+}
+
+impl From<Result<Option<String>, &'static str>> for Outcome {
+    fn from(answer: Result<Option<String>, &'static str>) -> Self {
+        Self { answer, round: None, reported: 0 }
+    }
+}
+
+impl DirtyCalls {
+    /// Gives a call that concerns the dirty log to the engine; `None` if there is nothing to compare.
+    pub(crate) fn follow(&mut self, engine: &mut Engine, record: &Record) -> Option<Outcome> {
         let accepted = matches!(record.answer, Answer::Value(_));
-        let answer = match &record.call {
+        match &record.call {
             Call::CreateVcpu => {
                 if accepted {
                     engine.vcpu_created();
                 }
-                return Ok(());
+                None
             }
             Call::EnableCap { cap, flags, arg } => {
-                let Some(answer) = engine.enable_cap(*cap, *flags, *arg) else { return Ok(()) };
-                self.dirty.enable_cap += 1;
-                answer.map(|()| None)
+                let answer = engine.enable_cap(*cap, *flags, *arg)?;
+                self.enable_cap += 1;
+                Some(answer.map(|()| None).into())
             }
             Call::ResetRings => {
-                self.dirty.reset_rings += 1;
-                if engine.has_rings() { Ok(None) } else { Err("EINVAL") }
+                self.reset_rings += 1;
+                Some(if engine.has_rings() { Ok(None) } else { Err("EINVAL") }.into())
             }
             Call::DirtyLogUnprinted { slot, cleared } => {
-                self.dirty.unprinted += 1;
+                self.unprinted += 1;
                 if let Some(slot) = slot.filter(|_| accepted) {
                     engine.follow_unprinted(slot, *cleared);
                 }
-                return Ok(());
+                None
             }
             Call::GetDirtyLog { slot, bits } if accepted => {
-                self.dirty.get += 1;
-                self.dirty.bits += bits.runs.iter().map(|run| run.1).sum::<u64>();
-                let got = engine.get_dirty_log(*slot, bits);
-                if let Ok(got) = &got {
-                    if let Some(known) = engine.slot(slot >> 16, slot & 0xffff) {
-                        let session = self.vms[vm].session(known.address_space, known.id);
-                        self.vms[vm].rounds.push(Round {
-                            at: now,
-                            address_space: known.address_space,
-                            id: known.id,
-                            gpa: known.gpa,
-                            size: known.size,
-                            session,
-                            reported: bits.runs.iter().map(|run| run.1).sum(),
-                            written: got.written.clone(),
-                        });
+                let reported = bits.runs.iter().map(|run| run.1).sum();
+                self.get += 1;
+                self.bits += reported;
+                Some(match engine.get_dirty_log(*slot, bits) {
+                    Ok(got) => {
+                        let answer = Ok(contradiction(bits, &got));
+                        let known = engine.slot(slot >> 16, slot & 0xffff);
+                        Outcome { answer, round: known.map(|slot| (slot, got.written)), reported }
                     }
-                }
-                got.map(|got| contradiction(bits, &got))
+                    Err(errno) => Err(errno).into(),
+                })
             }
             Call::GetDirtyLog { slot, bits } => {
-                self.dirty.get += 1;
-                engine.get_dirty_log(*slot, bits).map(|_| None)
+                self.get += 1;
+                Some(engine.get_dirty_log(*slot, bits).map(|_| None).into())
             }
             Call::ClearDirtyLog { slot, first, mask } => {
-                self.dirty.clear += 1;
-                self.dirty.cleared += mask.runs.iter().map(|run| run.1).sum::<u64>();
-                engine.clear_dirty_log(*slot, *first, mask).map(|()| None)
+                self.clear += 1;
+                self.cleared += mask.runs.iter().map(|run| run.1).sum::<u64>();
+                Some(engine.clear_dirty_log(*slot, *first, mask).map(|()| None).into())
             }
-            _ => return Ok(()),
-        };
-        self.judge(record, answer);
-        Ok(())
-    }
-
-    /// Holds an answer (an errno, or what is wrong although the call succeeded) against the recorded one.
-    fn judge(&mut self, record: &Record, answer: Result<Option<String>, &'static str>) {
-        let (line, fd, key, call) = (record.line, record.fd, record.key(), describe(record));
-        let recorded = record.answer.to_string();
-        let known = ["EINVAL", "ENOENT", "ENXIO", "E2BIG"];
-        match &record.answer {
-            Answer::Value(_) => {}
-            Answer::Errno(name) if known.contains(&name.as_ref()) => {}
-            other => {
-                let why = unknowable(other).to_owned();
-                return self.unjudged.push(Unjudged { line, fd, call, recorded, why });
-            }
+            _ => None,
         }
-        self.compared += 1;
-        let (came, why) = match (&record.answer, answer) {
-            (Answer::Value(_), Ok(None)) => return,
-            (Answer::Value(_), Ok(Some(wrong))) => (recorded.clone(), wrong),
-            (Answer::Value(_), Err(errno)) => (errno.to_owned(), "KVM's rules refuse it".to_owned()),
-            (_, Ok(_)) => ("0".to_owned(), "no rule forbids it".to_owned()),
-            (Answer::Errno(name), Err(errno)) if *name == Cow::Borrowed(errno) => return,
-            (_, Err(errno)) => (errno.to_owned(), "KVM's rules refuse it for another reason".to_owned()),
-        };
-        self.disagreements.push(Disagreement { line, fd, key, call, recorded, came, why });
     }
+}
+
+/// Holds an answer (an errno, or what is wrong although the call succeeded) against the recorded one.
+pub(crate) fn judge(record: &Record, answer: Result<Option<String>, &'static str>) -> Verdict {
+    let known = ["EINVAL", "ENOENT", "ENXIO", "E2BIG"];
+    match &record.answer {
+        Answer::Value(_) => {}
+        Answer::Errno(name) if known.contains(&name.as_ref()) => {}
+        other => return Verdict::Unjudged { why: unknowable(other) },
+    }
+    let (came, why) = match (&record.answer, answer) {
+        (Answer::Value(_), Ok(None)) => return Verdict::Agreed,
+        (Answer::Value(_), Ok(Some(wrong))) => (record.answer.to_string(), wrong),
+        (Answer::Value(_), Err(errno)) => (errno.to_owned(), "KVM's rules refuse it".to_owned()),
+        (_, Ok(_)) => ("0".to_owned(), "no rule forbids it".to_owned()),
+        (Answer::Errno(name), Err(errno)) if *name == Cow::Borrowed(errno) => return Verdict::Agreed,
+        (_, Err(errno)) => (errno.to_owned(), "KVM's rules refuse it for another reason".to_owned()),
+    };
+    Verdict::Disagreed { came, why }
 }
 
 /// What is wrong with a recorded bitmap.
@@ -175,7 +172,8 @@ fn contradiction(recorded: &Bits, got: &Got) -> Option<String> {
     Some(format!("{pages} {what}"))
 }
 
-fn describe(record: &Record) -> String {
+/// The call as it is shown.
+pub(crate) fn describe(record: &Record) -> String {
     let name = &record.name;
     match &record.call {
         Call::EnableCap { cap, flags: 0, arg } => format!("{name} {{cap={cap}, args[0]={arg:#x}}}"),

@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use self::migration::{Link, Migration};
 use self::slots::SlotDirty;
-use crate::replay::{Disagreement, Replay};
+use crate::replay::Replay;
+use crate::verdict::Disagreement;
 
 /// Everything that `memslot dirty` says about one trace.
 #[derive(Serialize)]

@@ -8,7 +8,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use super::Refusal;
-use super::program::{Image, Kind};
+use super::image::{Image, Kind};
 
 const NAME: &str = "libmemslot_preload.so";
 const PRELOAD: &str = "LD_PRELOAD";

@@ -9,6 +9,7 @@
 
 mod child;
 mod control;
+mod image;
 mod library;
 mod program;
 mod summary;

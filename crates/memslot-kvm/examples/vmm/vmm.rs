@@ -9,7 +9,7 @@ use kvm_ioctls::Kvm;
 use memslot::dirty::{Consumer, DirtyLog};
 use memslot::*;
 use memslot_backing::{Backings, Memory};
-use memslot_kvm::{KvmSlots, Options, Vm};
+use memslot_kvm::{KvmSlots, NotRunning, Options, Vm};
 
 use crate::guest::{self, DIMM_PAGES, Mailbox, PROBED, RAM, RAM_PAGES};
 use crate::vcpu::{Mmio, Pauser, Runner};
@@ -229,8 +229,9 @@ pub(crate) fn run() -> Outcome {
     // VM, with a dirty log.
     let mut table = SlotTable::new(Limits { address_spaces: 1, ..Limits::default() })?;
     let backings = Backings::attach(&mut table)?;
+    // No vCPU runs yet; `set_vcpus` below comes once one does.
     // SAFETY: `backings` refuses slots on anything but adopted memory, which is used for the guest only.
-    let slots = unsafe { KvmSlots::attach(&mut table, Vm::of(&vm)?, Options::default()) }?;
+    let slots = unsafe { KvmSlots::attach(&mut table, Vm::of(&vm)?, NotRunning, Options::default()) }?;
     let log = slots.dirty_log(&mut table)?;
     let consumer = log.consumer()?;
 

@@ -12,13 +12,13 @@ use crate::common::{RAM, Random, random_op, spec};
 use crate::fake::{Writers, frames};
 use crate::{FRAMES, Rig};
 
-fn with_log(rig: &mut Rig) -> (DirtyLog, Consumer) {
+pub(crate) fn with_log(rig: &mut Rig) -> (DirtyLog, Consumer) {
     let log = rig.slots.dirty_log(&mut rig.table).unwrap();
     let consumer = log.consumer().unwrap();
     (log, consumer)
 }
 
-fn harvested(rig: &Rig, consumer: &Consumer) -> BTreeSet<u64> {
+pub(crate) fn harvested(rig: &Rig, consumer: &Consumer) -> BTreeSet<u64> {
     let harvest = rig.slots.harvest(consumer).unwrap();
     let pages = harvest.runs().flat_map(|run| run.gfns.start().get()..run.gfns.end().get()).collect();
     harvest.commit();
@@ -47,7 +47,7 @@ fn no_write_is_lost_in_a_change() {
                 }
                 // These come between the plan and the pause.
                 let late: Vec<u64> = (0..random.below(4)).map(|_| random.below(FRAMES)).collect();
-                rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: late.clone(), obey: true });
+                rig.slots.set_vcpus(Writers::of(&rig.fake, &late));
                 let before = rig.table.snapshot();
                 let fails = random.once_in(5);
                 rig.fake.inner().fail_in = fails.then(|| u32::try_from(random.below(3)).unwrap());
@@ -85,7 +85,7 @@ fn no_write_is_lost_in_a_change() {
     }
 }
 
-fn logs(rig: &Rig, gfn: u64) -> bool {
+pub(crate) fn logs(rig: &Rig, gfn: u64) -> bool {
     let slot = rig.table.view().slot_at(RAM, Gfn::new(gfn));
     slot.is_some_and(|slot| slot.hva().is_some() && slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES))
 }
@@ -117,7 +117,7 @@ fn who_asks_gets_the_pages_of_a_slot_that_went() {
     let consumer = log.consumer_keeping_removed().unwrap();
     rig.table.create(spec(0, 8, 8, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
     assert!(rig.fake.write(9));
-    rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: vec![15], obey: true });
+    rig.slots.set_vcpus(Writers::of(&rig.fake, &[15]));
     rig.table.delete(RAM, SlotId::new(0)).unwrap();
     assert_eq!(rig.pauses(), 1, "a write between the last look and the end would be lost");
     let removed = consumer.take_removed().unwrap();
@@ -134,7 +134,7 @@ fn who_asks_gets_the_pages_of_a_slot_that_is_not_logged_where_it_went() {
     let consumer = log.consumer_keeping_removed().unwrap();
     rig.table.create(spec(0, 8, 8, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
     assert!(rig.fake.write(9));
-    rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: vec![15], obey: true });
+    rig.slots.set_vcpus(Writers::of(&rig.fake, &[15]));
     rig.table
         .transaction(|tx| {
             tx.move_to(RAM, SlotId::new(0), Gfn::new(30))?;
@@ -230,7 +230,7 @@ fn a_change_that_is_taken_back_loses_no_write() {
             rig.refuse.store(true, Ordering::Relaxed);
         }
         // Before the change this is a page of slot 1, and before it is taken back one of slot 0.
-        rig.slots.set_vcpus(Writers { fake: rig.fake.clone(), frames: vec![25], obey: true });
+        rig.slots.set_vcpus(Writers::of(&rig.fake, &[25]));
         rig.table
             .transaction(|tx| {
                 tx.delete(RAM, SlotId::new(1))?;

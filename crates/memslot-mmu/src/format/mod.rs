@@ -100,8 +100,8 @@ pub trait Format: Copy + Send + Sync + 'static {
     /// allows reading at least, and `WRITE` in it makes the page writable at once.
     fn leaf(pfn: Pfn, level: Level, access: Access, memory: MemoryType) -> u64;
 
-    /// An entry that maps nothing. Different nonces make different entries, up to the bits that there are; nonce 0
-    /// is the entry 0.
+    /// An entry that maps nothing. Different nonces make different entries, up to the bits that there are, at least 50;
+    /// nonce 0 is the entry 0.
     fn empty(nonce: u64) -> u64;
 
     /// Whether the processor uses the entry.

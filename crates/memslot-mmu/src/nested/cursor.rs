@@ -29,12 +29,23 @@ impl At<'_> {
         self.base + self.level.pages()
     }
 
+    /// What to put into an empty entry so that it changes, whatever it was. Not [`Format::STALE`].
+    #[inline]
+    pub(crate) fn emptied<F: Format>(&self, nonce: u64) -> u64 {
+        let new = F::empty(nonce);
+        // It was emptied as many operations ago as entries have nonces.
+        if new == self.seen & !F::STALE { F::empty(nonce ^ HALF_OF_THE_NONCES) } else { new }
+    }
+
     /// Replaces the entry, if it is what it was.
     #[inline]
     pub(crate) fn replace(&self, new: u64) -> bool {
         super::install::exchange(self.entry, self.seen, new)
     }
 }
+
+/// A bit of a nonce that every format has room for.
+const HALF_OF_THE_NONCES: u64 = 1 << 49;
 
 /// What the cursor does next.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -10,11 +10,11 @@
 //!
 //! Nobody ever waits here: what cannot be freed yet stays where it is, for the next look.
 
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use memslot::OutOfMemory;
 
+use crate::counted::Counted;
 use crate::sync::{AtomicU64, Ordering, fence};
 
 /// Where a walker announces: 0 outside, else twice the epoch plus 1. Alone in its cache lines (processors fetch
@@ -59,22 +59,22 @@ impl Cell {
 }
 
 /// All cells; whoever looks at them has the lock that protects this.
-pub(crate) struct Cells(Vec<Arc<Cell>>);
+pub(crate) struct Cells(Vec<Counted<Cell>>);
 
 impl Cells {
     pub(crate) const fn new() -> Self {
         Self(Vec::new())
     }
 
-    pub(crate) fn add(&mut self) -> Result<Arc<Cell>, OutOfMemory> {
+    pub(crate) fn add(&mut self) -> Result<Counted<Cell>, OutOfMemory> {
         self.0.try_reserve(1).map_err(|_| OutOfMemory)?;
-        let cell = Arc::new(Cell(AtomicU64::new(0)));
+        let cell = Counted::new(Cell(AtomicU64::new(0)))?;
         self.0.push(cell.clone());
         Ok(cell)
     }
 
-    pub(crate) fn remove(&mut self, cell: &Arc<Cell>) {
-        self.0.retain(|other| !Arc::ptr_eq(other, cell));
+    pub(crate) fn remove(&mut self, cell: &Counted<Cell>) {
+        self.0.retain(|other| !other.is_same(cell));
     }
 
     /// Whether nobody is inside who entered before `stamp`. Epochs are compared by their distance, so a wrap does

@@ -2,7 +2,7 @@
 //!
 //! | change | mappings |
 //! |---|---|
-//! | frames lose their backing (delete, move, shrink) | zapped, those frames and no others |
+//! | frames lose their backing (delete, move, shrink) | zapped, those frames and no others; what was written is marked |
 //! | frames gain a backing | nothing was mapped, and nothing says "no memory here" |
 //! | the slot becomes read-only | stay, without writing |
 //! | it becomes writable again | stay; the next write faults |
@@ -19,10 +19,12 @@ use alloc::boxed::Box;
 
 use memslot::{GfnRange, Listener, ListenerError, PieceKind, Slot, SlotFlags, Snapshot, Update};
 
-use super::Mmu;
-use super::operation::Task;
+use super::operation::{STEP, Task};
 use super::protect::Take;
-use super::shared::{Published, try_box};
+use super::rearm::collect_dirty_bits;
+use super::shared::Published;
+use super::{Mmu, Shared};
+use crate::counted::try_box;
 use crate::flush::Flush;
 use crate::format::Format;
 use crate::host::Host;
@@ -71,11 +73,11 @@ impl<F: Format, H: Host> Follower<F, H> {
             match change {
                 Change::Removed(old) => {
                     let now = if forwards { update.after } else { update.before };
-                    let task =
-                        match now.slot(old.address_space(), old.id()).and_then(|new| self.moved(&old, new)) {
-                            Some(further) => Task::ZapMoved(further),
-                            None => Task::Zap,
-                        };
+                    let moved = now.slot(old.address_space(), old.id()).and_then(|new| self.moved(&old, new));
+                    let task = match moved.or(self.is_wanted(&old).then_some(0)) {
+                        Some(further) => Task::ZapMoved(further),
+                        None => Task::Zap,
+                    };
                     flush.merge(mmu.start(task, piece.gfns).run());
                 }
                 Change::Changed(old, new) => self.change(&mut flush, piece.gfns, &old, &new),
@@ -83,6 +85,41 @@ impl<F: Format, H: Host> Follower<F, H> {
             }
         }
         flush.discharge();
+    }
+
+    /// Where a logged slot takes the place of another, the log hears of what the processor wrote until now before the new
+    /// version is published: afterwards the marks are the new slot's.
+    fn collect_what_is_replaced(&self, update: &Update<'_>) {
+        let shared = &*self.mmu.shared;
+        if !shared.uses_dirty_bits() {
+            return;
+        }
+        let here = |space| update.pieces.iter().filter(move |piece| piece.address_space == space);
+        let gains = |gfns: GfnRange| {
+            here(shared.space()).any(|piece| match piece.kind {
+                PieceKind::Added { new } => piece.gfns == gfns && shared.is_logged(&new),
+                _ => false,
+            })
+        };
+        for piece in here(shared.space()) {
+            if let PieceKind::Removed { old } = piece.kind {
+                if shared.is_logged(&old) && gains(piece.gfns) {
+                    let (mut at, end) = ends(piece.gfns);
+                    while at < end.min(Shared::<F, H>::END) {
+                        let mut locked = shared.lock();
+                        at = collect_dirty_bits(&locked.pin().0, at, end, STEP);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether somebody wants to know what was written to a slot that goes: a consumer of what was deleted; and, where
+    /// nothing but the entries says so, the log, if the change is taken back.
+    fn is_wanted(&self, old: &Slot) -> bool {
+        let shared = &self.mmu.shared;
+        let keeps_removed = || shared.config.log.as_ref().is_some_and(|log| log.keeps_removed());
+        shared.is_logged(old) && (shared.uses_dirty_bits() || keeps_removed())
     }
 
     /// How much further the memory of a logged slot is, if it has moved and is logged still.
@@ -122,7 +159,6 @@ impl<F: Format, H: Host + Send + Sync + 'static> Listener for Follower<F, H> {
     }
 
     fn prepare(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
-        let _ = update;
         self.previous = None;
         let current = self.mmu.shared.current_view();
         for place in &mut self.reserved {
@@ -130,6 +166,7 @@ impl<F: Format, H: Host + Send + Sync + 'static> Listener for Follower<F, H> {
                 *place = Some(try_box(Published::new(current.clone()))?);
             }
         }
+        self.collect_what_is_replaced(update);
         Ok(())
     }
 

@@ -67,11 +67,10 @@ pub(crate) mod split;
 pub(crate) mod walker;
 pub(crate) mod zap;
 
+#[cfg(all(test, not(loom)))]
+mod counter_tests;
 #[cfg(all(test, loom))]
 mod loom_tests;
-
-use alloc::boxed::Box;
-use alloc::sync::Arc;
 
 use memslot::dirty::DirtyLog;
 use memslot::{AddressSpaceId, OutOfMemory, PageSize, SlotTable};
@@ -79,6 +78,7 @@ use memslot::{AddressSpaceId, OutOfMemory, PageSize, SlotTable};
 use self::follow::Follower;
 pub(crate) use self::shared::{Pin, Published, Shared};
 pub use self::walker::Walker;
+use crate::counted::{Counted, try_box};
 use crate::format::Format;
 use crate::host::{Context, Host, Pfn};
 use crate::level::Level;
@@ -210,7 +210,7 @@ pub struct Stats {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Mmu<F: Format, H: Host> {
-    pub(crate) shared: Arc<Shared<F, H>>,
+    pub(crate) shared: Counted<Shared<F, H>>,
 }
 
 impl<F: Format, H: Host> Clone for Mmu<F, H> {
@@ -226,6 +226,16 @@ impl<F: Format, H: Host + Send + Sync + 'static> Mmu<F, H> {
     /// # Errors
     /// [`AttachError`].
     pub fn attach(table: &mut SlotTable, host: H, config: Config) -> Result<Self, AttachError> {
+        Self::starting_at(table, host, config, 0)
+    }
+
+    /// With all counters at a value of the caller's choice, so that tests can go through the wrap.
+    pub(crate) fn starting_at(
+        table: &mut SlotTable,
+        host: H,
+        config: Config,
+        counters: u64,
+    ) -> Result<Self, AttachError> {
         let page = table.view().page_size();
         if page != PageSize::K4 {
             return Err(AttachError::PageSize(page));
@@ -233,9 +243,11 @@ impl<F: Format, H: Host + Send + Sync + 'static> Mmu<F, H> {
         if config.dirty == DirtyMode::Hardware && F::DIRTY == 0 {
             return Err(AttachError::NoDirtyBit { format: F::NAME });
         }
-        let shared = Arc::new(Shared::new(host, config, table.snapshot())?);
+        let shared = Shared::starting_at(host, config, table.snapshot(), counters)?;
+        let shared = Counted::new(shared).map_err(TableError::from)?;
         let mmu = Self { shared };
-        table.add_listener(Box::new(Follower::new(mmu.clone()))).map_err(TableError::from)?;
+        let follower = try_box(Follower::new(mmu.clone())).map_err(TableError::from)?;
+        table.add_listener(follower).map_err(TableError::from)?;
         Ok(mmu)
     }
 }

@@ -35,7 +35,7 @@ pub enum Work {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Task {
     Zap,
-    /// Zap, of memory that is so much further now.
+    /// Zap, of memory of a logged slot that is so much further now; 0 where the slot goes.
     ZapMoved(u64),
     /// The range is the first frame behind a border that no page may cross.
     Cut,
@@ -90,7 +90,7 @@ pub struct Operation<'m, F: Format, H: Host> {
 const COPIES: usize = 1024;
 
 /// How many entries an operation looks at while it holds the lock, if nobody says otherwise.
-const STEP: usize = 1 << 14;
+pub(crate) const STEP: usize = 1 << 14;
 
 impl<F: Format, H: Host> Mmu<F, H> {
     /// Begins an operation; nothing is done yet.

@@ -66,7 +66,7 @@ impl<F: Format, const EMPTIES: bool> Visit for Protect<F, EMPTIES> {
     const EMPTIES: bool = EMPTIES;
 
     fn empty(&mut self, at: &At<'_>) -> Next {
-        let new = F::empty(self.nonce) | at.seen & F::STALE;
+        let new = at.emptied::<F>(self.nonce) | at.seen & F::STALE;
         if at.replace(new) { Next::Done } else { Next::Again }
     }
 

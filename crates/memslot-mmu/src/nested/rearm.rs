@@ -1,6 +1,5 @@
 //! The dirty log's other half: noticing the next write to a page again, and what the processor's dirty bits say.
 
-use alloc::sync::Arc;
 use core::convert::Infallible;
 use core::marker::PhantomData;
 
@@ -11,7 +10,8 @@ use super::cursor::{At, Cursor, Next, Visit};
 use super::epoch::Cell;
 use super::protect::{Protect, Take};
 use super::shared::hull;
-use super::{Mmu, Shared};
+use super::{Mmu, Pin, Shared};
+use crate::counted::Counted;
 use crate::format::Format;
 use crate::host::Host;
 use crate::invalidate::{ends, range};
@@ -48,10 +48,11 @@ use crate::invalidate::{ends, range};
 /// ```
 pub struct DirtyRearm<F: Format, H: Host> {
     mmu: Mmu<F, H>,
-    cell: Arc<Cell>,
+    cell: Counted<Cell>,
     /// What was re-armed since the last flush.
     armed: Option<GfnRange>,
-    /// What of it processors must hear of.
+    /// What of it processors must hear of. As long as there is any, a flush is owed, for all that operations know: if
+    /// a harvest fails before it asks for its flush, others pay.
     changed: Option<GfnRange>,
 }
 
@@ -82,6 +83,18 @@ impl<F: Format, H: Host> Visit for Collect<'_, F, H> {
     }
 }
 
+/// Marks pages whose dirty bits are set, of frames that are logged, from `from` to `end`. Returns where it stopped after
+/// `budget` entries.
+pub(crate) fn collect_dirty_bits<F: Format, H: Host>(
+    pin: &Pin<'_, F, H>,
+    from: u64,
+    end: u64,
+    budget: usize,
+) -> u64 {
+    let mut collect = Collect::<F, H> { shared: pin.shared, format: PhantomData };
+    Cursor::new(pin, from, end, budget).run(from, &mut collect)
+}
+
 impl<F: Format, H: Host> DirtyRearm<F, H> {
     /// With [`DirtyMode::Hardware`](crate::DirtyMode::Hardware), marks the pages of logged slots whose dirty bits are
     /// set. To be called before each harvest; with write protection there is nothing to do.
@@ -93,11 +106,10 @@ impl<F: Format, H: Host> DirtyRearm<F, H> {
             return;
         }
         let pin = shared.pin(&self.cell);
-        let mut collect = Collect::<F, H> { shared, format: PhantomData };
         let view = &pin.published().view;
         for slot in view.slots(shared.space()).filter(|slot| shared.is_logged(slot)) {
             let (start, end) = ends(slot.gfns());
-            Cursor::new(&pin, start, end, usize::MAX).run(start, &mut collect);
+            collect_dirty_bits(&pin, start, end, usize::MAX);
         }
     }
 
@@ -125,7 +137,13 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
         let (start, end) = ends(gfns);
         Cursor::new(&pin, start, end, usize::MAX).run(start, &mut protect);
         self.armed = Some(hull(self.armed, gfns));
-        self.changed = protect.changed.map(|gfns| hull(self.changed, gfns)).or(self.changed);
+        if let Some(gfns) = protect.changed {
+            if self.changed.is_none() {
+                // Once a harvest: of all frames, as it is not known what else there will be.
+                shared.lock().owe(range(0, Shared::<F, H>::END), true);
+            }
+            self.changed = Some(hull(self.changed, gfns));
+        }
         Ok(())
     }
 
@@ -133,12 +151,16 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
         let shared = &*self.mmu.shared;
         let Some(armed) = self.armed.take() else { return Ok(()) };
         let mut changed = self.changed.take();
+        let own = usize::from(changed.is_some());
         // Whoever has protected or zapped such a page before may not have flushed yet.
-        if shared.lock().is_owed_beside(0, armed) {
+        if shared.lock().is_owed_beside(own, armed) {
             changed = Some(hull(changed, armed));
         }
         if let Some(gfns) = changed {
             shared.flush(gfns);
+        }
+        if own > 0 {
+            shared.lock().discharged(own);
         }
         Ok(())
     }
@@ -146,6 +168,8 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
 
 impl<F: Format, H: Host> Drop for DirtyRearm<F, H> {
     fn drop(&mut self) {
+        // What a harvest that failed has left.
+        let Ok(()) = Rearm::flush(self);
         self.mmu.shared.remove_cell(&self.cell);
     }
 }

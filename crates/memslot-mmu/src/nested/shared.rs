@@ -1,7 +1,6 @@
 //! What walkers and operations share, and the two ways to hold tables: a [`Pin`] in an epoch, and the lock.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 
@@ -10,6 +9,7 @@ use memslot::{AddressSpaceId, GfnRange, OutOfMemory, Slot, SlotFlags, Snapshot, 
 use super::epoch::{Cell, Cells, Epoch};
 use super::graves::{Chain, Grave, Graves};
 use super::{AttachError, Config, DirtyMode, Stats, TableError};
+use crate::counted::{Counted, try_box};
 use crate::format::Format;
 use crate::host::{Host, Pfn};
 use crate::invalidate::{Invalidations, ends, range};
@@ -40,7 +40,7 @@ pub(crate) struct Shared<F: Format, H: Host> {
     epoch: Epoch,
     pub(crate) invalidations: Invalidations,
     /// The last nonce that was given away.
-    nonce: AtomicU64,
+    pub(super) nonce: AtomicU64,
     flushes: AtomicU64,
     flushed_frames: AtomicU64,
     pub(crate) forgotten: AtomicU64,
@@ -75,11 +75,7 @@ pub(crate) struct Pending {
 }
 
 impl<F: Format, H: Host> Shared<F, H> {
-    pub(crate) fn new(host: H, config: Config, view: Snapshot) -> Result<Self, AttachError> {
-        Self::starting_at(host, config, view, 0)
-    }
-
-    /// With all counters at a value of the caller's choice, so that tests can go through the wrap.
+    /// With all counters at this value.
     pub(crate) fn starting_at(
         host: H,
         config: Config,
@@ -90,7 +86,8 @@ impl<F: Format, H: Host> Shared<F, H> {
         if limit < F::ROOT_TABLES {
             return Err(TableError::Limit { limit }.into());
         }
-        let published = try_box(Published::new(view)).map_err(TableError::from)?;
+        let published =
+            try_box(Published { serial: counters, ..Published::new(view) }).map_err(TableError::from)?;
         let root = host.allocate(F::ROOT_TABLES).ok_or(TableError::OutOfMemory)?;
         let state = State {
             cells: Cells::new(),
@@ -122,8 +119,17 @@ impl<F: Format, H: Host> Shared<F, H> {
     }
 
     /// A number for entries that are emptied, never given twice.
+    ///
+    /// An entry has room for fewer bits than a number has, so after some 2^50 operations entries are the same again as
+    /// those that were emptied then: whoever empties one looks that it changes. No entry becomes 0, which most are for
+    /// all that time.
     pub(crate) fn nonce(&self) -> u64 {
-        self.nonce.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+        loop {
+            let nonce = self.nonce.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+            if F::empty(nonce) != 0 {
+                return nonce;
+            }
+        }
     }
 
     /// The first frame that the tables cannot map.
@@ -199,11 +205,11 @@ impl<F: Format, H: Host> Shared<F, H> {
         unsafe { self.host.free(table, 1) };
     }
 
-    pub(crate) fn add_cell(&self) -> Result<Arc<Cell>, OutOfMemory> {
+    pub(crate) fn add_cell(&self) -> Result<Counted<Cell>, OutOfMemory> {
         self.lock().cells.add()
     }
 
-    pub(crate) fn remove_cell(&self, cell: &Arc<Cell>) {
+    pub(crate) fn remove_cell(&self, cell: &Counted<Cell>) {
         self.lock().cells.remove(cell);
     }
 
@@ -460,20 +466,4 @@ pub(crate) fn hull(a: Option<GfnRange>, b: GfnRange) -> GfnRange {
     }
     let ((a_start, a_end), (b_start, b_end)) = (ends(a), ends(b));
     range(a_start.min(b_start), a_end.max(b_end))
-}
-
-/// `Box::new` that can fail.
-pub(crate) fn try_box<T>(value: T) -> Result<Box<T>, OutOfMemory> {
-    use alloc::alloc::{Layout, alloc};
-    const { assert!(size_of::<T>() > 0) };
-    // SAFETY: the size is not zero.
-    let memory: *mut T = unsafe { alloc(Layout::new::<T>()) }.cast();
-    if memory.is_null() {
-        return Err(OutOfMemory);
-    }
-    // SAFETY: fresh memory of a box's layout, which is written before it becomes one.
-    unsafe {
-        memory.write(value);
-        Ok(Box::from_raw(memory))
-    }
 }

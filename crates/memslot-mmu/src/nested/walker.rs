@@ -1,13 +1,12 @@
 //! A thread's own access to the tables.
 
-use alloc::sync::Arc;
-
 use memslot::{Gfn, GfnRange, Gpa, OutOfMemory};
 
 use super::epoch::Cell;
 use super::fault::{Attempt, Fault, FaultError, LastSlot, Wish};
 use super::{Mmu, Shared};
 use crate::cache::Cache;
+use crate::counted::Counted;
 use crate::format::{Access, Format, MemoryType};
 use crate::host::{Host, Pfn};
 use crate::invalidate::ends;
@@ -18,7 +17,7 @@ use crate::level::{Level, PAGE_SHIFT};
 /// Its calls take no lock, but for tables when its own few are used up, and wait for nobody.
 pub struct Walker<F: Format, H: Host> {
     pub(super) mmu: Mmu<F, H>,
-    pub(super) cell: Arc<Cell>,
+    pub(super) cell: Counted<Cell>,
     cache: Cache,
     last_slot: LastSlot,
 }

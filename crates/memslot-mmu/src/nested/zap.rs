@@ -25,8 +25,8 @@ pub(crate) struct Zap<'a, F: Format, H: Host> {
     pub(crate) graves: &'a mut Graves,
     pub(crate) tables: &'a mut Chain,
     pub(crate) nonce: u64,
-    /// For memory that is at other frames now: those it was at, and how much further it is. What has been written is
-    /// marked there.
+    /// For memory of a logged slot that is at other frames now, or nowhere: the frames it was at, and how much further it
+    /// is (0 if nowhere). What has been written is marked there.
     pub(crate) moved: Option<(GfnRange, u64)>,
     /// What has changed.
     pub(crate) changed: Option<GfnRange>,
@@ -61,7 +61,7 @@ impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
     const EMPTIES: bool = true;
 
     fn empty(&mut self, at: &At<'_>) -> Next {
-        let mut new = F::empty(self.nonce);
+        let mut new = at.emptied::<F>(self.nonce);
         if at.seen & F::STALE != 0 {
             // Of what a fault has emptied, processors may use all; this operation flushes its own range.
             if !at.whole {

@@ -1,6 +1,8 @@
 //! What must hold between any two changes, written down a second time.
 
-use super::descriptor::{CELLS, Head};
+use core::ptr;
+
+use super::descriptor::{CELLS, Descriptor, Head, Place, flag};
 use super::filed::Filed;
 use super::heads::List;
 use super::writer::Writer;
@@ -19,43 +21,61 @@ impl<E: RmapEntry> Writer<E> {
         let (number, home) = list.number_and_home();
         let shared = &*self.shared;
         require(home == shared.identity(), "a list is its reverse map's")?;
-        let filed = |word: u64, place: Filed| {
-            let entry = core::num::NonZeroU64::new(word).map(E::from_word);
-            require(entry.and_then(&record) == Some(place), "an entry's record says where it is")
+        // Where there is no doubt without, the place is not in the record.
+        let filed = |word: u64, place: Option<Place>| {
+            let record = core::num::NonZeroU64::new(word).map(E::from_word).and_then(&record);
+            let record = record.ok_or("an entry has a record")?;
+            require(record.list() == number, "an entry's record says in which list it is")?;
+            require(
+                place.is_none_or(|place| record.place() == place),
+                "an entry's record says where in its list it is",
+            )
         };
         // SAFETY: the list's own head.
         let mut at = match unsafe { Head::new(list.head.load(Ordering::Relaxed)) } {
             Head::Empty => return Ok(()),
-            Head::One(word) => return filed(word, Filed::alone(number)),
+            Head::One(word) => return filed(word, None),
             Head::Many(first) => Some(first),
         };
-        let mut left = at.map_or(0, |first| first.count());
+        let mut left = at.map_or(0, Descriptor::total) as usize;
+        let is_only = left <= CELLS;
         require(left >= 2, "a list of fewer than two entries has no descriptors")?;
         let mut is_first = true;
         while let Some(descriptor) = at {
-            let (next, index) = (descriptor.next(), descriptor.index.load(Ordering::Relaxed));
-            let side =
-                shared.descriptors.sides.get(index).ok_or("a descriptor has a number that was given out")?;
-            require(side.owner.load(Ordering::Relaxed) == number, "a descriptor knows its list")?;
-            require(is_first || next.filled() == CELLS, "all descriptors but the first are full")?;
-            require((1..=CELLS).contains(&next.filled()), "no descriptor is empty")?;
-            for cell in 0..CELLS {
-                let word = descriptor.get(cell);
-                if cell < next.filled() {
-                    require(word != 0 && word & 7 == 0, "a filled cell has an entry")?;
-                    filed(word, Filed::in_cell(number, index, cell))?;
-                }
-            }
-            left = left.checked_sub(next.filled()).ok_or("the counts are not too small")?;
+            let (place, flags) = (descriptor.place(), descriptor.flags());
+            let itself = shared.descriptors.all.get(place.index());
+            require(itself.is_some_and(|itself| ptr::eq(itself, descriptor)), "a descriptor has its number")?;
             require(
-                descriptor.behind.load(Ordering::Relaxed) as usize == left,
-                "a descriptor counts those behind it",
+                is_first || descriptor.is_covered_in(number),
+                "a descriptor that is covered knows its list",
             )?;
-            // SAFETY: read from a descriptor of the list.
-            at = unsafe { next.descriptor() };
+            require(is_first || place.cell() == CELLS, "all descriptors but the first are full")?;
+            require((1..=CELLS).contains(&place.cell()), "no descriptor is empty")?;
+            let untold = flags & flag::UNTOLD != 0;
+            require(!untold || is_only, "only the record of the oldest entry of one descriptor is not told")?;
+            for cell in 0..place.cell() {
+                let word = descriptor.cells[cell].load(Ordering::Relaxed);
+                require(word != 0 && word & 7 == 0, "a filled cell has an entry")?;
+                filed(word, if untold && cell == 0 { None } else { Some(place.with_cell(cell)) })?;
+            }
+            left = left.checked_sub(place.cell()).ok_or("the count is not too small")?;
+            // SAFETY: a descriptor of the list.
+            at = unsafe { descriptor.next() };
             is_first = false;
         }
-        require(left == 0, "the counts are not too large")
+        require(left == 0, "the count is not too large")
+    }
+
+    /// Whether this entry is where it is found by its list alone: in the head, or in the first cell of the first descriptor.
+    #[doc(hidden)]
+    pub fn is_first(&self, list: List<'_, E>, entry: E) -> bool {
+        // SAFETY: the list's own head.
+        let word = match unsafe { Head::new(list.head.load(Ordering::Relaxed)) } {
+            Head::Empty => 0,
+            Head::One(word) => word,
+            Head::Many(first) => first.cells[0].load(Ordering::Relaxed),
+        };
+        word == entry.into_word().get()
     }
 
     /// That an entry is not filed where its record says, which is the error that removing it would be.

@@ -2,7 +2,7 @@
 
 use core::ptr;
 
-use super::arena::{Arena, AtomicU32, Object};
+use super::arena::{Arena, AtomicU32, INDEX_BITS, Object};
 use crate::sync::{AtomicU64, Ordering};
 
 /// How many entries a descriptor has room for. Models run by loom have small ones.
@@ -14,7 +14,7 @@ pub(super) const TAG_BITS: u64 = 0b111;
 const MANY: u64 = 1;
 /// The low bits of a descriptor's address, which are clear.
 const LOW_BITS: u64 = align_of::<Descriptor>() as u64 - 1;
-const _: () = assert!(CELLS as u64 <= LOW_BITS && MANY & TAG_BITS == MANY);
+const _: () = assert!(MANY & TAG_BITS == MANY);
 
 /// What the one word of a list says.
 #[derive(Clone, Copy)]
@@ -60,16 +60,16 @@ fn address(word: u64) -> *const Descriptor {
     ptr::with_exposed_provenance(address)
 }
 
-/// Two cache lines with up to [`CELLS`] entries. What walkers of short lists need is in the first.
+/// Two cache lines with up to [`CELLS`] entries. What a change or a walk of a short list needs is in the first.
 #[repr(C, align(128))]
 pub(super) struct Descriptor {
-    /// The next descriptor's address, and in its low bits how many cells are filled here: see [`Next`].
+    /// The next descriptor's address, which stays while walkers may be here, and in its low bits flags of the writer's.
     next: AtomicU64,
-    /// How many entries are behind this descriptor. Does not change while it is in a list.
-    pub(super) behind: AtomicU32,
-    /// This descriptor's own number.
-    pub(super) index: AtomicU32,
-    /// The entries' words, filled from the first on.
+    /// In the first of a list: how many entries the list has. In others: the list's number, and [`COVERED`].
+    total: AtomicU32,
+    /// This descriptor's own number, and in the low bits how many cells are filled: see [`Place`].
+    place: AtomicU32,
+    /// The entries' words, filled from the first on. Behind the last filled one there are leftovers.
     pub(super) cells: [AtomicU64; CELLS],
 }
 
@@ -82,59 +82,108 @@ unsafe impl Object for Descriptor {
     fn fresh() -> Self {
         Self {
             next: AtomicU64::new(0),
-            behind: AtomicU32::new(0),
-            index: AtomicU32::new(0),
+            total: AtomicU32::new(0),
+            place: AtomicU32::new(0),
             cells: core::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 }
 
-/// What follows a descriptor, and how many of its cells are filled: read and written as one.
-#[derive(Clone, Copy)]
-pub(super) struct Next(u64);
+/// log2 of the cells that a place can name.
+const CELL_BITS: u32 = 4;
+const CELL_MASK: u32 = (1 << CELL_BITS) - 1;
+const _: () = assert!(CELL_BITS + INDEX_BITS <= 32 && CELLS < CELL_MASK as usize);
 
-impl Next {
+/// A descriptor's number and one of its cells; in the descriptor itself, the first cell that is not filled. So what the
+/// descriptor says before an entry is appended is where the entry goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place(pub(super) u32);
+
+impl Place {
+    /// Of an entry in the head. No descriptor has such a number or so many cells.
+    pub(super) const ALONE: Self = Self(CELL_MASK);
+
     #[inline(always)]
-    pub(super) fn new(next: Option<&Descriptor>, filled: usize) -> Self {
-        Self(next.map_or(0, word) | filled as u64)
+    pub(super) const fn new(index: u32, cell: usize) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "a few bits")]
+        let cell = cell as u32;
+        Self(index << CELL_BITS | cell)
     }
 
     #[inline(always)]
-    pub(super) const fn filled(self) -> usize {
-        (self.0 & LOW_BITS) as usize
+    pub(super) const fn index(self) -> u32 {
+        self.0 >> CELL_BITS
     }
 
     #[inline(always)]
-    pub(super) const fn with_filled(self, filled: usize) -> Self {
-        Self(self.0 & !LOW_BITS | filled as u64)
+    pub(super) const fn cell(self) -> usize {
+        (self.0 & CELL_MASK) as usize
+    }
+
+    /// In the same descriptor.
+    #[inline(always)]
+    pub(super) const fn with_cell(self, cell: usize) -> Self {
+        Self::new(self.index(), cell)
+    }
+}
+
+/// Set in what stands where the first descriptor has the list's length.
+const COVERED: u32 = 1 << 31;
+/// Numbers of lists are below.
+pub(super) const LISTS: u32 = COVERED;
+const _: () = assert!((1 << INDEX_BITS) * (CELLS as u64) / 2 <= COVERED as u64);
+
+/// A descriptor's flags, for the writer only.
+pub(super) mod flag {
+    /// The record of the entry in the first cell does not say so: in the only one of a list.
+    pub(in super::super) const UNTOLD: u64 = 1;
+    /// [`Side::turn`](super::Side::turn) means something: in the first of a list.
+    pub(in super::super) const TURN: u64 = 2;
+}
+
+impl Descriptor {
+    /// What a descriptor is before the head leads to it: `next`'s flags are clear, and `total` and the cells are right.
+    #[inline(always)]
+    pub(super) fn begin(&self, next: Option<&Self>, flags: u64, total: u32, place: Place) {
+        self.next.store(next.map_or(0, word) | flags, Ordering::Relaxed);
+        self.total.store(total, Ordering::Relaxed);
+        self.place.store(place.0, Ordering::Release);
     }
 
     /// The next descriptor.
     ///
     /// # Safety
-    /// Read from a descriptor of a reverse map that is there for `'a`.
+    /// This is a descriptor of a reverse map that is there for `'a`.
     #[inline(always)]
-    pub(super) unsafe fn descriptor<'a>(self) -> Option<&'a Descriptor> {
+    pub(super) unsafe fn next<'a>(&self) -> Option<&'a Self> {
         // SAFETY: 0, or a descriptor's address, which is never freed before the reverse map is.
-        unsafe { address(self.0).as_ref() }
-    }
-}
-
-impl Descriptor {
-    /// Sequentially consistent, as is the load of a head: not before a walker's announcement.
-    #[inline(always)]
-    pub(super) fn next(&self) -> Next {
-        Next(self.next.load(Ordering::SeqCst))
+        unsafe { address(self.next.load(Ordering::Acquire)).as_ref() }
     }
 
+    /// For the writer.
     #[inline(always)]
-    pub(super) fn set_next(&self, next: Next) {
-        self.next.store(next.0, Ordering::Release);
+    pub(super) fn flags(&self) -> u64 {
+        self.next.load(Ordering::Relaxed) & LOW_BITS
     }
 
+    /// For the writer.
     #[inline(always)]
-    pub(super) fn get(&self, cell: usize) -> u64 {
-        self.cells[cell].load(Ordering::Acquire)
+    pub(super) fn set_flags(&self, flags: u64) {
+        self.next.store(self.next.load(Ordering::Relaxed) & !LOW_BITS | flags, Ordering::Release);
+    }
+
+    /// The number, and how many cells are filled. Sequentially consistent, as is the load of a head: not before a walker's
+    /// announcement. What was removed before that is not seen.
+    #[inline(always)]
+    pub(super) fn place(&self) -> Place {
+        Place(self.place.load(Ordering::SeqCst))
+    }
+
+    /// So many cells are filled from now on, and so many entries there are in all.
+    #[inline(always)]
+    pub(super) fn set_filled(&self, place: Place, total: u32) {
+        self.place.store(place.0, Ordering::Release);
+        self.total.store(total, Ordering::Release);
     }
 
     #[inline(always)]
@@ -142,31 +191,52 @@ impl Descriptor {
         self.cells[cell].store(word, Ordering::Release);
     }
 
-    /// How many entries there are from here on, if this is the first.
+    /// How many entries the list has whose first descriptor this is. For the writer, who knows that it is.
     #[inline(always)]
-    pub(super) fn count(&self) -> usize {
-        self.behind.load(Ordering::Acquire) as usize + self.next().filled()
+    pub(super) fn total(&self) -> u32 {
+        self.total.load(Ordering::Relaxed)
+    }
+
+    /// How many entries the list has; `None` if another descriptor has come in front of this one, or had for a time, which the
+    /// head will show.
+    #[inline(always)]
+    pub(super) fn count(&self) -> Option<usize> {
+        let total = self.total.load(Ordering::Acquire);
+        if total & COVERED == 0 { Some(total as usize) } else { None }
+    }
+
+    /// Another has come in front of this one: the head leads there already, so nobody has to wait who reads this.
+    #[inline(always)]
+    pub(super) fn cover(&self, list: u32) {
+        self.total.store(COVERED | list, Ordering::Release);
+    }
+
+    /// This will be the first again, of so many entries.
+    #[inline(always)]
+    pub(super) fn uncover(&self, total: u32) {
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    /// Whether this is in that list, and not the first.
+    #[inline(always)]
+    pub(super) fn is_covered_in(&self, list: u32) -> bool {
+        self.total.load(Ordering::Relaxed) == COVERED | list
     }
 }
 
-/// What only the writer needs to know about a descriptor.
+/// What only the writer needs to know about a descriptor, and rarely.
 pub(super) struct Side {
-    /// The list that it is part of, or [`NO_LIST`].
-    pub(super) owner: AtomicU32,
     /// Out of use: the next in its chain.
     pub(super) link: AtomicU32,
-    /// In the first of a list: whose turn it is to be handed back, counted from the last.
+    /// With [`TURN`](flag::TURN): whose turn it is to be handed back, counted from the last.
     pub(super) turn: AtomicU32,
 }
-
-/// The owner of a descriptor that was taken out. (A fresh one has 0, and nothing in its cells.)
-pub(super) const NO_LIST: u32 = u32::MAX;
 
 // SAFETY: atomics only, and `fresh` has zeroes only.
 unsafe impl Object for Side {
     #[cfg(loom)]
     fn fresh() -> Self {
-        Self { owner: AtomicU32::new(0), link: AtomicU32::new(0), turn: AtomicU32::new(0) }
+        Self { link: AtomicU32::new(0), turn: AtomicU32::new(0) }
     }
 }
 
@@ -174,6 +244,12 @@ unsafe impl Object for Side {
 pub(super) struct Descriptors {
     pub(super) all: Arena<Descriptor>,
     pub(super) sides: Arena<Side>,
+}
+
+impl Descriptors {
+    pub(super) fn side_of(&self, descriptor: &Descriptor) -> Option<&Side> {
+        self.sides.get(descriptor.place().index())
+    }
 }
 
 /// Descriptors that are out of use, linked through [`Side::link`].

@@ -5,7 +5,7 @@ use core::num::NonZeroU64;
 
 use memslot::Gfn;
 
-use super::arena::INDEX_BITS;
+use super::descriptor::Place;
 use crate::level::Level;
 
 /// Where an entry is filed: kept with the entry from [`add`](super::Writer::add) on, and all that
@@ -51,30 +51,11 @@ impl<E, F: FnMut(E, Filed)> Records<E> for F {
     }
 }
 
-/// log2 of the cells that a place can name.
-const CELL_BITS: u32 = 4;
-const _: () = assert!(CELL_BITS + INDEX_BITS <= 32);
-/// The place of an entry in the head. No descriptor has so many cells.
-const ALONE: u32 = (1 << CELL_BITS) - 1;
-
 impl Filed {
     #[inline(always)]
-    pub(super) const fn alone(list: u32) -> Self {
-        Self::new(list, ALONE)
-    }
-
-    /// Descriptor 0 is never used, so that the word is not 0.
-    #[inline(always)]
-    pub(super) const fn in_cell(list: u32, descriptor: u32, cell: usize) -> Self {
-        #[expect(clippy::cast_possible_truncation, reason = "a few bits")]
-        let cell = cell as u32;
-        Self::new(list, descriptor << CELL_BITS | cell)
-    }
-
-    #[inline(always)]
-    const fn new(list: u32, place: u32) -> Self {
-        // A place is never 0; the bit changes nothing and spares the check.
-        match NonZeroU64::new((list as u64) << 32 | place as u64) {
+    pub(super) const fn new(list: u32, place: Place) -> Self {
+        // A place is never 0, as descriptor 0 is not used; the bit changes nothing and spares the check.
+        match NonZeroU64::new((list as u64) << 32 | place.0 as u64) {
             Some(bits) => Self(bits),
             None => Self(NonZeroU64::MIN),
         }
@@ -109,19 +90,19 @@ impl Filed {
         (self.0.get() >> 32) as u32
     }
 
-    /// Descriptor and cell; for an entry that is alone none that there is.
+    /// Where the entry is in its list, unless that has no more than one, or this is the oldest of no more than 14: such an
+    /// entry is found without, and the place may be out of date.
     #[inline(always)]
-    pub(super) const fn place(&self) -> (u32, usize) {
+    pub(super) const fn place(&self) -> Place {
         #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
-        let place = self.0.get() as u32;
-        (place >> CELL_BITS, (place & ALONE) as usize)
+        Place(self.0.get() as u32)
     }
 }
 
 impl fmt::Debug for Filed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (descriptor, cell) = self.place();
-        write!(f, "Filed(list {}, descriptor {descriptor}, cell {cell})", self.list())
+        let place = self.place();
+        write!(f, "Filed(list {}, descriptor {}, cell {})", self.list(), place.index(), place.cell())
     }
 }
 

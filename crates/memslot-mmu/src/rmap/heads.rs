@@ -11,7 +11,7 @@ use core::ptr::{self, NonNull};
 use memslot::{Gfn, OutOfMemory};
 
 use super::arena::{AtomicU32, Object};
-use super::descriptor::Head;
+use super::descriptor::{Head, LISTS};
 use super::filed::Under;
 use crate::level::Level;
 use crate::sync::{AtomicPtr, AtomicU64, Ordering};
@@ -19,8 +19,8 @@ use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 /// log2 of the most heads a chunk has. Models run by loom have small ones.
 pub(super) const CHUNK_BITS: u32 = if cfg!(loom) { 1 } else { 9 };
 pub(super) const CHUNK: usize = 1 << CHUNK_BITS;
-/// How many chunks can be numbered: the number of a list has 32 bits. The last is left out, for `NO_LIST`.
-pub(super) const CHUNKS: u32 = (u32::MAX >> CHUNK_BITS) - 1;
+/// How many chunks can be numbered: the number of a list has 31 bits. The last is left out, so that a number and 1 is one, too.
+pub(super) const CHUNKS: u32 = (LISTS >> CHUNK_BITS) - 1;
 
 /// A chunk's header; its heads stand behind it.
 #[repr(C)]
@@ -107,15 +107,25 @@ impl ChunkRef {
     /// Not freed while the reference is used.
     #[inline(always)]
     pub(super) unsafe fn head<'a>(self, place: usize) -> Option<&'a AtomicU64> {
-        // SAFETY: the chunk is there; its length is never changed, and it has so many heads behind its header. The pointer
-        // was made by the allocator, so it may be used for all of the chunk.
+        // SAFETY: the chunk is there; its length is never changed.
         unsafe {
             let len = (*self.0.as_ptr()).len;
             if place >= len as usize {
                 return None;
             }
-            Some(self.0.cast::<u8>().add(HEADS_OFFSET).cast::<AtomicU64>().add(place).as_ref())
+            Some(self.head_unchecked(place))
         }
+    }
+
+    /// The head at this place.
+    ///
+    /// # Safety
+    /// Not freed while the reference is used, and at least so long.
+    #[inline(always)]
+    unsafe fn head_unchecked<'a>(self, place: usize) -> &'a AtomicU64 {
+        // SAFETY: the chunk is there and has so many heads behind its header. The pointer was made by the allocator, so it may
+        // be used for all of the chunk.
+        unsafe { self.0.cast::<u8>().add(HEADS_OFFSET).cast::<AtomicU64>().add(place).as_ref() }
     }
 
     /// # Safety
@@ -207,11 +217,11 @@ impl<'a, E> List<'a, E> {
     /// The list at this place of a chunk.
     ///
     /// # Safety
-    /// The chunk and its reverse map are there for `'a`.
+    /// The chunk and its reverse map are there for `'a`, and the chunk is at least so long.
     #[inline(always)]
-    pub(super) unsafe fn new(chunk: ChunkRef, place: usize) -> Option<Self> {
+    pub(super) unsafe fn new(chunk: ChunkRef, place: usize) -> Self {
         // SAFETY: the caller's word.
-        Some(Self { head: unsafe { chunk.head(place) }?, chunk, entries: PhantomData })
+        Self { head: unsafe { chunk.head_unchecked(place) }, chunk, entries: PhantomData }
     }
 
     /// The list's number, and the identity of its reverse map.
@@ -226,14 +236,20 @@ impl<'a, E> List<'a, E> {
     /// How many entries there are, as the head was at this moment.
     ///
     /// # Safety
-    /// The descriptor that the head leads to is not used for another list meanwhile: the caller is the writer, or inside.
+    /// The descriptor that the head leads to is not used for another list meanwhile: the caller is inside.
     #[inline(always)]
     pub(super) unsafe fn count(self) -> usize {
-        // SAFETY: the list's own head; the reverse map is there for 'a.
-        match unsafe { Head::new(self.head.load(Ordering::SeqCst)) } {
-            Head::Empty => 0,
-            Head::One(_) => 1,
-            Head::Many(first) => first.count(),
+        loop {
+            // SAFETY: the list's own head; the reverse map is there for 'a.
+            match unsafe { Head::new(self.head.load(Ordering::SeqCst)) } {
+                Head::Empty => return 0,
+                Head::One(_) => return 1,
+                Head::Many(first) => {
+                    if let Some(count) = first.count() {
+                        return count;
+                    }
+                }
+            }
         }
     }
 

@@ -137,6 +137,31 @@ fn loom_rmap_three_become_one_become_three() {
     beside(&[1, 2, 3], &[-1, -2, 4]);
 }
 
+/// Counts beside changes are those of some moment, also when another descriptor comes in front of the one that has the count.
+#[test]
+fn loom_rmap_count() {
+    loom::model(|| {
+        let (rmap, writer) = Rmap::new();
+        let mut side = Side::new(&rmap, writer);
+        side.add(1);
+        side.add(2);
+        let mut walker = rmap.walker().unwrap();
+        let parents = side.parents.clone();
+        let writing = thread::spawn(move || {
+            side.add(3);
+            side.remove(3);
+            side.remove(2);
+            side.add(4);
+        });
+        for _ in 0..2 {
+            let count = walker.enter().count(parents.list());
+            assert!((1..=3).contains(&count), "{count}");
+        }
+        writing.join().unwrap();
+        assert_eq!(walker.enter().count(parents.list()), 2);
+    });
+}
+
 /// A descriptor that left one list comes into another: who walks the first sees nothing of the second.
 #[test]
 fn loom_rmap_nothing_foreign() {

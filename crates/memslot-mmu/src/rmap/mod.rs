@@ -24,7 +24,8 @@
 //!
 //! **1. A list is dense, and entries move forward only.** An entry is added behind the last filled cell of the first
 //! descriptor, or in a new descriptor in front. When one is removed, the last entry of the first descriptor moves into the hole: it is
-//! first written there, then cleared where it was. A walk begins at that last cell and goes *down* in each descriptor, then
+//! first written there, then the first descriptor says that it has one less. Where it was it stays until another comes there, so
+//! a walker on its way there sees it there too. A walk begins at that last cell and goes *down* in each descriptor, then
 //! to the next, so **whatever moves is where walks begin, and goes to a place that comes later**: a walker either has
 //! seen it before, or comes to where it is going. (Walking upwards, as was proposed to KVM in 2013, misses it.) A walker may see
 //! it twice.
@@ -37,8 +38,8 @@
 //! its own `next`: a walker that is in it goes on to what follows, all of which was there when it left.
 //!
 //! From 1 to 3: *a walk sees every entry that is in the list all the while*. And an entry that it sees was in the list at some
-//! moment of the walk: only what is in the list is in cells that walkers can come to, apart from the last two that a
-//! descriptor takes with it (2.), which were in the list when the walk found the descriptor there, or came later.
+//! moment of the walk: a walker reads how many cells of a descriptor are filled when it comes there, and in those cells
+//! there is from then on only what was there at that moment, or came later.
 //!
 //! **4. Descriptors are used again when no walker can be in them.** Walkers announce themselves in an epoch (the same
 //! scheme as for [tables](crate::nested), 4); descriptors that have left are stamped, in batches, and used again when
@@ -54,8 +55,9 @@
 //! Removing wants no gfn, level or role, but the record that adding gave: [`Filed`], one word, kept with the entry. An entry
 //! cannot be removed from another list than it was added to, whatever the guest did to its tables meanwhile (that is how
 //! CVE-2026-46113 and CVE-2026-53359 came about: the gfn was computed a second time, and differently). The record names
-//! list, descriptor and cell: nothing is searched, be the list as long as it may. When an entry moves (1., 2.), its list stays the same
-//! and [`Records`] are told the new place. A record is checked, never trusted: one that does not lead to its entry is
+//! list, descriptor and cell: nothing is searched, be the list as long as it may. When an entry moves (1.), its list stays the same
+//! and [`Records`] are told the new place. (Not when it moves between the word and the first cell of a list's only descriptor: it is
+//! looked for in these two places anyway, and its neighbour's coming and going spares its record.) A record is checked, never trusted: one that does not lead to its entry is
 //! an [error](RmapError::NotFiled) that names the entry.
 //!
 //! # What it does not do

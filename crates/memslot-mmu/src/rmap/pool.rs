@@ -10,7 +10,7 @@
 //! remember them, and a walker that stays for long makes the first grow and nobody wait.
 
 use super::RmapError;
-use super::descriptor::{Chain, Descriptor, Head, NO_LIST, Side};
+use super::descriptor::{Chain, Descriptor, Head};
 use super::shared::{Cache, Shared};
 use crate::sync::{AtomicU64, Ordering};
 
@@ -90,36 +90,27 @@ impl Pool {
         Self { free: Few::new(), waiting: Batch::new(), stamp: 0, taken_out: Batch::new(), enough: BATCH }
     }
 
-    /// A descriptor that no walker is in.
+    /// A descriptor that no walker is in, and its number.
+    #[inline]
     pub(super) fn take<'a>(
         &mut self,
         shared: &'a Shared,
         cache: &mut Cache,
-    ) -> Result<(&'a Descriptor, &'a Side), RmapError> {
+    ) -> Result<(&'a Descriptor, u32), RmapError> {
         let number = match self.free.pop() {
             Some(number) => number,
             None if !core::ptr::eq(&*cache.shared, shared) => return Err(RmapError::Foreign),
             None => cache.numbers.pop().ok_or(RmapError::NotReserved)?,
         };
-        let descriptor = shared.descriptors.all.get(number).ok_or(RmapError::NotReserved)?;
-        Ok((descriptor, shared.descriptors.sides.get(number).ok_or(RmapError::NotReserved)?))
+        Ok((shared.descriptors.all.get(number).ok_or(RmapError::NotReserved)?, number))
     }
 
     /// A descriptor is out of its list: no walker that comes from now on finds it. Goes on with what waits, if there is enough.
     #[inline]
-    pub(super) fn take_out(&mut self, shared: &Shared, descriptor: &Descriptor) {
-        self.note(shared, descriptor);
+    pub(super) fn take_out(&mut self, shared: &Shared, number: u32) {
+        self.taken_out.push(shared, number);
         if self.taken_out.few.len + self.taken_out.more.len() >= self.enough {
             self.go_on(shared);
-        }
-    }
-
-    #[inline]
-    fn note(&mut self, shared: &Shared, descriptor: &Descriptor) {
-        let number = descriptor.index.load(Ordering::Relaxed);
-        if let Some(side) = shared.descriptors.sides.get(number) {
-            side.owner.store(NO_LIST, Ordering::Relaxed);
-            self.taken_out.push(shared, number);
         }
     }
 
@@ -170,8 +161,11 @@ impl Pool {
                 let mut next = Some(first);
                 while let Some(descriptor) = next {
                     // SAFETY: read from a descriptor of this reverse map.
-                    next = unsafe { descriptor.next().descriptor() };
-                    self.note(shared, descriptor);
+                    next = unsafe { descriptor.next() };
+                    // No record leads here any more, should another list get the number of this one. Nobody counts: the
+                    // list cannot be found.
+                    descriptor.uncover(0);
+                    self.taken_out.push(shared, descriptor.place().index());
                 }
             }
             // SAFETY: its owner is gone, with all that was borrowed from it; and the pool is the writer's.

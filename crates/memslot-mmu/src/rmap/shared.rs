@@ -26,7 +26,7 @@ pub(super) struct Shared {
 pub(super) struct Central {
     pub(super) cells: Cells,
     /// Descriptors that nobody has in a cache.
-    pub(super) free: Chain,
+    pub(super) free: Free,
     /// The first descriptor that was never used. Number 0 stands for none.
     unused: u32,
     /// 1 + the first free number of a chunk, and the first that was never used.
@@ -34,6 +34,35 @@ pub(super) struct Central {
     unused_chunk: u32,
     /// Chunks whose owner is gone, for the writer to free.
     pub(super) dropped: Dropped,
+}
+
+/// Descriptors that are free: side by side as far as there is room, which spares taking one after the other from memory, else
+/// linked.
+#[derive(Default)]
+pub(super) struct Free {
+    numbers: Vec<u32>,
+    more: Chain,
+}
+
+impl Free {
+    #[inline]
+    pub(super) fn push(&mut self, descriptors: &Descriptors, number: u32) {
+        if self.numbers.len() < self.numbers.capacity() {
+            self.numbers.push(number);
+        } else {
+            self.more.push(descriptors, number);
+        }
+    }
+
+    /// Takes over all of `chain`.
+    pub(super) fn append(&mut self, descriptors: &Descriptors, chain: &mut Chain) {
+        self.more.append(descriptors, chain);
+    }
+
+    #[inline]
+    fn pop(&mut self, descriptors: &Descriptors) -> Option<u32> {
+        self.numbers.pop().or_else(|| self.more.pop(descriptors))
+    }
 }
 
 /// Chunks linked through [`Chunk::next_dropped`], which are the list's alone.
@@ -73,7 +102,7 @@ impl Shared {
             bytes: AtomicUsize::new(0),
             central: Mutex::new(Central {
                 cells: Cells::new(),
-                free: Chain::default(),
+                free: Free::default(),
                 unused: 1,
                 free_chunk: 0,
                 unused_chunk: 0,
@@ -105,6 +134,17 @@ impl Shared {
             }
             let bytes = self.descriptors.sides.grow(unused)? + self.descriptors.all.grow(unused)?;
             self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            // Room for the numbers of twice as many, so that this is rare. Without it things go on.
+            let mut room = Vec::new();
+            if bytes > 0 && room.try_reserve_exact(2 * unused as usize + 128).is_ok() {
+                let free = &mut self.central.lock().free;
+                let had = free.numbers.capacity();
+                if room.capacity() > had {
+                    self.bytes.fetch_add((room.capacity() - had) * size_of::<u32>(), Ordering::Relaxed);
+                    room.extend_from_slice(&free.numbers);
+                    core::mem::swap(&mut free.numbers, &mut room);
+                }
+            }
         }
     }
 
@@ -179,7 +219,7 @@ impl Central {
         }
         let number = self.unused;
         descriptors.sides.get(number)?;
-        descriptors.all.get(number)?.index.store(number, Ordering::Relaxed);
+        descriptors.all.get(number)?;
         self.unused += 1;
         Some(number)
     }

@@ -11,8 +11,8 @@ use memslot::{Gfn, GfnRange, OutOfMemory};
 use super::RmapError;
 use super::heads::{CHUNK, CHUNK_BITS, Chunk, ChunkRef, List};
 use super::shared::Shared;
+use crate::counted::try_box;
 use crate::level::Level;
-use crate::nested::shared::try_box;
 use crate::sync::{AtomicPtr, AtomicUsize, Ordering};
 
 /// log2 of the chunks that a directory leads to.
@@ -93,7 +93,8 @@ impl<E> SlotRmap<E> {
     #[must_use]
     pub fn list(&self, level: Level, gfn: Gfn) -> Option<List<'_, E>> {
         let heads = self.heads(level)?;
-        self.list_at(heads, heads.index(gfn)?)
+        // The level as the caller says it, which is often a constant.
+        self.list_at(heads, heads.index_at(level, gfn)?)
     }
 
     /// The lists of this level that are not empty, of the pages that have a frame in `gfns`, in order; each with the first
@@ -116,8 +117,9 @@ impl<E> SlotRmap<E> {
         let chunk = heads.chunk(index)?;
         #[expect(clippy::cast_possible_truncation, reason = "below CHUNK")]
         let place = (index % CHUNK as u64) as usize;
-        // SAFETY: chunks are freed after the slot's lists were dropped, and the result borrows from these.
-        unsafe { List::new(chunk, place) }
+        // SAFETY: chunks are freed after the slot's lists were dropped, and the result borrows from these. A chunk has a head for
+        // each index below the level's length, as this one is.
+        Some(unsafe { List::new(chunk, place) })
     }
 }
 
@@ -163,7 +165,13 @@ impl Heads {
     /// The place of the list.
     #[inline]
     fn index(&self, gfn: Gfn) -> Option<u64> {
-        let index = (gfn.get() >> self.shift()).wrapping_sub(self.first);
+        self.index_at(self.level, gfn)
+    }
+
+    /// The same for who knows the level.
+    #[inline(always)]
+    fn index_at(&self, level: Level, gfn: Gfn) -> Option<u64> {
+        let index = (gfn.get() >> level.pages().trailing_zeros()).wrapping_sub(self.first);
         if index < self.len { Some(index) } else { None }
     }
 
@@ -289,11 +297,8 @@ impl<E> Parents<E> {
     #[inline]
     #[must_use]
     pub fn list(&self) -> List<'_, E> {
-        // SAFETY: the chunk is freed after this was dropped, and the result borrows from this.
-        match unsafe { List::new(self.chunk, 0) } {
-            Some(list) => list,
-            None => unreachable!("it has one head"),
-        }
+        // SAFETY: the chunk, which has one head, is freed after this was dropped, and the result borrows from this.
+        unsafe { List::new(self.chunk, 0) }
     }
 }
 

@@ -5,21 +5,22 @@ use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
 use super::RmapEntry;
-use super::descriptor::{CELLS, Descriptor, Head, Next};
+use super::descriptor::{CELLS, Descriptor, Head};
 use super::heads::List;
 use super::shared::Shared;
+use crate::counted::Counted;
 use crate::nested::epoch::Cell;
-use crate::sync::Ordering;
+use crate::sync::{AtomicU64, Ordering};
 
 /// A thread's access to lists: walks them without a lock, beside whoever changes them.
 pub struct Walker<E> {
     shared: Arc<Shared>,
-    cell: Arc<Cell>,
+    cell: Counted<Cell>,
     entries: PhantomData<fn(E) -> E>,
 }
 
 impl<E: RmapEntry> Walker<E> {
-    pub(super) fn new(shared: Arc<Shared>, cell: Arc<Cell>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, cell: Counted<Cell>) -> Self {
         Self { shared, cell, entries: PhantomData }
     }
 
@@ -80,8 +81,6 @@ impl<E: RmapEntry> Inside<'_, E> {
 pub struct Entries<'a, E> {
     /// The one entry of a list without descriptors.
     one: u64,
-    /// What follows the descriptor that is being walked.
-    next: Next,
     descriptor: Option<&'a Descriptor>,
     /// How many of its cells are still to be seen, from the last filled one down.
     left: usize,
@@ -98,8 +97,7 @@ impl<'a, E: RmapEntry> Entries<'a, E> {
             Head::One(word) => (word, None),
             Head::Many(first) => (0, Some(first)),
         };
-        let mut entries =
-            Self { one, next: Next::new(None, 0), descriptor: None, left: 0, entries: PhantomData };
+        let mut entries = Self { one, descriptor: None, left: 0, entries: PhantomData };
         entries.go_to(descriptor);
         entries
     }
@@ -108,10 +106,38 @@ impl<'a, E: RmapEntry> Entries<'a, E> {
     fn go_to(&mut self, descriptor: Option<&'a Descriptor>) {
         self.descriptor = descriptor;
         if let Some(descriptor) = descriptor {
-            self.next = descriptor.next();
-            self.left = self.next.filled().min(CELLS);
+            self.left = descriptor.place().cell();
         }
     }
+}
+
+/// Folds those of some cells that are among the first `left`, from the last one down. `left` is no more than were filled when
+/// the walk came here.
+#[inline(always)]
+fn down<const FROM: usize, const TO: usize, B, E: RmapEntry, F: FnMut(B, E) -> B>(
+    cells: &[AtomicU64; CELLS],
+    left: usize,
+    mut result: B,
+    f: &mut F,
+) -> B {
+    for place in (FROM..TO.min(CELLS)).rev() {
+        if place < left {
+            // SAFETY: below those that were filled.
+            result = f(result, unsafe { entry(&cells[place]) });
+        }
+    }
+    result
+}
+
+/// An entry that is in a cell.
+///
+/// # Safety
+/// The cell is one of those that were filled.
+#[inline(always)]
+unsafe fn entry<E: RmapEntry>(cell: &AtomicU64) -> E {
+    let word = cell.load(Ordering::Acquire);
+    // SAFETY: what is in a cell is replaced by other entries only, never by 0.
+    E::from_word(unsafe { NonZeroU64::new_unchecked(word) })
 }
 
 impl<E: RmapEntry> Iterator for Entries<'_, E> {
@@ -125,15 +151,13 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
         }
         loop {
             let descriptor = self.descriptor?;
-            while self.left > 0 {
-                self.left -= 1;
-                // 0 where the last entry has moved on, to a cell that is still to come.
-                if let Some(word) = NonZeroU64::new(descriptor.get(self.left)) {
-                    return Some(E::from_word(word));
-                }
+            if let Some(left) = self.left.checked_sub(1) {
+                self.left = left;
+                // SAFETY: below those that were filled when the walk came here.
+                return Some(unsafe { entry(descriptor.cells.get(left)?) });
             }
-            // SAFETY: read from a descriptor of the list; see `new`.
-            self.go_to(unsafe { self.next.descriptor() });
+            // SAFETY: a descriptor of the list; see `new`.
+            self.go_to(unsafe { descriptor.next() });
         }
     }
 
@@ -144,30 +168,25 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
             result = f(result, E::from_word(word));
         }
         while let Some(descriptor) = self.descriptor {
-            // Most have a length that the compiler knows: all but the first.
-            if self.left == CELLS {
-                for cell in descriptor.cells.iter().rev() {
-                    if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
-                        result = f(result, E::from_word(word));
-                    }
+            let cells = &descriptor.cells;
+            // Each cell where the compiler knows the place: most descriptors are full, and in the first one, to ask for each is
+            // cheaper than to count.
+            if self.left >= CELLS {
+                for cell in cells.iter().rev() {
+                    // SAFETY: all were filled when the walk came here.
+                    result = f(result, unsafe { entry(cell) });
                 }
             } else {
-                let mut cells = descriptor.cells[..self.left].rchunks_exact(4);
-                for four in &mut cells {
-                    for cell in four.iter().rev() {
-                        if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
-                            result = f(result, E::from_word(word));
-                        }
-                    }
+                if self.left > 8 {
+                    result = down::<8, CELLS, B, E, F>(cells, self.left, result, &mut f);
                 }
-                for cell in cells.remainder().iter().rev() {
-                    if let Some(word) = NonZeroU64::new(cell.load(Ordering::Acquire)) {
-                        result = f(result, E::from_word(word));
-                    }
+                if self.left > 4 {
+                    result = down::<4, 8, B, E, F>(cells, self.left, result, &mut f);
                 }
+                result = down::<0, 4, B, E, F>(cells, self.left, result, &mut f);
             }
             // SAFETY: as in `next`.
-            self.go_to(unsafe { self.next.descriptor() });
+            self.go_to(unsafe { descriptor.next() });
         }
         result
     }

@@ -5,7 +5,7 @@ use core::iter::FusedIterator;
 use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
-use super::descriptor::{CELLS, Descriptor, Head, Next, TAG_BITS};
+use super::descriptor::{CELLS, Descriptor, Head, Place, TAG_BITS, flag};
 use super::filed::{Filed, Records, Under};
 use super::heads::List;
 use super::pool::Pool;
@@ -77,20 +77,29 @@ fn find<'a>(shared: &'a Shared, filed: &Filed, word: u64) -> Option<Found<'a>> {
     match unsafe { Head::new(head.load(Ordering::Relaxed)) } {
         Head::One(one) if one == word => Some(Found { head, place: None }),
         Head::Many(first) => {
-            // A record may be out of date or made up. What it leads to is checked, not trusted.
-            let (index, cell) = filed.place();
-            let descriptor = shared.descriptors.all.get(index)?;
-            let owner = shared.descriptors.sides.get(index)?.owner.load(Ordering::Relaxed);
-            let there = descriptor.cells.get(cell)?.load(Ordering::Relaxed);
-            let filled = cell < descriptor.next().filled();
-            if owner == filed.list() && there == word && filled {
-                Some(Found { head, place: Some((first, descriptor, cell)) })
-            } else {
-                None
+            // A record may be out of date or made up. What it leads to is checked, not trusted. In the first cell of the first
+            // descriptor an entry is found whatever its record says. (Its record may not have been told, and for the
+            // processor, to look is cheaper than to ask for the flag.)
+            let (record, front) = (filed.place(), first.place());
+            let is_oldest = first.cells[0].load(Ordering::Relaxed) == word;
+            let cell = if is_oldest { 0 } else { record.cell() };
+            let is_in_front = is_oldest || record.index() == front.index();
+            let at = if is_in_front { first } else { covered(shared, filed)? };
+            let there = at.cells.get(cell)?.load(Ordering::Relaxed);
+            if there != word || is_in_front && cell >= front.cell() {
+                return None;
             }
+            Some(Found { head, place: Some((first, at, cell)) })
         }
         _ => None,
     }
+}
+
+/// The descriptor that a record leads to, if it is in the record's list behind the first.
+#[inline(always)]
+fn covered<'a>(shared: &'a Shared, filed: &Filed) -> Option<&'a Descriptor> {
+    let at = shared.descriptors.all.get(filed.place().index())?;
+    if at.is_covered_in(filed.list()) { Some(at) } else { None }
 }
 
 /// A word of a list as its entry.
@@ -104,8 +113,8 @@ fn keep<E: RmapEntry>(records: &mut impl Records<E>, word: u64, filed: Filed) {
 impl<E: RmapEntry> Writer<E> {
     /// Files an entry, and says how many there were before.
     ///
-    /// Its record is given to `records`, and if the list had one entry before, that entry's new one, too. Whether the entry is
-    /// in the list already is not looked at: it would be there twice.
+    /// Its record is given to `records`; so is that of the oldest of 14, when a 15th comes. Whether the entry is in the list
+    /// already is not looked at: it would be there twice.
     ///
     /// # Errors
     /// * [`NotReserved`](RmapError::NotReserved): a descriptor is needed, and the cache has none: leave the lock,
@@ -152,48 +161,37 @@ impl<E: RmapEntry> Writer<E> {
         if home != self.shared.identity() {
             return Err(RmapError::Foreign);
         }
-        if list.head.load(Ordering::Relaxed) == 0 {
-            list.head.store(word, Ordering::Release);
-            records.keep(entry, Filed::alone(number));
-            return Ok(0);
-        }
-        self.add_beside(list, (entry, word), number, cache, &mut records)
-    }
-
-    /// As [`add`](Self::add), to a list that is not empty.
-    fn add_beside(
-        &mut self,
-        list: List<'_, E>,
-        (entry, word): (E, u64),
-        number: u32,
-        cache: &mut Cache,
-        records: &mut impl Records<E>,
-    ) -> Result<usize, RmapError> {
-        let (shared, pool) = (&*self.shared, &mut self.pool);
         // SAFETY: a head of this reverse map.
         match unsafe { Head::new(list.head.load(Ordering::Relaxed)) } {
-            Head::Many(first) => {
-                let (next, behind) = (first.next(), first.behind.load(Ordering::Relaxed));
-                let (filled, before) = (next.filled(), behind as usize + next.filled());
-                let filed = if filled < CELLS {
-                    first.set(filled, word);
-                    // Only now it can be seen.
-                    first.set_next(next.with_filled(filled + 1));
-                    Filed::in_cell(number, first.index.load(Ordering::Relaxed), filled)
-                } else {
-                    let index = put_in_front(shared, pool, (list.head, number), first, word, cache)?;
-                    Filed::in_cell(number, index, 0)
-                };
-                records.keep(entry, filed);
-                Ok(before)
+            Head::Empty => {
+                list.head.store(word, Ordering::Release);
+                records.keep(entry, Filed::new(number, Place::ALONE));
+                Ok(0)
             }
             Head::One(one) => {
-                let index = make_two(shared, pool, (list.head, number), [one, word], cache)?;
-                keep(records, one, Filed::in_cell(number, index, 0));
-                records.keep(entry, Filed::in_cell(number, index, 1));
+                let place = make_two(&self.shared, &mut self.pool, list.head, [one, word], cache)?;
+                records.keep(entry, Filed::new(number, place));
                 Ok(1)
             }
-            Head::Empty => Ok(0),
+            Head::Many(first) => {
+                let (place, total) = (first.place(), first.total());
+                if place.cell() < CELLS {
+                    first.set(place.cell(), word);
+                    // Only now it can be seen.
+                    first.set_filled(Place(place.0 + 1), total + 1);
+                    records.keep(entry, Filed::new(number, place));
+                } else {
+                    let (shared, pool) = (&*self.shared, &mut self.pool);
+                    let place = put_in_front(shared, pool, (list.head, number), first, word, cache)?;
+                    if first.flags() & flag::UNTOLD != 0 {
+                        first.set_flags(0);
+                        let oldest = first.cells[0].load(Ordering::Relaxed);
+                        keep(&mut records, oldest, Filed::new(number, first.place().with_cell(0)));
+                    }
+                    records.keep(entry, Filed::new(number, place));
+                }
+                Ok(total as usize)
+            }
         }
     }
 
@@ -236,29 +234,31 @@ impl<E: RmapEntry> Writer<E> {
             found.head.store(0, Ordering::Release);
             return Ok(0);
         };
-        let (next, behind) = (first.next(), first.behind.load(Ordering::Relaxed) as usize);
-        let last = next.filled() - 1;
-        let left = behind + last;
+        let (place, left) = (first.place(), first.total() - 1);
         if left == 1 {
-            // The descriptor leaves as it is, with both entries: walkers that are there go on to see them.
+            // The descriptor leaves as it is, with both entries: walkers that are there go on to see them. The one that is
+            // left is found by its list from now on, whatever its record says of the place.
             let one = first.cells[usize::from(cell == 0)].load(Ordering::Relaxed);
-            keep(&mut records, one, Filed::alone(filed.list()));
             found.head.store(one, Ordering::Release);
-            pool.take_out(shared, first);
+            pool.take_out(shared, place.index());
             return Ok(1);
         }
         // The last entry of the first descriptor, where walks begin, moves into the hole, which is still before them.
-        let moved = first.cells[last].load(Ordering::Relaxed);
+        let last = Place(place.0 - 1);
+        let moved = first.cells[last.cell()].load(Ordering::Relaxed);
         if moved != word {
             at.set(cell, moved);
-            keep(&mut records, moved, Filed::in_cell(filed.list(), at.index.load(Ordering::Relaxed), cell));
+            keep(&mut records, moved, Filed::new(filed.list(), at.place().with_cell(cell)));
+            if cell == 0 && at.flags() & flag::UNTOLD != 0 {
+                at.set_flags(at.flags() & !flag::UNTOLD);
+            }
         }
-        first.set(last, 0);
-        first.set_next(next.with_filled(last));
-        if last == 0 {
-            take_front(shared, pool, found.head, first);
+        // Where it was, it stays: walkers that are on their way there see it there, too.
+        first.set_filled(last, left);
+        if last.cell() == 0 {
+            take_front(shared, pool, found.head, first, left);
         }
-        Ok(left)
+        Ok(left as usize)
     }
 
     /// The entries of a list. Nothing changes while the iterator is there, so it sees exactly what there is.
@@ -294,8 +294,12 @@ impl<E: RmapEntry> Writer<E> {
     #[inline]
     #[must_use]
     pub fn count(&self, list: List<'_, E>) -> usize {
-        // SAFETY: the writer.
-        unsafe { list.count() }
+        // SAFETY: the list's own head.
+        match unsafe { Head::new(list.head.load(Ordering::Relaxed)) } {
+            Head::Empty => 0,
+            Head::One(_) => 1,
+            Head::Many(first) => first.total() as usize,
+        }
     }
 
     /// The oldest entries of a list that has more than `limit`, to be zapped: at most 14 at a time, never `newest`. None if
@@ -338,22 +342,24 @@ impl<E: RmapEntry> Writer<E> {
         let Head::Many(first) = (unsafe { Head::new(list.head.load(Ordering::Relaxed)) }) else {
             return surplus;
         };
-        if first.count() <= limit {
+        if first.total() as usize <= limit {
             return surplus;
         }
         // The first is the youngest: it has no turn, unless there is no other.
-        let behind = first.behind.load(Ordering::Relaxed) as usize / CELLS;
-        let (mut at, mut cells) = (first, first.next().filled());
-        if let Some(side) = self.shared.descriptors.sides.get(first.index.load(Ordering::Relaxed)) {
+        let (mut at, mut cells) = (first, first.place().cell());
+        let behind = (first.total() as usize - cells) / CELLS;
+        if let Some(side) = self.shared.descriptors.side_of(first) {
             let turn = side.turn.load(Ordering::Relaxed);
-            let turn = if turn as usize >= behind { 0 } else { turn };
+            let has_turn = first.flags() & flag::TURN != 0 && (turn as usize) < behind;
+            let turn = if has_turn { turn } else { 0 };
             side.turn.store(turn + 1, Ordering::Relaxed);
+            first.set_flags(first.flags() | flag::TURN);
             for _ in turn as usize..behind {
-                // SAFETY: read from a descriptor of the list.
-                at = unsafe { at.next().descriptor() }.unwrap_or(at);
+                // SAFETY: a descriptor of the list.
+                at = unsafe { at.next() }.unwrap_or(at);
             }
             // Behind the first, the upper cells are as young: that many have come since the last turn, in both together.
-            cells = if turn as usize + 1 == behind { cells } else { at.next().filled() };
+            cells = if turn as usize + 1 == behind { cells } else { at.place().cell() };
         }
         let newest = newest.into_word().get();
         let old = at.cells[..cells].iter().map(|cell| cell.load(Ordering::Relaxed));
@@ -366,24 +372,24 @@ impl<E: RmapEntry> Writer<E> {
     }
 }
 
-/// A second entry: both come into a descriptor, whose number is the result.
-#[inline(never)]
+/// A second entry: both come into a descriptor; the result is where the second is.
+///
+/// The record of the first is not told. It is found all the same, as long as this is the list's only descriptor and it
+/// is in the first cell.
+#[inline]
 fn make_two(
     shared: &Shared,
     pool: &mut Pool,
-    (head, number): (&AtomicU64, u32),
+    head: &AtomicU64,
     words: [u64; 2],
     cache: &mut Cache,
-) -> Result<u32, RmapError> {
-    let (first, side) = pool.take(shared, cache)?;
+) -> Result<Place, RmapError> {
+    let (first, index) = pool.take(shared, cache)?;
     first.set(0, words[0]);
     first.set(1, words[1]);
-    first.behind.store(0, Ordering::Relaxed);
-    first.set_next(Next::new(None, 2));
-    side.owner.store(number, Ordering::Relaxed);
-    side.turn.store(0, Ordering::Relaxed);
+    first.begin(None, flag::UNTOLD, 2, Place::new(index, 2));
     head.store(Head::to(first), Ordering::Release);
-    Ok(first.index.load(Ordering::Relaxed))
+    Ok(Place::new(index, 1))
 }
 
 /// The first descriptor is full: the entry comes into another in front of it.
@@ -395,33 +401,38 @@ fn put_in_front(
     first: &Descriptor,
     word: u64,
     cache: &mut Cache,
-) -> Result<u32, RmapError> {
-    let (front, side) = pool.take(shared, cache)?;
+) -> Result<Place, RmapError> {
+    let (front, index) = pool.take(shared, cache)?;
     front.set(0, word);
-    #[expect(clippy::cast_possible_truncation, reason = "that many entries have no place in memory")]
-    front.behind.store(first.count() as u32, Ordering::Relaxed);
-    front.set_next(Next::new(Some(first), 1));
-    side.owner.store(number, Ordering::Relaxed);
-    side.turn.store(turn_of(shared, first), Ordering::Relaxed);
+    front.begin(Some(first), 0, first.total() + 1, Place::new(index, 1));
+    pass_turn(shared, first, front);
     head.store(Head::to(front), Ordering::Release);
-    Ok(front.index.load(Ordering::Relaxed))
+    first.cover(number);
+    Ok(Place::new(index, 0))
 }
 
 /// The first descriptor is empty: the next becomes the first. Its own `next` stays, for walkers that are in it.
 #[inline(never)]
-fn take_front(shared: &Shared, pool: &mut Pool, head: &AtomicU64, first: &Descriptor) {
-    // SAFETY: read from a descriptor of the list.
-    let Some(next) = (unsafe { first.next().descriptor() }) else { return };
-    if let Some(side) = shared.descriptors.sides.get(next.index.load(Ordering::Relaxed)) {
-        side.turn.store(turn_of(shared, first), Ordering::Relaxed);
-    }
+fn take_front(shared: &Shared, pool: &mut Pool, head: &AtomicU64, first: &Descriptor, left: u32) {
+    // SAFETY: a descriptor of the list.
+    let Some(next) = (unsafe { first.next() }) else { return };
+    next.uncover(left);
+    pass_turn(shared, first, next);
     head.store(Head::to(next), Ordering::Release);
-    pool.take_out(shared, first);
+    pool.take_out(shared, first.place().index());
 }
 
-fn turn_of(shared: &Shared, first: &Descriptor) -> u32 {
-    let side = shared.descriptors.sides.get(first.index.load(Ordering::Relaxed));
-    side.map_or(0, |side| side.turn.load(Ordering::Relaxed))
+/// Another descriptor becomes the first: it has to know whose turn it is, if that was ever asked.
+#[inline(always)]
+fn pass_turn(shared: &Shared, from: &Descriptor, to: &Descriptor) {
+    if from.flags() & flag::TURN == 0 {
+        return;
+    }
+    if let (Some(old), Some(new)) = (shared.descriptors.side_of(from), shared.descriptors.side_of(to)) {
+        new.turn.store(old.turn.load(Ordering::Relaxed), Ordering::Relaxed);
+        from.set_flags(from.flags() & !flag::TURN);
+        to.set_flags(to.flags() | flag::TURN);
+    }
 }
 
 /// Up to 14 entries, from [`Writer::surplus`].

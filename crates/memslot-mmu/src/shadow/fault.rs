@@ -13,8 +13,6 @@
 //! by their frames; the guest's entries are read again, each after the page that shadows its table is tracked or known to be unsync: so
 //! either the entry is as the walk has found it, or the fault starts again, or the change comes later and is noticed.
 
-use alloc::sync::Arc;
-
 use memslot::{Gfn, GfnRange, Gpa, HvaRange, Slot, SlotFlags};
 
 use super::guest::{Entry, GuestAccess, Mode, Rights, Walk, walk};
@@ -25,6 +23,7 @@ use super::stats::Counter;
 use super::tables::Tables;
 use super::vcpu::{Loaded, ShadowFault};
 use super::{ShadowHost, spte};
+use crate::counted::Counted;
 use crate::format::Access;
 use crate::host::{Answer, Frame};
 use crate::invalidate::{ends, range};
@@ -52,7 +51,7 @@ pub(super) struct Found {
     pub(super) rights: Rights,
     pub(super) gfn: Gfn,
     pub(super) slot: Slot,
-    pub(super) slots: Arc<Slots>,
+    pub(super) slots: Counted<Slots>,
     /// The last change when this was found.
     pub(super) change: u64,
     /// Whether anything was being invalidated.

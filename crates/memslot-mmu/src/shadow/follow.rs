@@ -16,8 +16,6 @@
 //!
 //! Nothing of this can fail: what a commit and its undoing need is reserved before.
 
-use alloc::sync::Arc;
-
 use memslot::{
     AddressSpaceId, GfnRange, Listener, ListenerError, OutOfMemory, PieceKind, Slot, SlotFlags, Update,
 };
@@ -26,6 +24,7 @@ use super::shared::{Locked, Shared};
 use super::slots::Slots;
 use super::zap::Task;
 use super::{Shadow, ShadowHost, spte};
+use crate::counted::Counted;
 use crate::sync::Ordering;
 
 /// So many chunks of lists are freed when a change has settled; the rest by and by.
@@ -35,9 +34,9 @@ const CHUNKS: usize = 512;
 pub(super) struct Follower<H: ShadowHost> {
     shadow: Shadow<H>,
     /// For the commit.
-    next: Option<Arc<Slots>>,
+    next: Option<Counted<Slots>>,
     /// What the last commit replaced.
-    previous: Option<Arc<Slots>>,
+    previous: Option<Counted<Slots>>,
 }
 
 /// What is done with a range, forwards or backwards.
@@ -84,7 +83,7 @@ impl<H: ShadowHost> Follower<H> {
     }
 
     /// Puts `next` in place of the slots as they are. Returns those.
-    fn follow(&mut self, update: &Update<'_>, next: Arc<Slots>, forwards: bool) -> Arc<Slots> {
+    fn follow(&mut self, update: &Update<'_>, next: Counted<Slots>, forwards: bool) -> Counted<Slots> {
         let shared = &*self.shadow.shared;
         shared.with(|locked| {
             // `prepare` has made room.
@@ -169,7 +168,7 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
         let now = shared.with(|locked| locked.state.slots.clone());
         let next = Slots::new(&shared.rmap, update.after, now.view.clone(), Some(&now))?;
         self.previous = None;
-        self.next = Some(Arc::new(next));
+        self.next = Some(Counted::new(next)?);
         let pieces = update.pieces.len();
         shared.with(|locked| locked.state.closed.try_reserve(pieces)).map_err(|_| OutOfMemory)?;
         Ok(())
@@ -177,7 +176,7 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
 
     fn commit(&mut self, update: &Update<'_>) -> Result<(), ListenerError> {
         let (Some(view), Some(mut next)) = (update.snapshot(), self.next.take()) else { return Ok(()) };
-        if let Some(next) = Arc::get_mut(&mut next) {
+        if let Some(next) = next.get_mut() {
             next.view = view;
         }
         self.previous = Some(self.follow(update, next, true));

@@ -179,8 +179,6 @@ mod zap;
 #[cfg(all(test, loom))]
 mod loom_tests;
 
-use alloc::boxed::Box;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use memslot::dirty::DirtyLog;
@@ -196,6 +194,7 @@ pub use self::slot_set::{SlotSet, SlotSetCache};
 pub use self::stats::{RMAP_CLASSES, ShadowStats};
 pub use self::vcpu::{RootKind, ShadowFault, ShadowRoot, ShadowVcpu};
 pub use self::zap::ShadowInvalidation;
+use crate::counted::{Counted, try_box};
 use crate::host::Context;
 use crate::level::Level;
 use crate::nested::{AttachError, TableError};
@@ -254,7 +253,7 @@ impl<E> From<OutOfMemory> for ShadowError<E> {
 ///
 /// A handle: clones are the same tables, on any thread.
 pub struct Shadow<H: ShadowHost> {
-    shared: Arc<Shared<H>>,
+    shared: Counted<Shared<H>>,
 }
 
 impl<H: ShadowHost> Clone for Shadow<H> {
@@ -275,8 +274,10 @@ impl<H: ShadowHost + Send + Sync + 'static> Shadow<H> {
             return Err(AttachError::PageSize(page));
         }
         let shared = Shared::new(host, config, &table.snapshot()).map_err(TableError::from)?;
-        let shadow = Self { shared: Arc::new(shared) };
-        table.add_listener(Box::new(Follower::new(shadow.clone()))).map_err(TableError::from)?;
+        let shared = Counted::new(shared).map_err(TableError::from)?;
+        let shadow = Self { shared };
+        let follower = try_box(Follower::new(shadow.clone())).map_err(TableError::from)?;
+        table.add_listener(follower).map_err(TableError::from)?;
         Ok(shadow)
     }
 }

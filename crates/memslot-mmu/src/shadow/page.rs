@@ -9,10 +9,10 @@ use super::guest::{Entry, EntrySize, GuestPaging, Mode};
 use super::role::Key;
 use super::slot_set::{SlotSet, SlotSetCache};
 use super::spte::SpteRef;
+use crate::counted::try_box;
 use crate::host::{Host, Pfn};
 use crate::level::{ENTRIES, Level, Table};
 use crate::nested::TableError;
-use crate::nested::shared::try_box;
 use crate::rmap::{Parents, Rmap};
 use crate::sync::{AtomicPtr, AtomicU64, AtomicUsize, Mutex, Ordering};
 

@@ -4,7 +4,6 @@
 //! An entry that is seen in a list may have been dropped since, or be another one by now. It is a leaf's single bit that is taken,
 //! by a compare-exchange against a leaf: the worst that can come of it is a fault too many.
 
-use alloc::sync::Arc;
 use core::convert::Infallible;
 
 use memslot::dirty::{Consumer, Harvest, HarvestError, Rearm};
@@ -14,6 +13,7 @@ use super::shared::Shared;
 use super::slots::Slots;
 use super::spte::SpteRef;
 use super::{Shadow, ShadowHost, spte};
+use crate::counted::Counted;
 use crate::invalidate::range;
 use crate::level::Level;
 use crate::nested::epoch::Cell;
@@ -24,10 +24,10 @@ use crate::sync::{AtomicU64, Ordering};
 /// A thread's access to the reverse map without the lock.
 struct Outside<H: ShadowHost> {
     shadow: Shadow<H>,
-    cell: Arc<Cell>,
+    cell: Counted<Cell>,
     walker: Walker<SpteRef>,
     /// The slots as they were at this serial.
-    slots: Arc<Slots>,
+    slots: Counted<Slots>,
     serial: u64,
 }
 

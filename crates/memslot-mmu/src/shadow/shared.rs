@@ -7,7 +7,6 @@
 //! do not use old translations flushes if anything pending is about the same frames, whether it has changed entries itself or not.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ptr;
 
@@ -20,6 +19,7 @@ use super::slots::{Changes, Slots};
 use super::spte::SpteRef;
 use super::stats::{Counter, Counters};
 use super::{ShadowConfig, ShadowHost};
+use crate::counted::Counted;
 use crate::host::Pfn;
 use crate::invalidate::{Invalidations, range};
 use crate::level::Table;
@@ -56,7 +56,7 @@ pub(super) struct Shared<H: ShadowHost> {
 
 /// What the lock protects.
 pub(super) struct State {
-    pub(super) slots: Arc<Slots>,
+    pub(super) slots: Counted<Slots>,
     pub(super) writer: Writer<SpteRef>,
     pub(super) changes: Changes,
     pub(super) cells: Cells,
@@ -105,7 +105,7 @@ impl<H: ShadowHost> Shared<H> {
         counters: u64,
     ) -> Result<Self, OutOfMemory> {
         let (rmap, writer) = Rmap::starting_at(counters);
-        let slots = Arc::new(Slots::new(&rmap, snapshot, snapshot.clone(), None)?);
+        let slots = Counted::new(Slots::new(&rmap, snapshot, snapshot.clone(), None)?)?;
         let blocks = || {
             let mut blocks = Vec::new();
             blocks.try_reserve_exact(BLOCKS).map_err(|_| OutOfMemory)?;

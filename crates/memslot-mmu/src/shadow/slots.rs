@@ -1,11 +1,11 @@
 //! The slots as faults look at them: a version of the table, with the reverse map of each slot.
 
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use memslot::{AddressSpaceId, Gfn, GfnRange, OutOfMemory, Slot, Snapshot, View};
 
 use super::spte::SpteRef;
+use crate::counted::Counted;
 use crate::level::Level;
 use crate::rmap::{Rmap, SlotRmap};
 
@@ -16,7 +16,7 @@ const SPACES: usize = 4;
 pub(super) struct Slots {
     pub(super) view: Snapshot,
     /// Those of each address space, in order of their first frame.
-    rmaps: [Vec<Arc<SlotRmap<SpteRef>>>; SPACES],
+    rmaps: [Vec<Counted<SlotRmap<SpteRef>>>; SPACES],
 }
 
 impl Slots {
@@ -38,7 +38,7 @@ impl Slots {
                     .filter(|kept| kept.gfns() == slot.gfns());
                 let new = match kept {
                     Some(kept) => kept.clone(),
-                    None => Arc::new(rmap.slot(slot.gfns(), Level::G1).map_err(|_| OutOfMemory)?),
+                    None => Counted::new(rmap.slot(slot.gfns(), Level::G1).map_err(|_| OutOfMemory)?)?,
                 };
                 list.push(new);
             }
@@ -48,7 +48,7 @@ impl Slots {
     }
 
     /// The reverse map of the slot that has this frame.
-    pub(super) fn rmap_at(&self, space: AddressSpaceId, gfn: Gfn) -> Option<&Arc<SlotRmap<SpteRef>>> {
+    pub(super) fn rmap_at(&self, space: AddressSpaceId, gfn: Gfn) -> Option<&Counted<SlotRmap<SpteRef>>> {
         let list = self.rmaps.get(usize::from(space.get()))?;
         let after = list.partition_point(|rmap| rmap.gfns().start() <= gfn);
         list.get(after.checked_sub(1)?).filter(|rmap| rmap.gfns().contains(gfn))

@@ -1,6 +1,5 @@
 //! A virtual processor's access to the shadow tables.
 
-use alloc::sync::Arc;
 use core::ptr::NonNull;
 
 use memslot::{AddressSpaceId, Gfn, Gpa, OutOfMemory};
@@ -13,6 +12,7 @@ use super::role::{Key, Reading, Role};
 use super::shared::{Locked, Shared};
 use super::stats::Counter;
 use super::{Shadow, ShadowError, ShadowHost, spte};
+use crate::counted::Counted;
 use crate::host::Pfn;
 use crate::level::{ENTRIES, Level, PAGE_SHIFT};
 use crate::nested::TableError;
@@ -72,7 +72,7 @@ pub enum ShadowFault {
 /// The processor always runs with `CR0.WP` and `EFER.NXE` set: what the guest has there is in the tables.
 pub struct ShadowVcpu<H: ShadowHost> {
     shadow: Shadow<H>,
-    pub(super) cell: Arc<Cell>,
+    pub(super) cell: Counted<Cell>,
     reserve: Reserve,
     pub(super) loaded: Option<Loaded>,
     /// The table of a [`RootKind::Pae`].

@@ -93,7 +93,12 @@ impl TestHost {
 
     /// Every flush since the last call.
     pub fn take_flushes(&self) -> Vec<GfnRange> {
-        self.with(|state| std::mem::take(&mut state.flushes)).into_iter().map(|(_, gfns)| gfns).collect()
+        self.with(|state| state.flushes.drain(..).map(|(_, gfns)| gfns).collect())
+    }
+
+    /// Notes that many flushes without asking for memory.
+    pub fn reserve_flushes(&self, flushes: usize) {
+        self.with(|state| state.flushes.reserve(flushes));
     }
 
     /// The processor uses `gfn`: it caches what the tables say.
@@ -104,6 +109,12 @@ impl TestHost {
         {
             self.with(|state| state.tlb.insert(start, *leaf));
         }
+    }
+
+    /// The processor uses everything.
+    pub fn touch_all<F: Format>(&self, mmu: &Mmu<F, Self>) {
+        let leaves = read_tables(mmu);
+        self.with(|state| state.tlb.extend(leaves));
     }
 
     /// Cached translations of `gfns` that the tables do not allow any more.

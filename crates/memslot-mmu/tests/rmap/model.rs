@@ -206,10 +206,13 @@ impl World {
                 let (Some(filed), Some(right)) = (Filed::from_bits(bits), self.book.look(entry)) else {
                     return;
                 };
-                // A guess may be right in all that counts: an entry that is alone is found by its list.
-                let alone = self.model[list].len() == 1 && filed.into_bits() >> 32 == right.into_bits() >> 32;
+                // A guess may be right in all that counts: an entry that is in the word, or in the first cell of the first
+                // descriptor, is found by its list.
+                let right_list = filed.into_bits() >> 32 == right.into_bits() >> 32;
+                let is_first = list_of(&self.slot, &self.parents, list)
+                    .is_some_and(|list| self.writer.is_first(list, entry));
                 let filed = Filed::from_bits(bits).unwrap();
-                if alone || bits == self.book.look(entry).unwrap().into_bits() {
+                if right_list && is_first || bits == self.book.look(entry).unwrap().into_bits() {
                     return;
                 }
                 assert!(self.writer.remove(filed, entry, self.book.keep()).is_err());

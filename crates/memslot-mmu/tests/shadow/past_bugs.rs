@@ -194,7 +194,7 @@ fn row_30_the_same_frame_as_a_large_page_and_as_a_table() {
         guest.put(LARGE, 301, 31 << 12 | ALL);
         let entries = if large_first { [large, table, large] } else { [table, large, table] };
         guest.put(PD, 0, entries[0]);
-        for (round, (cpu, entry)) in (0..).zip([0, 1, 0].into_iter().zip(entries)) {
+        for (round, entry) in (0..).zip(entries) {
             if round > 0 {
                 if is_told { guest.store(0, PD, 0, entry) } else { guest.behind_our_back(PD, 0, entry) }
             }
@@ -202,10 +202,10 @@ fn row_30_the_same_frame_as_a_large_page_and_as_a_table() {
             let at = (50 * round, 50 * round + 100);
             let is_large = entry == large;
             if is_large {
-                guest.leads(cpu, at.0 << 12, USER, LARGE + at.0);
+                guest.leads(usize::from(round % 2 == 1), at.0 << 12, USER, LARGE + at.0);
                 guest.leads(0, at.1 << 12, USER_WRITE, LARGE + at.1);
             } else {
-                guest.leads(cpu, 201 << 12, USER, 30);
+                guest.leads(usize::from(round % 2 == 1), 201 << 12, USER, 30);
                 guest.leads(0, 301 << 12, USER_WRITE, 31);
             }
             guest.tell();

@@ -198,7 +198,8 @@ impl Consumer {
     /// [keeps them](DirtyLog::consumer_keeping_removed). One entry for every range of frames that went; in order.
     ///
     /// Whoever asks while a change is under way may get entries of that change, and a listener may refuse it yet: then
-    /// the slot is back, and the same pages are dirty there. Ask after the change to see deleted slots only.
+    /// the slot is back, and the same pages are dirty there. Or more pages of the same frames come later, in another entry.
+    /// Ask after the change to see all of deleted slots, and those only.
     ///
     /// # Errors
     /// [`OutOfMemory`]; they can be asked for again.

@@ -11,9 +11,10 @@
 //! | a slot is deleted | go, or to the consumers that keep them |
 //!
 //! Readers are not waited for, so a late writer may mark pages of the version before at any time. The bits of frames
-//! that lose their slot are therefore taken twice: before the new version is published, when whose they are is
-//! certain, and again afterwards. What comes in between is the old slot's if nothing else is logged there now, and
-//! counts for both if something is. (Later still, [`DirtyLog::mark_through`](super::DirtyLog::mark_through) finds the
+//! that lose their slot are therefore taken three times: before the new version is published, when whose they are is
+//! certain, then when the log hears of it, and again when all listeners have: page tables find out only while they
+//! unmap the slot what was written to it until then, and mark it. What comes in between is the old slot's if nothing else
+//! is logged there now, and counts for both if something is; but what comes last, only if nothing is. (Later still, [`DirtyLog::mark_through`](super::DirtyLog::mark_through) finds the
 //! slot's new place by itself.)
 //!
 //! What was taken is kept until the next change, so that a change that is taken back finds it again. Memory that was
@@ -46,6 +47,7 @@ pub(super) struct Follower {
 /// Frames that lost their logged slot.
 struct Taken {
     old: Slot,
+    gfns: GfnRange,
     /// Whether the frames lost their memory, not just their logging.
     removed: bool,
     bits: Bits,
@@ -81,13 +83,22 @@ impl Follower {
         let leaving = update.pieces.iter().filter(|piece| lost(&piece.kind).is_some()).count();
         self.taken.try_reserve(leaving).map_err(|_| OutOfMemory)?;
         for kept in state.consumers.iter_mut().flatten().filter(|kept| kept.keeps_removed) {
-            kept.removed.try_reserve(leaving).map_err(|_| OutOfMemory)?;
+            // Twice for each: a consumer may take what was handed over before all listeners have heard of the change.
+            kept.removed.try_reserve(2 * leaving).map_err(|_| OutOfMemory)?;
         }
         for piece in update.pieces {
             let bitmap = &shared.spaces[usize::from(piece.address_space.get())];
             if let Some((old, removed)) = lost(&piece.kind) {
                 let bits = Bits::none(piece.address_space, piece.gfns, state.consumers.len())?;
-                self.taken.push(Taken { old, removed, bits, handed_over: Vec::new(), is_incomplete: false });
+                let gfns = piece.gfns;
+                self.taken.push(Taken {
+                    old,
+                    gfns,
+                    removed,
+                    bits,
+                    handed_over: Vec::new(),
+                    is_incomplete: false,
+                });
                 if let Some(taken) = self.taken.last_mut() {
                     taken.prepare_handing_over(&state)?;
                     taken.bits.take(bitmap, &mut state)?;
@@ -191,7 +202,7 @@ impl Listener for Follower {
                 gaps(piece.gfns, moved).for_each(|gfns| bitmap.mark_range(gfns));
             }
         }
-        state.unsettled.clear();
+        // What is not settled stays so: listeners behind this one may mark it.
         Ok(())
     }
 
@@ -218,13 +229,17 @@ impl Listener for Follower {
         state.unsettled.clear();
     }
 
-    fn settled(&mut self, _: &Update<'_>) {
+    fn settled(&mut self, update: &Update<'_>) {
         // Or the version before would live, with all that it keeps alive, until the next change.
         self.previous = None;
-        let _state = self.shared.state.lock();
-        for taken in self.taken.drain(..) {
+        let mut state = self.shared.state.lock();
+        for mut taken in self.taken.drain(..) {
+            if taken.removed {
+                taken.settle_late(&self.shared, &mut state, update);
+            }
             taken.bits.forget(&self.shared);
         }
+        state.unsettled.clear();
     }
 
     fn abort(&mut self, update: &Update<'_>) {
@@ -254,7 +269,7 @@ impl Taken {
     fn moves<'a>(&'a self, update: &'a Update<'_>) -> impl Iterator<Item = (GfnRange, GfnRange)> + 'a {
         let new = update.slots.iter().filter_map(|change| change.new);
         let new = new.filter(move |slot| slot.address_space() == self.bits.space && logs(slot));
-        new.filter_map(|slot| moved_to(&self.old, self.bits.gfns, &slot))
+        new.filter_map(|slot| moved_to(&self.old, self.gfns, &slot))
     }
 
     fn prepare_handing_over(&mut self, state: &State) -> Result<(), OutOfMemory> {
@@ -269,25 +284,71 @@ impl Taken {
         for (from, to) in self.moves(update) {
             self.bits.copy(shared, state, from, to);
         }
-        let gfns = self.bits.gfns;
+        let mut rooms = core::mem::take(&mut self.handed_over);
+        for gone in gaps(self.gfns, || self.moves(update).map(|(from, _)| from)) {
+            self.hand_over(shared, state, &mut rooms, update, gone);
+        }
+        self.handed_over = rooms;
+    }
+
+    /// Hands over what listeners behind this one have marked, of frames that are not logged now. (Of others it cannot be
+    /// told from what is the new slot's.)
+    fn settle_late(&mut self, shared: &Shared, state: &mut State, update: &Update<'_>) {
+        let mut rooms = core::mem::take(&mut self.handed_over);
+        let (current, space) = (state.current.clone(), self.bits.space);
+        let mut at = self.gfns.start();
+        // One after the other, as taking changes what is asked.
+        while let Some(gone) = {
+            let logged = || current.slots_in(space, self.gfns).filter(|piece| logs(piece.slot));
+            let kept = || self.moves(update).map(|(from, _)| from).chain(logged().map(|piece| piece.gfns));
+            GfnRange::new(at, self.gfns.end()).and_then(|rest| gaps(rest, kept).next())
+        } {
+            at = gone.end();
+            self.bits.empty(shared);
+            self.bits.gfns = gone;
+            let result = self.bits.take(&shared.spaces[usize::from(space.get())], state);
+            self.is_incomplete = result.is_err();
+            self.hand_over(shared, state, &mut rooms, update, gone);
+        }
+    }
+
+    /// Hands bits of some of the frames to the consumers that keep them; for the second time, what has come since.
+    /// `rooms` are sets with room for them.
+    fn hand_over(
+        &self,
+        shared: &Shared,
+        state: &mut State,
+        rooms: &mut Vec<Set>,
+        update: &Update<'_>,
+        gone: GfnRange,
+    ) {
+        let (gfns, generation) = (self.gfns, update.after.generation());
         for (number, kept) in state.consumers.iter_mut().enumerate() {
             let Some(kept) = kept.as_mut().filter(|kept| kept.keeps_removed) else { continue };
+            let is_same =
+                |it: &&mut RemovedSet| (it.generation, it.slot, it.gfns) == (generation, self.old, gfns);
+            let before = kept.removed.iter_mut().rev().find(is_same);
+            let is_first = before.is_none();
             // A consumer that is new since the preparation gets what there is memory for.
-            let mut set = self.handed_over.pop().unwrap_or_default();
-            for gone in gaps(gfns, || self.moves(update).map(|(from, _)| from)) {
-                if self.is_incomplete {
-                    // SAFETY: the caller has the lock.
-                    unsafe { set.add_range(self.bits.bitmap(shared), gone.start().get(), gone.end().get()) };
-                }
-                self.bits.add_to(&mut set, shared, number, gone);
-            }
-            let generation = update.after.generation();
-            if kept.removed.try_reserve(1).is_err() {
+            let mut own = if is_first { rooms.pop().unwrap_or_default() } else { Set::default() };
+            let set = before.map_or(&mut own, |removed| &mut removed.set);
+            if self.is_incomplete {
                 // SAFETY: the caller has the lock.
-                unsafe { set.clear(self.bits.bitmap(shared)) };
+                unsafe { set.add_range(self.bits.bitmap(shared), gone.start().get(), gone.end().get()) };
             }
-            if !set.chunks.is_empty() {
-                kept.removed.push(RemovedSet { generation, slot: self.old, gfns, set });
+            self.bits.add_to(set, shared, number, gone);
+            if !is_first {
+                continue;
+            }
+            if own.chunks.is_empty() {
+                if rooms.len() < rooms.capacity() {
+                    rooms.insert(0, own);
+                }
+            } else if kept.removed.try_reserve(1).is_ok() {
+                kept.removed.push(RemovedSet { generation, slot: self.old, gfns, set: own });
+            } else {
+                // SAFETY: the caller has the lock.
+                unsafe { own.clear(self.bits.bitmap(shared)) };
             }
         }
     }
@@ -384,9 +445,15 @@ impl Bits {
     }
 
     /// Lets go of everything.
-    fn forget(self, shared: &Shared) {
-        let bitmap = self.bitmap(shared);
-        for (number, held) in self.fresh.into_iter().chain(self.kept.into_iter().flatten()) {
+    fn forget(mut self, shared: &Shared) {
+        self.empty(shared);
+    }
+
+    /// Lets go of all bits, and keeps the room for others.
+    fn empty(&mut self, shared: &Shared) {
+        let bitmap = &shared.spaces[usize::from(self.space.get())];
+        let kept = self.kept.iter_mut().flat_map(|own| own.drain(..));
+        for (number, held) in self.fresh.drain(..).chain(kept) {
             // SAFETY: the caller has the lock.
             unsafe { bitmap.give_back(number, held) };
         }

@@ -284,6 +284,13 @@ impl DirtyLog {
         self.add_consumer(true)
     }
 
+    /// Whether any consumer [keeps](Self::consumer_keeping_removed) the bits of slots that are deleted. Page tables ask
+    /// when they unmap one: if so, what was written to it until then is worth marking.
+    #[must_use]
+    pub fn keeps_removed(&self) -> bool {
+        self.shared.state.lock().consumers.iter().flatten().any(|kept| kept.keeps_removed)
+    }
+
     fn add_consumer(&self, keeps_removed: bool) -> Result<Consumer, OutOfMemory> {
         let mut state = self.shared.state.lock();
         let kept = Some(Kept { keeps_removed, ..Kept::default() });

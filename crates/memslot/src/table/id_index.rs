@@ -20,7 +20,7 @@ pub(super) struct LeafHeader {
 }
 
 type Leaf = NodePtr<LeafHeader, Option<Slot>>;
-const _: () = assert!(size_of::<Option<Slot>>() == 48, "an empty place costs no extra room");
+const _: () = assert!(size_of::<Option<Slot>>() == 40, "an empty place costs no extra room");
 
 /// The index of one address space in one version; copying it copies the root only.
 #[derive(Clone, Copy)]

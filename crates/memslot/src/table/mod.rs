@@ -350,15 +350,11 @@ impl SlotTable {
             // SAFETY: as above; versions are reclaimed further down only.
             let current = unsafe { owner.current() };
             // SAFETY: the version is the owner's current one.
-            let snapshot = Snapshot::new(unsafe { Held::new(owner, NonNull::from(current)) });
-            let after = &current.payload;
-            let committed = commit(&mut self.listeners, base, &snapshot, writer);
-            if committed.is_err() {
-                generation = writer.take_back(owner, base, after);
-            }
-            committed
+            let after = Snapshot::new(unsafe { Held::new(owner, NonNull::from(current)) });
+            let listeners = &mut self.listeners[..];
+            Published { owner, writer, listeners, before: base, after, reached: 0, followed: false }.commit()
         };
-        writer.reclaim_if_due(owner);
+        unpublished.writer.reclaim_if_due(owner);
         committed.map(|()| generation)
     }
 }
@@ -397,14 +393,14 @@ impl Writer {
     ///
     /// The nodes that the step to `after` left behind live again, so they are taken off the list of the dead;
     /// those that it made are dead now.
-    fn take_back(&mut self, owner: &Shared, base: &View, after: &View) -> u64 {
+    fn take_back(&mut self, owner: &Shared, base: &View, after: &View) {
         self.versions.revive_last();
         self.arena.stamp = after.generation;
         self.arena.burying = true;
         abandon(after, &mut self.arena);
         self.arena.burying = false;
         core::mem::swap(&mut self.arena.dead, &mut self.arena.buried);
-        self.publish(owner, base.fork(after.generation.wrapping_add(1)))
+        self.publish(owner, base.fork(after.generation.wrapping_add(1)));
     }
 
     /// Reclaims every few generations.
@@ -456,17 +452,32 @@ impl Unpublished<'_> {
         let attachments = RefCell::new(after.attachments.clone());
         let stage = Stage::Preparing(&attachments);
         let update = Update { before, after, slots: &lists.changes, pieces: &writer.pieces, stage };
-        for i in 0..listeners.len() {
-            if let Err(error) = listeners[i].prepare(&update) {
-                let refused = refused(&*listeners[i], error);
-                for prepared in listeners[..i].iter_mut().rev() {
-                    prepared.abort(&update);
-                }
-                return Err(refused);
+        let mut prepared = Prepared { listeners, update: &update, done: 0 };
+        while let Some(listener) = prepared.listeners.get_mut(prepared.done) {
+            if let Err(error) = listener.prepare(&update) {
+                return Err(refused(&**listener, error));
             }
+            prepared.done += 1;
         }
+        prepared.done = 0;
+        drop(prepared);
         after.attachments = attachments.into_inner();
         Ok(())
+    }
+}
+
+/// Listeners that have prepared. Unless all do, they hear that it was for nothing, also when one panics.
+struct Prepared<'u> {
+    listeners: &'u mut [Box<dyn Listener + Send>],
+    update: &'u Update<'u>,
+    done: usize,
+}
+
+impl Drop for Prepared<'_> {
+    fn drop(&mut self) {
+        for prepared in self.listeners[..self.done].iter_mut().rev() {
+            prepared.abort(self.update);
+        }
     }
 }
 
@@ -479,28 +490,53 @@ fn refused(listener: &dyn Listener, error: ListenerError) -> TransactionError {
     Reason::Listener { listener: name, error }.into()
 }
 
-fn commit(
-    listeners: &mut [Box<dyn Listener + Send>],
-    before: &View,
-    after: &Snapshot,
-    writer: &Writer,
-) -> Result<(), TransactionError> {
-    let (slots, pieces) = (&writer.lists.changes, &writer.pieces);
-    let update = Update { before, after, slots, pieces, stage: Stage::Published(after) };
-    for i in 0..listeners.len() {
-        if let Err(error) = listeners[i].commit(&update) {
-            let refused = refused(&*listeners[i], error);
-            for waiting in listeners[i + 1..].iter_mut().rev() {
-                waiting.abort(&update);
+/// A version that is published, on its way through the listeners. Unless all follow, it is taken back, also when one
+/// panics.
+struct Published<'t> {
+    owner: &'t Shared,
+    writer: &'t mut Writer,
+    listeners: &'t mut [Box<dyn Listener + Send>],
+    before: &'t View,
+    after: Snapshot,
+    /// Those before this one have followed.
+    reached: usize,
+    followed: bool,
+}
+
+impl Published<'_> {
+    fn commit(mut self) -> Result<(), TransactionError> {
+        let Self { writer, listeners, before, after, reached, followed, .. } = &mut self;
+        let (slots, pieces) = (&writer.lists.changes, &writer.pieces);
+        let update = Update { before, after, slots, pieces, stage: Stage::Published(after) };
+        for listener in &mut **listeners {
+            if let Err(error) = listener.commit(&update) {
+                return Err(refused(&**listener, error));
             }
-            for committed in listeners[..i].iter_mut().rev() {
-                committed.undo(&update);
-            }
-            return Err(refused);
+            *reached += 1;
         }
+        *followed = true;
+        listeners.iter_mut().for_each(|listener| listener.settled(&update));
+        Ok(())
     }
-    listeners.iter_mut().for_each(|listener| listener.settled(&update));
-    Ok(())
+}
+
+impl Drop for Published<'_> {
+    fn drop(&mut self) {
+        if self.followed {
+            return;
+        }
+        let Self { owner, writer, listeners, before, after, reached, .. } = self;
+        let (slots, pieces) = (&writer.lists.changes, &writer.pieces);
+        let update = Update { before, after, slots, pieces, stage: Stage::Published(after) };
+        // The one between has failed, and has undone its own part.
+        for waiting in listeners.iter_mut().skip(*reached + 1).rev() {
+            waiting.abort(&update);
+        }
+        for committed in listeners[..*reached].iter_mut().rev() {
+            committed.undo(&update);
+        }
+        writer.take_back(owner, before, after);
+    }
 }
 
 impl core::fmt::Debug for SlotTable {

@@ -36,6 +36,11 @@ const SLAB_BYTES: usize = 8 << 10;
 const NONE: u32 = u32::MAX;
 /// Free nodes of one size that stay in the stock: about what the versions between two reclaims leave behind.
 const STOCK: usize = 64;
+/// Where slabs have more free nodes of a size than so many and one in so many, freed ones go to their slabs and not to the
+/// stock. What is taken then comes from the slabs that were full last, and the others become empty: so a size that has
+/// had its time (the leaves of a table that grows all get larger at the same time) gives its memory back.
+const SLACK: usize = 64;
+const SLACK_PART: usize = 8;
 
 /// What every node begins with.
 #[repr(C)]
@@ -245,8 +250,7 @@ impl AnyNode {
 
 struct Slab {
     memory: Option<NonNull<u8>>,
-    layout: Layout,
-    class: usize,
+    class: u8,
     nodes: u32,
     live: u32,
     /// Nodes given out at least once; those behind have never been touched.
@@ -255,6 +259,19 @@ struct Slab {
     free: Option<NonNull<u8>>,
     previous: u32,
     next: u32,
+}
+
+const _: () = assert!(size_of::<Slab>() == 40, "there is one for every few KiB");
+
+impl Slab {
+    fn class(&self) -> usize {
+        usize::from(self.class)
+    }
+
+    fn layout(&self) -> Layout {
+        // SAFETY: it was a valid layout when the slab was made, see `grow`.
+        unsafe { Layout::from_size_align_unchecked(self.nodes as usize * self.class() * LINE, LINE) }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -370,7 +387,7 @@ impl Pool {
         // SAFETY: the node is alive until the end of this function.
         let class = usize::from(unsafe { node.0.cast::<Head>().as_ref().class });
         let class = &mut self.classes[class];
-        if class.stocked < STOCK {
+        if class.stocked < STOCK && class.free <= SLACK + class.nodes / SLACK_PART {
             // SAFETY: the node's memory is ours again. The link takes the place of the birth; the head's other
             // fields stay, and say which slab the node is from when it is taken again.
             unsafe { node.0.cast::<Option<NonNull<u8>>>().write(class.stock) };
@@ -403,7 +420,7 @@ impl Pool {
         // SAFETY: the head is there but for its first word.
         let number = unsafe { (&raw const (*node.0.cast::<Head>().as_ptr()).slab).read() };
         let slab = &mut self.slabs[number as usize];
-        let class = slab.class;
+        let class = slab.class();
         // SAFETY: the node's memory is ours again and at least a line long.
         unsafe { node.0.cast::<Option<NonNull<u8>>>().write(slab.free) };
         let was_full = slab.free.is_none() && slab.used == slab.nodes;
@@ -480,13 +497,15 @@ impl Pool {
                 u32::try_from(self.slabs.len()).map_err(|_| OutOfMemory)?
             }
         };
+        let (Ok(class_in_slab), Ok(nodes_in_slab)) = (u8::try_from(class), u32::try_from(nodes)) else {
+            return Err(OutOfMemory);
+        };
         // SAFETY: the layout's size is not zero.
         let memory = NonNull::new(unsafe { alloc(layout) }).ok_or(OutOfMemory)?;
         let slab = Slab {
             memory: Some(memory),
-            layout,
-            class,
-            nodes: u32::try_from(nodes).map_err(|_| OutOfMemory)?,
+            class: class_in_slab,
+            nodes: nodes_in_slab,
             live: 0,
             used: 0,
             free: None,
@@ -509,7 +528,7 @@ impl Pool {
         self.unlink(number);
         let slab = &mut self.slabs[number as usize];
         let memory = slab.memory.take().expect("an empty slab still has its memory");
-        let (layout, class, nodes) = (slab.layout, slab.class, slab.nodes as usize);
+        let (layout, class, nodes) = (slab.layout(), slab.class(), slab.nodes as usize);
         // SAFETY: the memory was allocated with this layout, and none of its nodes is alive.
         unsafe { dealloc(memory.as_ptr(), layout) };
         self.bytes -= layout.size();
@@ -519,7 +538,7 @@ impl Pool {
     }
 
     fn link(&mut self, number: u32) {
-        let class = self.slabs[number as usize].class;
+        let class = self.slabs[number as usize].class();
         let first = self.classes[class].partial;
         self.slabs[number as usize].previous = NONE;
         self.slabs[number as usize].next = first;
@@ -530,7 +549,8 @@ impl Pool {
     }
 
     fn unlink(&mut self, number: u32) {
-        let Slab { previous, next, class, .. } = self.slabs[number as usize];
+        let slab = &self.slabs[number as usize];
+        let (previous, next, class) = (slab.previous, slab.next, slab.class());
         match previous {
             NONE => self.classes[class].partial = next,
             _ => self.slabs[previous as usize].next = next,
@@ -546,7 +566,7 @@ impl Drop for Pool {
         for slab in &self.slabs {
             if let Some(memory) = slab.memory {
                 // SAFETY: the pool is dropped when nobody can reach a node any more; the layout is the slab's.
-                unsafe { dealloc(memory.as_ptr(), slab.layout) };
+                unsafe { dealloc(memory.as_ptr(), slab.layout()) };
             }
         }
     }

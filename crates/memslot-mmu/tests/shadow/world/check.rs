@@ -106,8 +106,8 @@ impl World {
         let hva = slot.hva_of(Gfn::new(gfn)).unwrap().get();
         let is_writable = !slot.flags().contains(SlotFlags::READONLY) && !self.host.is_read_only(hva);
         let marked = past.entries.iter().all(|(gpa, entry)| {
-            let slot = self.resolve(cpu.space, gpa >> 12);
-            let cannot = slot.is_none_or(|(slot, _)| slot.flags().contains(SlotFlags::READONLY));
+            // A table in a read-only slot is walked without its bits being set; what was mapped so may stay when the slot is writable.
+            let cannot = self.unmarked.contains(&(cpu.space, gpa >> 12));
             let needed = if want.write && *gpa == past.dirty_at { 0x60 } else { 0x20 };
             cannot || entry & needed == needed
         });

@@ -8,7 +8,7 @@ pub mod layout;
 pub mod op;
 pub mod run;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use memslot::dirty::{Consumer, DirtyLog};
 use memslot::{
@@ -58,6 +58,8 @@ pub struct World {
     pub history: History,
     /// Frames of logged slots that were written since the last harvest, with the host memory they were written in.
     pub written: BTreeMap<(AddressSpaceId, u64), Hva>,
+    /// Frames that were read-only, or no memory, at any time: accessed and dirty bits of tables there may be missing.
+    pub unmarked: BTreeSet<(AddressSpaceId, u64)>,
     /// Whether writes to tables that stay protected are emulated; else the tables are given up.
     pub emulates: bool,
 }
@@ -125,7 +127,7 @@ impl World {
     }
 
     /// The same with memory that is all 0, and nothing loaded.
-    #[allow(clippy::needless_pass_by_value, reason = "tests make values for one call")]
+    #[expect(clippy::needless_pass_by_value, reason = "as `new`")]
     pub fn without_tables(mode: Mode, config: ShadowConfig) -> Self {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = DirtyLog::attach(&mut table).unwrap();
@@ -148,9 +150,21 @@ impl World {
             forgotten: BTreeMap::new(),
         });
         let cpus = cpus.collect();
-        let (now, history, written) = (0, History::default(), BTreeMap::new());
-        let mut world =
-            Self { layout, table, log, consumer, host, shadow, cpus, now, history, written, emulates: true };
+        let (now, history, written, unmarked) = (0, History::default(), BTreeMap::new(), BTreeSet::new());
+        let mut world = Self {
+            layout,
+            table,
+            log,
+            consumer,
+            host,
+            shadow,
+            cpus,
+            now,
+            history,
+            written,
+            unmarked,
+            emulates: true,
+        };
         world.note();
         world
     }
@@ -167,7 +181,11 @@ impl World {
         for space in [RAM, SMM] {
             // Where tables are, and a few frames of the large pages.
             for gfn in (0..SMALL).chain(LARGE..LARGE + 64) {
-                let pfn = self.resolve(space, gfn).map(|(_, pfn)| pfn);
+                let found = self.resolve(space, gfn);
+                let pfn = found.map(|(_, pfn)| pfn);
+                if found.is_none_or(|(slot, _)| slot.flags().contains(SlotFlags::READONLY)) {
+                    self.unmarked.insert((space, gfn));
+                }
                 self.history.note_backing(space.get(), gfn, pfn, self.now);
             }
         }
