@@ -25,7 +25,8 @@ use crate::{setup, tools};
 /// itself: with PASS or a reason, and with figures (boot time, exits, faults, tables, flushes, dirty rounds). What is missing, QEMU or
 /// the kernel package, is installed or downloaded where apt-get may be used; else the run is skipped.
 ///
-/// The time that counts is that of `--plain`: the same kernel and work in QEMU alone, in the same run.
+/// Times are QEMU's. What means something is the ratio that `--plain` prints: to the same kernel and work in QEMU alone. Where the
+/// machine does something else as well, the ratio of processor times says more than that of wall times.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// What is done; may be given several times
@@ -37,10 +38,10 @@ pub(crate) struct Args {
     /// The guest's memory, such as 384M or 1G
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
     memory: u64,
-    /// The largest page; with 4k the dirty log runs from the start, with 2m it starts later and splits
+    /// The largest page; in `dirty`, 4k has the log run from the start, 2m has it start later and split pages
     #[arg(long, default_value = "2m")]
     pages: Pages,
-    /// How written pages are noticed again
+    /// How the dirty log notices the next write to a page
     #[arg(long, default_value = "protect")]
     rearm: Rearm,
     /// Let Linux have page tables of its own for user space (as it has on processors that leak the kernel's)
@@ -55,11 +56,11 @@ pub(crate) struct Args {
     /// With shadow paging: up to which level the guest's tables may be out of step between its flushes
     #[arg(long, value_name = "LEVEL", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=5))]
     unsync: u8,
-    /// Linux's processors; more than one leave the machine's first alone, because of a bug of QEMU
+    /// Linux's processors, 1 to 4 (QEMU has one more then, as a bug keeps its first from running guests beside others)
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
     smp: u32,
-    /// Leave other processors their old translations when a flush is due: `dirty` must see pages lost, now and then
-    #[arg(long, requires = "smp")]
+    /// Leave other processors their old translations when a flush is due: then `dirty` finds lost pages, and fails
+    #[arg(long)]
     no_shootdown: bool,
     /// How often the guest fills its memory and checks it
     #[arg(long, value_name = "N", default_value_t = 2)]
@@ -67,10 +68,10 @@ pub(crate) struct Args {
     /// How much of its free memory it fills
     #[arg(long, value_name = "PERCENT", default_value_t = 70, value_parser = clap::value_parser!(u32).range(1..=90))]
     percent: u32,
-    /// Run the same without the hypervisor first, and compare the times
+    /// Run the same work in QEMU without the hypervisor first, and compare the times
     #[arg(long)]
     plain: bool,
-    /// Let the machine's time follow its instructions (QEMU's -icount): each run is like the last, to the byte
+    /// Let the machine's time follow its instructions (QEMU's -icount), so that runs are the same to the byte
     #[arg(long)]
     icount: bool,
     /// Run it twice, and fail if console or figures differ in a byte
@@ -134,6 +135,21 @@ enum Rearm {
 }
 
 impl Args {
+    /// What a run is of, in words.
+    fn heading(&self, scenario: Scenario) -> String {
+        let mut text = format!("{} MiB, pages {}", self.memory >> 20, word(&self.pages));
+        if scenario == Scenario::Dirty {
+            text += match self.rearm {
+                Rearm::Protect => ", write protection",
+                Rearm::Bits => ", dirty bits",
+            };
+        }
+        if self.smp > 1 && scenario != Scenario::Shootdown {
+            text += &format!(", {} processors", self.smp);
+        }
+        text
+    }
+
     /// The processor. Without nested paging and with the same in QEMU alone, Linux has four levels of tables.
     fn cpu(&self) -> &'static str {
         match self.paging {
@@ -159,6 +175,14 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
+    if args.icount && args.smp > 1 {
+        bail!(
+            "--icount is for one processor: QEMU then runs several in long turns, and they wait for each other"
+        );
+    }
+    if args.no_shootdown && args.smp == 1 {
+        bail!("--no-shootdown makes no difference with one processor: add --smp 2");
+    }
     let mut report = Report::new()?;
     let kernel = match kernel(args) {
         Ok(kernel) => kernel,
@@ -189,7 +213,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     for &scenario in &args.scenario {
         let name = format!("linux {}", word(&scenario));
         let started = Instant::now();
-        say(&format!("\n== {name}: {} MiB, pages {}", args.memory >> 20, word(&args.pages)));
+        say(&format!("\n== {name}: {}", args.heading(scenario)));
         let run = one(args, scenario, &files)?;
         let verdict = run.verdict();
         if args.quiet && verdict.is_err() {
@@ -313,9 +337,10 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
         ("pages", word(&args.pages)),
         ("rearm", word(&args.rearm)),
         ("memory", (args.memory >> 20).to_string()),
+        ("smp", args.smp.to_string()),
+        ("icount", args.icount.to_string()),
         ("pti", args.pti.to_string()),
         ("kaslr", (!args.no_kaslr).to_string()),
-        ("smp", args.smp.to_string()),
     ];
     Ok(Run { what, ended, again, plain })
 }
