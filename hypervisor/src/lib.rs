@@ -7,6 +7,8 @@
 //! * [`guest`] and [`pool`]: the guest's slots, and where its memory comes from;
 //! * [`paging`] and [`processors`]: what the page tables need of a machine, and how translations are flushed;
 //! * [`svm`] and [`vcpu`]: the switch into the guest, and why it comes out;
+//! * [`maps`] and [`mod@shadow`]: nested or shadow tables, and what a guest on shadow tables comes out for; [`torture`]: a guest that
+//!   edits its own;
 //! * [`mod@linux`] and [`wakeup`]: the boot protocol, and how the other processors come up;
 //! * [`running`] and [`scenario`]: the loop around the guest, and what is done to it meanwhile.
 #![cfg(target_arch = "x86_64")]

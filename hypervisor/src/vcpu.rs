@@ -145,8 +145,15 @@ pub(crate) struct Vcpu {
     has_ticks: bool,
     /// Without nested paging.
     pub(crate) shadow: Option<Box<shadow::Paging>>,
+    /// Whether the guest's hidden segments are on the processor.
+    is_loaded: bool,
     /// The last exit, and when it was.
     left: Option<(Kind, u64)>,
+}
+
+/// Whether shadow paging deals with an exit, and nothing else.
+fn is_frequent(code: u64) -> bool {
+    code == exit::PAGE_FAULT || (exit::READ_CONTROL_0..=exit::WRITE_CONTROL_15).contains(&code)
 }
 
 impl Vcpu {
@@ -181,6 +188,7 @@ impl Vcpu {
             flushed: u64::MAX,
             has_ticks: false,
             shadow: None,
+            is_loaded: false,
             left: None,
         }
     }
@@ -209,12 +217,12 @@ impl Vcpu {
 
     /// Runs the guest until something happens.
     pub(crate) fn run(&mut self) -> Exit {
-        let Some(mut shadow) = self.shadow.take() else { return self.run_once() };
+        let Some(mut shadow) = self.shadow.take() else { return self.run_once(false) };
         let exit = loop {
             if let Err(why) = shadow.prepare(self.vmcb) {
                 break Exit::Stuck(why);
             }
-            match self.run_once() {
+            match self.run_once(true) {
                 Exit::Shadow(event) => match shadow.resolve(self, event) {
                     Ok(None) => {}
                     Ok(Some(exit)) => break exit,
@@ -223,11 +231,29 @@ impl Vcpu {
                 exit => break exit,
             }
         };
+        self.unload();
         self.shadow = Some(shadow);
         exit
     }
 
-    fn run_once(&mut self) -> Exit {
+    fn block(&self) -> u64 {
+        core::ptr::from_ref(&*self.vmcb).addr() as u64
+    }
+
+    /// Brings the host's hidden segments back, if the guest's are there.
+    fn unload(&mut self) {
+        if self.is_loaded {
+            // SAFETY: both are control blocks, and the host's was saved before.
+            unsafe {
+                svm::save_hidden(self.block());
+                svm::load_hidden(self.host);
+            }
+            self.is_loaded = false;
+        }
+    }
+
+    /// `stays_loaded`: after frequent exits, which need nothing of the host's hidden segments, the guest's are left where they are.
+    fn run_once(&mut self, stays_loaded: bool) -> Exit {
         self.make_pending();
         let request = self.processor.enter();
         // Whoever has set the bit, or the requests since the last entry, want a flush.
@@ -235,8 +261,16 @@ impl Vcpu {
         self.flushed = request;
         self.vmcb.save.efer |= svm::EFER_SVME;
         let entered = cpu::ticks();
+        if !self.is_loaded {
+            // SAFETY: the guest's own.
+            unsafe { svm::load_hidden(self.block()) };
+            self.is_loaded = true;
+        }
         // SAFETY: the tables that the control block names have the guest's memory only.
-        unsafe { svm::run(self.vmcb, &mut self.registers, self.host) };
+        unsafe { svm::run(self.vmcb, &mut self.registers) };
+        if !(stays_loaded && is_frequent(self.vmcb.control.exit_code)) {
+            self.unload();
+        }
         let now = cpu::ticks();
         self.processor.leave();
         self.vmcb.control.tlb_control = 0;

@@ -98,17 +98,35 @@ pub(crate) fn take_nmi() {
     unsafe { asm!("stgi", "nop", "clgi", options(nostack)) };
 }
 
-/// Runs the guest until the next exit.
+/// Brings the hidden segments and system registers of a control block to the processor (VMLOAD).
+///
+/// # Safety
+/// The address is that of a control block. Without the host's own there, the next exception finds no stack.
+pub(crate) unsafe fn load_hidden(block: u64) {
+    // SAFETY: the caller's promise; Rust uses none of these registers.
+    unsafe { asm!("vmload rax", in("rax") block, options(nostack)) };
+}
+
+/// Saves them (VMSAVE).
+///
+/// # Safety
+/// As [`load_hidden`].
+pub(crate) unsafe fn save_hidden(block: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("vmsave rax", in("rax") block, options(nostack)) };
+}
+
+/// Runs the guest until the next exit. Its hidden segments are loaded before, and are still there after.
 ///
 /// # Safety
 /// The control block is sound: it lets the guest reach its own memory only.
-pub(crate) unsafe fn run(vmcb: &mut Vmcb, registers: &mut Registers, host: u64) {
-    // SAFETY: the caller's promise. All that the guest changes is saved and brought back.
-    unsafe { svm_run(vmcb, registers, host) };
+pub(crate) unsafe fn run(vmcb: &mut Vmcb, registers: &mut Registers) {
+    // SAFETY: the caller's promise. All that the guest changes is saved and brought back, here or by the caller.
+    unsafe { svm_run(vmcb, registers) };
 }
 
 unsafe extern "sysv64" {
-    fn svm_run(vmcb: *mut Vmcb, registers: *mut Registers, host: u64);
+    fn svm_run(vmcb: *mut Vmcb, registers: *mut Registers);
 }
 
 global_asm!(include_str!("run.s"));

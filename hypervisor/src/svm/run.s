@@ -1,5 +1,5 @@
 /*
- * svm_run(vmcb = rdi, registers = rsi, host's VMSAVE page = rdx)
+ * svm_run(vmcb = rdi, registers = rsi)
  *
  * VMRUN switches rax, rsp, rip, flags, control registers and visible segments. The rest is done here.
  */
@@ -12,7 +12,6 @@ svm_run:
     push r13
     push r14
     push r15
-    push rdx
     push rsi
 
     ldmxcsr [rsi + 112]
@@ -21,7 +20,6 @@ svm_run:
     .endr
 
     mov rax, rdi
-    vmload rax
     mov rbx, [rsi]
     mov rcx, [rsi + 8]
     mov rdx, [rsi + 16]
@@ -38,10 +36,7 @@ svm_run:
     mov rsi, [rsi + 24]
 
     vmrun rax
-    vmsave rax
 
-    mov rax, [rsp + 8]              /* the host's hidden segments: without them the next exception finds no stack */
-    vmload rax
     pop rax                         /* the registers */
     mov [rax], rbx
     mov [rax + 8], rcx
@@ -62,7 +57,6 @@ svm_run:
     .endr
     stmxcsr [rax + 112]
 
-    pop rdx
     pop r15
     pop r14
     pop r13

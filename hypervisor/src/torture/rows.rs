@@ -428,6 +428,10 @@ pub(super) fn zap_in_steps(m: &mut Machine) -> Verdict {
     for round in 0..6 {
         // Their old frames have something else from now on.
         move_pages(DATA + 2 * PAGE, PAGES - 5);
+        for page in 0..PAGES {
+            must!(m.read(AREA + page * PAGE, User), pages[index(page)]);
+            must!(m.read(OTHER + page * PAGE, User), pages[index(page)]);
+        }
         for page in (0..PAGES).step_by(8) {
             move_pages(DATA + page * PAGE, 1);
             host(call::ZAP, [(DATA >> 12) + page, PAGES - page, 1 + round, 0]);

@@ -340,7 +340,6 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
         ("icount", args.icount.to_string()),
         ("pti", args.pti.to_string()),
         ("kaslr", (!args.no_kaslr).to_string()),
-        ("smp", args.smp.to_string()),
     ];
     Ok(Run { what, ended, again, plain })
 }
