@@ -15,9 +15,10 @@ use memslot::{
     SlotTable,
 };
 
+use super::cursor::{At, Cursor, Next, Visit};
 use super::fault::Fault;
-use super::{Config, Mmu, Walker};
-use crate::format::{Access, MemoryType, Npt};
+use super::{Config, DirtyMode, Mmu, Walker};
+use crate::format::{Access, Format, MemoryType, Npt};
 use crate::host::{Answer, Context, Frame, Frames, Pfn, TableMemory, TlbFlush};
 use crate::level::{Level, Table};
 use crate::user::UserHost;
@@ -80,6 +81,10 @@ struct Guest {
 
 impl Guest {
     fn new(has_log: bool, largest: Level, flags: SlotFlags) -> Self {
+        Self::noticing(DirtyMode::WriteProtect, has_log, largest, flags)
+    }
+
+    fn noticing(dirty: DirtyMode, has_log: bool, largest: Level, flags: SlotFlags) -> Self {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = has_log.then(|| DirtyLog::attach(&mut table).unwrap());
         let host = LoomHost(Arc::new(Inner {
@@ -88,7 +93,7 @@ impl Guest {
             processor: loom::sync::Mutex::new(()),
             contents: AtomicUsize::new(0),
         }));
-        let config = Config { log: log.clone(), largest, ..Config::default() };
+        let config = Config { log: log.clone(), largest, dirty, ..Config::default() };
         let mmu = Mmu::attach(&mut table, host.clone(), config).unwrap();
         let mut guest = Self { table, log, mmu, host };
         guest.create(flags);
@@ -338,4 +343,79 @@ fn loom_a_write_beside_a_harvest() {
             assert_eq!(second.or(first), Some(2), "first {first:?}, second {second:?}");
         });
     }
+}
+
+/// Sets accessed and dirty bits of a leaf that may be written, as a processor does.
+struct SetDirty(bool);
+
+impl Visit for SetDirty {
+    fn leaf(&mut self, at: &At<'_>) -> Next {
+        if at.seen & <Npt<2> as Format>::WRITE == 0 {
+            return Next::Done;
+        }
+        self.0 = at.replace(at.seen | <Npt<2> as Format>::ACCESSED | <Npt<2> as Format>::DIRTY);
+        if self.0 { Next::Done } else { Next::Again }
+    }
+}
+
+/// As `processor_writes`, with a processor that notes it in the entry. What it has noted once it may go on using until it
+/// is flushed.
+fn processor_writes_and_notes(vcpu: &mut Vcpu, host: &LoomHost, value: usize) {
+    loop {
+        {
+            let _uses_translation = host.0.processor.lock().unwrap();
+            let mut set = SetDirty(false);
+            let pin = vcpu.mmu.shared.pin(&vcpu.cell);
+            Cursor::new(&pin, 0, 1, usize::MAX).run(0, &mut set);
+            if set.0 {
+                host.0.contents.store(value, Ordering::Relaxed);
+                return;
+            }
+        }
+        let _ = write(vcpu, 0);
+    }
+}
+
+/// D4 by the processor's dirty bits.
+#[test]
+fn loom_a_write_beside_a_harvest_of_dirty_bits() {
+    for is_mapped in [false, true] {
+        loom::model(move || {
+            let guest = Guest::noticing(DirtyMode::Hardware, true, Level::K4, SlotFlags::LOG_DIRTY_PAGES);
+            let consumer = guest.log.as_ref().unwrap().consumer().unwrap();
+            let mut vcpu = guest.vcpu();
+            if is_mapped {
+                processor_writes_and_notes(&mut vcpu, &guest.host, 1);
+            }
+            let host = guest.host.clone();
+            let other = thread::spawn(move || processor_writes_and_notes(&mut vcpu, &host, 2));
+            let first = copy(&guest, &consumer);
+            other.join().unwrap();
+            let second = copy(&guest, &consumer);
+            assert_eq!(second.or(first), Some(2), "first {first:?}, second {second:?}");
+        });
+    }
+}
+
+/// A slot is deleted beside a processor that writes: what it wrote is among what was removed.
+#[test]
+fn loom_a_write_beside_a_delete_is_handed_over() {
+    loom::model(|| {
+        let mut guest = Guest::noticing(DirtyMode::Hardware, true, Level::K4, SlotFlags::LOG_DIRTY_PAGES);
+        let keeper = guest.log.as_ref().unwrap().consumer_keeping_removed().unwrap();
+        let mut vcpu = guest.vcpu();
+        let _ = vcpu.fault(gpa(0), Access::READ).unwrap();
+        let host = guest.host.clone();
+        let other = thread::spawn(move || {
+            let _uses_translation = host.0.processor.lock().unwrap();
+            let mut set = SetDirty(false);
+            let pin = vcpu.mmu.shared.pin(&vcpu.cell);
+            Cursor::new(&pin, 0, 1, usize::MAX).run(0, &mut set);
+            set.0
+        });
+        guest.table.delete(RAM, SlotId::new(0)).unwrap();
+        let removed = keeper.take_removed().unwrap();
+        let found = removed.iter().flat_map(|removed| removed.runs().collect::<Vec<_>>()).next();
+        assert_eq!(other.join().unwrap(), found.is_some());
+    });
 }
