@@ -54,7 +54,7 @@ fuzz_target!(|steps: Vec<Step>| {
             Step::Mark { page } => {
                 let page = u64::from(page) % PAGES;
                 log.mark(SPACE, Gfn::new(base + page));
-                models.iter_mut().for_each(|model| drop(model.insert(page)));
+                models.iter_mut().for_each(|model| _ = model.insert(page));
             }
             Step::MarkRange { first, pages } => {
                 let gfns = range(first, pages);
@@ -125,6 +125,6 @@ fn take(consumer: &Consumer, gfns: Option<GfnRange>, commit: bool, base: u64, mo
     assert_eq!(got, wanted);
     if commit {
         harvest.commit();
-        wanted.iter().for_each(|gfn| drop(model.remove(&(gfn - base))));
+        wanted.iter().for_each(|gfn| _ = model.remove(&(gfn - base)));
     }
 }
