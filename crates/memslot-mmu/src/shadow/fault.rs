@@ -20,7 +20,7 @@ use super::page::ShadowPage;
 use super::shared::{Locked, Shared};
 use super::slots::Slots;
 use super::stats::Counter;
-use super::tables::Tables;
+use super::tables::{Tables, entry_at};
 use super::vcpu::{Loaded, ShadowFault};
 use super::{ShadowHost, spte};
 use crate::counted::Counted;
@@ -166,18 +166,25 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         // Those that are there already are left alone.
         let page = self.leaf_page(loaded, found.va).filter(|page| page.level() == Level::K4);
         let (space, size) = (loaded.space, loaded.paging.entry_size());
-        let base = (last.gpa.get() & 0xfff) / size.bytes() - (at - first) as u64;
-        let tables = Tables { locked: self, space };
-        for (number, place) in (0..).zip(&mut found.neighbours) {
+        // They lie side by side, in one frame.
+        let start = last.gpa.get() - (at - first) as u64 * size.bytes();
+        let group = self.read_guest(space, Gfn::new(start >> PAGE_SHIFT), |table| {
+            [(); GROUP].map({
+                let mut gpa = start;
+                move |()| {
+                    let entry = entry_at(table, Gpa::new(gpa), size);
+                    gpa += size.bytes();
+                    entry
+                }
+            })
+        });
+        let Some(group) = group else { return };
+        for ((number, place), gpte) in (0..).zip(&mut found.neighbours).zip(group) {
             let index = first + number;
-            if index == at || page.is_some_and(|page| spte::is_present(self.load(page, index))) {
+            if index == at || gpte & spte::ACCESSED == 0 {
                 continue;
             }
-            let gpa = (last.gpa.get() & !0xfff) + (base + number as u64) * size.bytes();
-            let Ok(Some(gpte)) = super::guest::GuestTables::read(&tables, Gpa::new(gpa), size) else {
-                return;
-            };
-            if gpte & spte::ACCESSED == 0 {
+            if page.is_some_and(|page| spte::is_present(self.load(page, index))) {
                 continue;
             }
             let Entry::Page(page) = loaded.paging.entry(Level::K4, gpte) else { continue };

@@ -22,6 +22,17 @@ fn place(table: &Table, gpa: Gpa) -> (&AtomicU64, u64) {
     (&table.0[offset / 8 % table.0.len()], if offset % 8 == 0 { 0 } else { 32 })
 }
 
+/// The entry that lies there in its frame.
+#[inline]
+pub(super) fn entry_at(table: &Table, gpa: Gpa, size: EntrySize) -> u64 {
+    let (word, shift) = place(table, gpa);
+    let value = word.load(Ordering::SeqCst);
+    match size {
+        EntrySize::Eight => value,
+        EntrySize::Four => value >> shift & 0xffff_ffff,
+    }
+}
+
 /// The memory is there, and about to change: the walk has to be done again.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Unreachable;
@@ -33,14 +44,7 @@ impl<H: ShadowHost> GuestTables for Tables<'_, '_, H> {
     fn read(&self, gpa: Gpa, size: EntrySize) -> Result<Option<u64>, Unreachable> {
         let gfn = Gfn::new(gpa.get() >> PAGE_SHIFT);
         let Some(slot) = self.locked.slot_at(self.space, gfn) else { return Ok(None) };
-        let value = self.locked.shared.host.with_page(&slot, gfn, |table| {
-            let (word, shift) = place(table, gpa);
-            let value = word.load(Ordering::SeqCst);
-            match size {
-                EntrySize::Eight => value,
-                EntrySize::Four => value >> shift & 0xffff_ffff,
-            }
-        });
+        let value = self.locked.shared.host.with_page(&slot, gfn, |table| entry_at(table, gpa, size));
         // A device has no memory that tables could be in.
         if value.is_none() && slot.hva().is_some() { Err(Unreachable) } else { Ok(value) }
     }
