@@ -68,12 +68,15 @@ fn workspace_tests(args: &Args) -> Step {
     if args.full { step.env("MEMSLOT_ORACLE_OPS", "1000000").env("PROPTEST_CASES", "4096") } else { step }
 }
 
-/// Linux on the hypervisor with little memory: with large pages and with small ones, the dirty log in both ways.
-fn linux(args: &Args) -> [Step; 3] {
+/// Linux on the hypervisor with little memory: with large pages and with small ones, the dirty log in both ways, nested and shadow
+/// tables.
+fn linux(args: &Args) -> [Step; 5] {
     let runs = [
         ("linux boot", ["--scenario=boot", "--pages=2m", "--rearm=protect"]),
         ("linux dirty, by protection", ["--scenario=dirty", "--pages=4k", "--rearm=protect"]),
         ("linux dirty, by dirty bits", ["--scenario=dirty", "--pages=2m", "--rearm=bits"]),
+        ("torture, shadow tables", ["--scenario=torture", "--pages=2m", "--paging=shadow"]),
+        ("linux dirty, shadow tables", ["--scenario=dirty", "--pages=2m", "--paging=shadow"]),
     ];
     runs.map(|(name, arguments)| {
         let mut step = Step::cargo(name, ["xtask", "linux", "--quiet", "--memory=256M", "--rounds=1"]);
