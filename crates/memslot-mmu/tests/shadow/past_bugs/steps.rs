@@ -1,0 +1,90 @@
+//! Row 36: what takes long is done in steps, which skip nothing.
+
+use super::{ALL, Guest, LOG, NONE, PAGE_SIZE, PD, READONLY, USER_WRITE, in_pd, set_flags};
+use crate::world::{RAM, Touched, range, slot};
+
+/// Where the memory of these tests is, and how much: a step of the engine has 1024 entries.
+const FIRST: u64 = 4096;
+const PAGES: u64 = 7 * 512;
+const SLOT: u32 = 7;
+
+/// Every page of a slot is mapped by an entry of its own: so many that a walk pauses three times, not at the end.
+fn populated() -> Guest {
+    let mut guest = Guest::small();
+    guest.change(|world| {
+        world.table.create(slot(RAM, SLOT, range(FIRST, PAGES), FIRST, NONE)).unwrap();
+    });
+    for index in 0..PAGES / 512 {
+        guest.put(PD, index, (FIRST + 512 * index) << 12 | ALL | PAGE_SIZE);
+    }
+    populate(&mut guest);
+    guest
+}
+
+fn populate(guest: &mut Guest) {
+    // What the processor has cached does not make an entry young.
+    guest.load(0, 0);
+    for page in 0..PAGES {
+        let found = guest.world.touch(0, page << 12, USER_WRITE);
+        assert!(matches!(found, Touched::Done(_)));
+    }
+    assert_eq!(guest.leaves() as u64, PAGES);
+}
+
+/// The frames that are mapped: asked by aging after the processor has used everything.
+fn mapped(guest: &Guest) -> Vec<u64> {
+    let mut ager = guest.world.shadow.ager().unwrap();
+    (FIRST..FIRST + PAGES).filter(|gfn| ager.age(RAM, range(*gfn, 1)) > 0).collect()
+}
+
+/// Row 36: CVE-2021-47094: after a pause in the middle, the walk went on behind entries that it had not seen. Every page is gone
+/// in the end, and none that was not asked for, wherever the pauses fall.
+#[test]
+fn row_36_zapping_in_steps_skips_nothing() {
+    let mut guest = populated();
+    for first in [0, 1, 511, 700] {
+        populate(&mut guest);
+        let shadow = guest.world.shadow.clone();
+        guest.step(|_| shadow.zap_gfn_range(RAM, range(FIRST + first, PAGES - first - 1)));
+        let expected: Vec<_> = (FIRST..FIRST + first).chain([FIRST + PAGES - 1]).collect();
+        assert_eq!(mapped(&guest), expected);
+        assert_eq!(guest.leaves(), expected.len(), "what was not asked for stays");
+    }
+}
+
+/// Row 36, for what takes away the right to write and leaves the pages.
+#[test]
+fn row_36_write_protecting_in_steps_skips_nothing() {
+    for flags in [LOG, READONLY] {
+        let mut guest = populated();
+        set_flags(&mut guest, SLOT, flags);
+        assert_eq!(guest.leaves() as u64, PAGES, "they stay");
+        for page in 0..PAGES {
+            let cached = guest.world.host.cached(0, page);
+            assert!(cached.is_none_or(|cached| !cached.rights.write), "{flags:?} {page}");
+        }
+        for page in [0, 1023, 1024, 1025, 2047, 2048, 2049, 3072, 3073, PAGES - 1] {
+            let found = guest.touch(0, page << 12, USER_WRITE);
+            assert_eq!(matches!(found, Touched::Done(_)), flags == LOG, "{page}");
+        }
+    }
+}
+
+/// Row 36, where a slot's entries are found through the shadow pages that have some: more of those than a step looks at.
+#[test]
+fn row_36_visiting_pages_in_steps_skips_nothing() {
+    const TABLES: u64 = 150;
+    let mut guest = Guest::small();
+    guest.change(|world| {
+        world.table.create(slot(RAM, SLOT, range(FIRST, TABLES * 512), FIRST, NONE)).unwrap();
+    });
+    for index in 0..TABLES {
+        guest.world.poke(RAM, (PD << 12) + index * 8, (FIRST + 512 * index) << 12 | ALL | PAGE_SIZE);
+        let found = guest.world.touch(0, in_pd(index), USER_WRITE);
+        assert!(matches!(found, Touched::Done(_)));
+    }
+    guest.step(|_| ());
+    assert!(guest.leaves() as u64 >= TABLES);
+    guest.delete(SLOT);
+    assert_eq!(guest.leaves(), 0);
+}
