@@ -1,5 +1,10 @@
 //! Rows 36 and 44: what takes long is done in steps, which skip nothing.
 
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
 use super::{ALL, Guest, LOG, NONE, PAGE_SIZE, PD, READONLY, USER_WRITE, in_pd, set_flags};
 use crate::world::{RAM, Touched, range, slot};
 
@@ -112,4 +117,79 @@ fn row_44_all_shadow_pages_go_a_few_at_a_time() {
     assert_eq!((zapped, after.pages, after.leaves), (before.pages as u64, 0, 0));
     assert!(flushes >= zapped / 16, "{zapped} shadow pages went in {flushes} steps");
     guest.step(|_| ());
+}
+
+thread_local! {
+    /// Whether this thread stays inside until it is let go.
+    static STAYS: Cell<bool> = const { Cell::new(false) };
+}
+
+#[derive(Default)]
+struct Watched {
+    is_inside: AtomicBool,
+    may_leave: AtomicBool,
+    has_left: AtomicBool,
+    is_zapping: AtomicBool,
+    reached: AtomicU64,
+    /// What `reached` was when the lock was given back.
+    given_back: AtomicU64,
+}
+
+fn wait_for(flag: &AtomicBool) {
+    while !flag.load(SeqCst) {
+        std::thread::yield_now();
+    }
+}
+
+/// Row 44, for a range: the lock is given back while it goes. That shows from outside because whoever gives it back frees the tables that
+/// waited for those inside: somebody is inside, and leaves when the range has begun to go.
+#[test]
+fn row_44_the_lock_is_given_back_while_a_range_goes() {
+    // More than are kept to be used again.
+    const TABLES: u64 = 200;
+    let mut guest = populated();
+    guest.change(|world| {
+        world.table.create(slot(RAM, 8, range(1 << 20, TABLES * 512), 1 << 19, NONE)).unwrap();
+    });
+    for index in 0..TABLES {
+        let large = ((1 << 20) + 512 * index) << 12;
+        guest.world.poke(RAM, (PD << 12) + (100 + index) * 8, large | ALL | PAGE_SIZE);
+        assert!(matches!(guest.world.touch(0, in_pd(100 + index), USER_WRITE), Touched::Done(_)));
+    }
+    let watched = Arc::new(Watched::default());
+    let watch = watched.clone();
+    let watch = move |is_reached: bool| {
+        if STAYS.get() {
+            watch.is_inside.store(true, SeqCst);
+            wait_for(&watch.may_leave);
+        } else if watch.is_zapping.load(SeqCst) && is_reached {
+            if watch.reached.fetch_add(1, SeqCst) == 100 {
+                watch.may_leave.store(true, SeqCst);
+                wait_for(&watch.has_left);
+            }
+        } else if watch.is_zapping.load(SeqCst) {
+            let now = watch.reached.load(SeqCst);
+            let _ = watch.given_back.compare_exchange(0, now, SeqCst, SeqCst);
+        }
+    };
+    assert!(guest.world.host.watch.set(Box::new(watch)).is_ok());
+    let shadow = guest.world.shadow.clone();
+    let mut ager = shadow.ager().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            STAYS.set(true);
+            ager.age(RAM, range(FIRST, 1));
+            watched.has_left.store(true, SeqCst);
+        });
+        wait_for(&watched.is_inside);
+        shadow.zap_all();
+        populate(&mut guest);
+        watched.is_zapping.store(true, SeqCst);
+        shadow.zap_gfn_range(RAM, range(FIRST, PAGES));
+        watched.is_zapping.store(false, SeqCst);
+    });
+    let (first, all) = (watched.given_back.load(SeqCst), watched.reached.load(SeqCst));
+    assert!(0 < first && first * 2 < all, "of {all} entries, {first} went before the lock was given back");
+    guest.step(|_| ());
+    assert_eq!(guest.leaves(), 0);
 }
