@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use memslot::{Gfn, GfnRange, Slot};
 use memslot_mmu::format::Access;
@@ -50,10 +50,15 @@ struct State {
     tlbs: Vec<BTreeMap<u64, Cached>>,
 }
 
+/// Somebody who looks at what happens to tables.
+pub type Watch = Box<dyn Fn(bool) + Send + Sync>;
+
 /// See the module's documentation. A handle.
 #[derive(Clone, Default)]
 pub struct TestHost {
     pub user: Arc<UserHost>,
+    /// Called wherever a table is reached (true) or freed (false).
+    pub watch: Arc<OnceLock<Watch>>,
     state: Arc<Mutex<State>>,
 }
 
@@ -189,11 +194,17 @@ unsafe impl TableMemory for TestHost {
     }
 
     unsafe fn free(&self, first: Pfn, tables: usize) {
+        if let Some(watch) = self.watch.get() {
+            watch(false);
+        }
         // SAFETY: passed on.
         unsafe { self.user.free(first, tables) }
     }
 
     fn reach(&self, table: Pfn) -> NonNull<Table> {
+        if let Some(watch) = self.watch.get() {
+            watch(true);
+        }
         self.user.reach(table)
     }
 }
