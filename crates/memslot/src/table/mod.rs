@@ -24,6 +24,7 @@ mod gfn_index;
 mod hva_index;
 mod id_index;
 mod node;
+mod pool;
 mod radix;
 mod reader;
 mod search;

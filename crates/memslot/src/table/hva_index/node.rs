@@ -2,7 +2,8 @@
 
 use core::ptr::NonNull;
 
-use super::super::node::{Arena, NodePtr, Pool};
+use super::super::node::{Arena, NodePtr};
+use super::super::pool::Pool;
 use super::super::search::{KEYS, Keys, key, offset};
 use crate::error::OutOfMemory;
 use crate::slot::Slot;
