@@ -8,8 +8,6 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use common::*;
@@ -20,80 +18,10 @@ use memslot::{
 };
 use memslot_mmu::format::{Access, Ept, Format, Npt};
 use memslot_mmu::{AttachError, Config, DirtyMode, Fault, FaultError, Level, Mmu, TableError, Walker, Work};
-
-thread_local! {
-    /// How many allocations succeed before one fails; negative: none fails.
-    static ALLOWED: Cell<i64> = const { Cell::new(-1) };
-    /// Whether those behind it fail, too.
-    static FOR_GOOD: Cell<bool> = const { Cell::new(true) };
-    static FAILED: Cell<bool> = const { Cell::new(false) };
-    static BYTES: Cell<i64> = const { Cell::new(0) };
-}
-
-struct Failing;
-
-fn fails() -> bool {
-    let left = ALLOWED.get();
-    if left > 0 || (left == 0 && !FOR_GOOD.get()) {
-        ALLOWED.set(left - 1);
-    }
-    if left == 0 {
-        FAILED.set(true);
-    }
-    left == 0
-}
-
-fn count(bytes: usize, sign: i64) {
-    BYTES.set(BYTES.get() + sign * i64::try_from(bytes).unwrap_or(0));
-}
-
-// SAFETY: everything is passed on to the system's allocator, or null is returned, which is allowed.
-unsafe impl GlobalAlloc for Failing {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if fails() {
-            return std::ptr::null_mut();
-        }
-        count(layout.size(), 1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        count(layout.size(), -1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(memory, layout) };
-    }
-
-    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        if fails() {
-            return std::ptr::null_mut();
-        }
-        count(layout.size(), -1);
-        count(size, 1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.realloc(memory, layout, size) }
-    }
-}
+use memslot_testing::{ALLOWED, Failing, Shortage, bytes, short};
 
 #[global_allocator]
 static ALLOCATOR: Failing = Failing;
-
-/// Which allocations fail.
-#[derive(Clone, Copy, Debug)]
-struct Shortage {
-    allowed: i64,
-    for_good: bool,
-}
-
-/// Runs `work` short of memory. The result, and whether an allocation failed.
-fn short<T>(shortage: Shortage, work: impl FnOnce() -> T) -> (T, bool) {
-    FOR_GOOD.set(shortage.for_good);
-    FAILED.set(false);
-    ALLOWED.set(shortage.allowed);
-    let result = work();
-    ALLOWED.set(-1);
-    (result, FAILED.get())
-}
 
 const NONE: SlotFlags = SlotFlags::empty();
 const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
@@ -149,7 +77,7 @@ fn at_every_allocation<F: Format, E: std::fmt::Debug>(
     // What comes behind a failure needs no memory, mostly; so for one format that is tried, too.
     for for_good in [true, false].into_iter().filter(|&for_good| for_good || F::NAME == "NPT") {
         for allowed in -1.. {
-            let bytes = BYTES.get();
+            let had = bytes();
             let shortage = Shortage { allowed, for_good };
             let mut guest = guest::<F>(dirty);
             let before = (seen(&guest), dirty_frames(&guest));
@@ -189,7 +117,7 @@ fn at_every_allocation<F: Format, E: std::fmt::Debug>(
             if allowed < 0 {
                 continue;
             }
-            assert_eq!(BYTES.get(), bytes, "{shortage:?}: memory is leaked");
+            assert_eq!(bytes(), had, "{shortage:?}: memory is leaked");
             points += i64::from(has_failed);
             if !has_failed {
                 break;
@@ -342,7 +270,7 @@ mod checks {
         };
         assert!(at_every_allocation::<F, _>(dirty, true, work) > 1);
         // The tables themselves.
-        let bytes = BYTES.get();
+        let had = bytes();
         for allowed in 0.. {
             let mut table = SlotTable::new(Limits::default()).unwrap();
             let host = TestHost::default();
@@ -363,7 +291,7 @@ mod checks {
                 break;
             }
         }
-        assert_eq!(BYTES.get(), bytes, "leaked");
+        assert_eq!(bytes(), had, "leaked");
     }
 
     pub(super) fn harvests<F: Format>(dirty: DirtyMode) {

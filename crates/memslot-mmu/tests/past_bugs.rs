@@ -7,9 +7,9 @@
 //!
 //! | row | bug | where |
 //! |---|---|---|
-//! | 29-31, 34, 37, 38, 40, 42, 43 | shadow pages, the reverse map | there are none yet |
+//! | 29-31, 34, 37, 38, 40, 46 | shadow pages | `shadow/past_bugs.rs` |
+//! | 42, 43 | the reverse map | `rmap/past_bugs.rs` |
 //! | 45 | stale translations of a processor that does not run | the contract of `TlbFlush`, the hypervisor's |
-//! | 46 | an array replaced under another lock than its walk | cells are added and walked under one lock |
 //! | 48 | guest_memfd | an invalidation by frames; the file is the host's |
 //! | 52 | a lock that prefers writers | nobody waits for an invalidation |
 #![allow(missing_docs, reason = "tests")]
@@ -46,10 +46,6 @@ for_every_format! {
     d2_aba_the_same_entry_again_is_not_the_same
     d2_aba_of_an_entry_that_a_fault_emptied
     what_a_fault_emptied_is_flushed_by_who_finds_it
-    what_the_processor_wrote_is_not_lost_when_it_is_zapped
-    what_was_written_to_a_deleted_slot_is_handed_over
-    what_was_written_between_publication_and_zap_is_handed_over
-    what_was_written_to_a_slot_is_dirty_when_its_deletion_is_taken_back
     a_read_only_toggle_beside_a_fault
     logging_that_starts_beside_a_fault
     an_operation_that_finds_nothing_pays_for_who_has_not_flushed
@@ -502,158 +498,6 @@ fn what_a_fault_emptied_is_flushed_by_who_finds_it<F: Format>(dirty: DirtyMode) 
         let host = guest.host.clone();
         guest.host.in_the_next_fault(move || host.in_the_next_fault(race));
         assert_eq!(guest.write(5), Fault::Mapped(Level::M2));
-    }
-}
-
-fn what_the_processor_wrote_is_not_lost_when_it_is_zapped<F: Format>(dirty: DirtyMode) {
-    if dirty == DirtyMode::WriteProtect {
-        return;
-    }
-    // One by one, a whole table, all; by hand and by an invalidation.
-    for gfns in [range(5, 1), range(0, 300), range(0, 512), range(0, 1 << 20)] {
-        for by_hva in [false, true] {
-            let mut guest = Guest::<F>::new(dirty);
-            guest.create(0, 0, 2048, HVA, LOG);
-            let _ = guest.vcpu.prefault(range(0, 2048), usize::MAX).unwrap();
-            assert!(guest.processor_writes(5) && guest.processor_writes(700));
-            if by_hva {
-                guest.mmu.invalidate_hva(hvas(HVA, gfns.len() << 12)).unwrap().end();
-            } else {
-                guest.mmu.zap(gfns).discharge();
-            }
-            assert_eq!(guest.harvest(), [5, 700], "{gfns}");
-        }
-    }
-}
-
-fn removed(consumer: &memslot::dirty::Consumer) -> Vec<u64> {
-    let removed = consumer.take_removed().unwrap();
-    let runs = removed.iter().flat_map(memslot::dirty::Removed::runs);
-    runs.flat_map(|gfns| gfns.start().get()..gfns.end().get()).collect()
-}
-
-fn what_was_written_to_a_deleted_slot_is_handed_over<F: Format>(dirty: DirtyMode) {
-    for (keeps, replaced) in [(true, false), (true, true), (false, false)] {
-        let mut guest = Guest::<F>::new(dirty);
-        let keeper = if keeps { guest.log.consumer_keeping_removed() } else { guest.log.consumer() }.unwrap();
-        guest.create(0, 0, 2048, HVA, LOG);
-        let _ = guest.vcpu.prefault(range(0, 2048), usize::MAX).unwrap();
-        for gfn in [5, 700, 2047] {
-            let _ = guest.write(gfn);
-            assert!(guest.processor_writes(gfn));
-        }
-        guest.harvest();
-        drop(keeper.harvest(&mut memslot::dirty::SoftwareOnly).unwrap());
-        keeper.harvest(&mut memslot::dirty::SoftwareOnly).unwrap().commit();
-        for gfn in [6, 1500] {
-            let _ = guest.write(gfn);
-            assert!(guest.processor_writes(gfn));
-        }
-        if replaced {
-            let change = guest.table.transaction(|tx| {
-                tx.delete(RAM, SlotId::new(0))?;
-                tx.create(spec(1, 0, 2048, HVA + (1 << 30), LOG))
-            });
-            change.unwrap();
-        } else {
-            guest.table.delete(RAM, SlotId::new(0)).unwrap();
-        }
-        assert_eq!(removed(&keeper), if keeps { vec![6, 1500] } else { vec![] });
-        if replaced {
-            continue;
-        }
-        // Another slot there is clean.
-        guest.create(1, 0, 2048, HVA + (1 << 30), LOG);
-        assert_eq!((guest.harvest(), removed(&keeper)), (vec![], vec![]));
-    }
-}
-
-/// Runs something when a change is committed: behind the dirty log, and before the tables.
-struct Between(Arc<Mutex<Option<InCommit>>>);
-
-type InCommit = Box<dyn FnMut() + Send>;
-
-impl memslot::Listener for Between {
-    fn name(&self) -> &str {
-        "between"
-    }
-    fn prepare(&mut self, _: &memslot::Update<'_>) -> Result<(), memslot::ListenerError> {
-        Ok(())
-    }
-    fn commit(&mut self, _: &memslot::Update<'_>) -> Result<(), memslot::ListenerError> {
-        if let Some(hook) = &mut *self.0.lock().unwrap() {
-            hook();
-        }
-        Ok(())
-    }
-    fn undo(&mut self, _: &memslot::Update<'_>) {}
-}
-
-fn what_was_written_between_publication_and_zap_is_handed_over<F: Format>(dirty: DirtyMode) {
-    // Alone, and with another consumer that harvests at just that time.
-    for harvests in [false, true] {
-        let mut table = SlotTable::new(memslot::Limits::default()).unwrap();
-        let log = memslot::dirty::DirtyLog::attach(&mut table).unwrap();
-        let hook = Arc::new(Mutex::new(None));
-        table.add_listener(Box::new(Between(hook.clone()))).unwrap();
-        let host = TestHost::default();
-        let config = Config { dirty, log: Some(log.clone()), ..Config::default() };
-        let mmu = memslot_mmu::Mmu::<F, _>::attach(&mut table, host.clone(), config).unwrap();
-        table.create(spec(0, 0, 64, HVA, LOG)).unwrap();
-        let (keeper, other) = (log.consumer_keeping_removed().unwrap(), log.consumer().unwrap());
-        let mut vcpu = mmu.walker().unwrap();
-        let _ = vcpu.fault(Gpa::new(0x9000), Access::WRITE).unwrap();
-        let (inner, log) = (mmu.clone(), log.clone());
-        *hook.lock().unwrap() = Some(Box::new(move || {
-            // The slot is gone for everybody who looks now, and the processors go on.
-            let _ = vcpu.fault(Gpa::new(0x5000), Access::WRITE).unwrap();
-            assert!(processor(&inner, 5, true) && processor(&inner, 9, true));
-            assert!(dirty == DirtyMode::Hardware || log.is_marked(RAM, Gfn::new(5)));
-            if harvests {
-                let mut rearm = inner.dirty_rearm().unwrap();
-                rearm.harvest(&other).unwrap().commit();
-            }
-        }) as InCommit);
-        table.delete(RAM, SlotId::new(0)).unwrap();
-        let mut found = removed(&keeper);
-        found.sort_unstable();
-        found.dedup();
-        assert_eq!(found, [5, 9], "{harvests}");
-        *hook.lock().unwrap() = None;
-    }
-}
-
-/// A listener that refuses a change.
-struct Refuses;
-
-impl memslot::Listener for Refuses {
-    fn name(&self) -> &str {
-        "refuses"
-    }
-    fn prepare(&mut self, _: &memslot::Update<'_>) -> Result<(), memslot::ListenerError> {
-        Ok(())
-    }
-    fn commit(&mut self, _: &memslot::Update<'_>) -> Result<(), memslot::ListenerError> {
-        Err(Box::new(std::fmt::Error))
-    }
-    fn undo(&mut self, _: &memslot::Update<'_>) {}
-}
-
-fn what_was_written_to_a_slot_is_dirty_when_its_deletion_is_taken_back<F: Format>(dirty: DirtyMode) {
-    for keeps in [false, true] {
-        let mut guest = Guest::<F>::new(dirty);
-        let keeper = keeps.then(|| guest.log.consumer_keeping_removed().unwrap());
-        guest.create(0, 0, 2048, HVA, LOG);
-        let _ = guest.vcpu.prefault(range(0, 2048), usize::MAX).unwrap();
-        for gfn in [5, 700] {
-            let _ = guest.write(gfn);
-            assert!(guest.processor_writes(gfn));
-        }
-        guest.table.add_listener(Box::new(Refuses)).unwrap();
-        assert!(guest.table.delete(RAM, SlotId::new(0)).is_err());
-        assert!(keeper.is_none_or(|keeper| removed(&keeper).is_empty()));
-        let harvest = guest.harvest();
-        assert!(harvest.contains(&5) && harvest.contains(&700), "{harvest:?}");
     }
 }
 

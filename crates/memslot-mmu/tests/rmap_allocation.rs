@@ -1,68 +1,15 @@
 //! The reverse map without memory: each allocation fails once, nothing has changed then, and nothing is leaked.
 //! And adding, removing and walking allocate nothing at all.
-#![expect(unsafe_code, reason = "a global allocator is unsafe to write")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::num::NonZeroU64;
 
 use memslot::{Gfn, GfnRange};
 use memslot_mmu::Level;
 use memslot_mmu::rmap::{Filed, Rmap, RmapError};
-
-thread_local! {
-    /// How many allocations succeed before all fail; negative: none fails.
-    static ALLOWED: Cell<i64> = const { Cell::new(-1) };
-    static BYTES: Cell<i64> = const { Cell::new(0) };
-}
-
-struct Failing;
-
-fn fails() -> bool {
-    ALLOWED.with(|allowed| {
-        let left = allowed.get();
-        if left > 0 {
-            allowed.set(left - 1);
-        }
-        left == 0
-    })
-}
-
-fn count(bytes: usize, sign: i64) {
-    BYTES.with(|total| total.set(total.get() + sign * i64::try_from(bytes).unwrap_or(0)));
-}
-
-// SAFETY: everything is passed on to the system's allocator, or null is returned, which is allowed.
-unsafe impl GlobalAlloc for Failing {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if fails() {
-            return std::ptr::null_mut();
-        }
-        count(layout.size(), 1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        count(layout.size(), -1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(memory, layout) };
-    }
-}
+use memslot_testing::{Failing, bytes, failing};
 
 #[global_allocator]
 static ALLOCATOR: Failing = Failing;
-
-fn failing<T>(allowed: i64, work: impl FnOnce() -> T) -> T {
-    ALLOWED.with(|cell| cell.set(allowed));
-    let result = work();
-    ALLOWED.with(|cell| cell.set(-1));
-    result
-}
-
-fn bytes() -> i64 {
-    BYTES.with(Cell::get)
-}
 
 /// Tries with ever more allocations allowed, until it works; how many attempts had failed.
 fn until_it_works<T>(mut work: impl FnMut() -> Result<T, RmapError>) -> (T, i64) {

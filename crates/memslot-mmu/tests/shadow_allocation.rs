@@ -3,8 +3,6 @@
 #![cfg(not(loom))]
 #![expect(unsafe_code, reason = "a global allocator is unsafe to write, and so is a host")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::convert::Infallible;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -20,60 +18,10 @@ use memslot_mmu::shadow::guest::{GuestAccess, GuestPaging, Processor, Registers}
 use memslot_mmu::shadow::{GuestMemory, Shadow, ShadowConfig, ShadowFault, SlotSet, SlotSetCache};
 use memslot_mmu::user::UserHost;
 use memslot_mmu::{Answer, Context, Frames, Pfn, Table, TableMemory, TlbFlush};
-
-thread_local! {
-    /// How many allocations succeed before all fail; negative: none fails.
-    static ALLOWED: Cell<i64> = const { Cell::new(-1) };
-    static BYTES: Cell<i64> = const { Cell::new(0) };
-}
-
-struct Failing;
-
-fn fails() -> bool {
-    ALLOWED.with(|allowed| {
-        let left = allowed.get();
-        if left > 0 {
-            allowed.set(left - 1);
-        }
-        left == 0
-    })
-}
-
-fn count(bytes: usize, sign: i64) {
-    BYTES.with(|total| total.set(total.get() + sign * i64::try_from(bytes).unwrap_or(0)));
-}
-
-// SAFETY: everything is passed on to the system's allocator, or null is returned, which is allowed.
-unsafe impl GlobalAlloc for Failing {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if fails() {
-            return std::ptr::null_mut();
-        }
-        count(layout.size(), 1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        count(layout.size(), -1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(memory, layout) };
-    }
-}
+use memslot_testing::{Failing, bytes, failing};
 
 #[global_allocator]
 static ALLOCATOR: Failing = Failing;
-
-fn failing<T>(allowed: i64, work: impl FnOnce() -> T) -> T {
-    ALLOWED.with(|cell| cell.set(allowed));
-    let result = work();
-    ALLOWED.with(|cell| cell.set(-1));
-    result
-}
-
-fn bytes() -> i64 {
-    BYTES.with(Cell::get)
-}
 
 /// Tries with ever more allocations allowed, until it works; `failed` sees what each failure has left.
 fn until_it_works<C, T, E>(

@@ -2,81 +2,17 @@
 //!
 //! The global allocator of this program can be told to fail the n-th allocation of a thread, and counts the bytes
 //! that a thread has. (Node by node, past the table's own reserves, `src/table/tests.rs` does the same.)
-#![expect(unsafe_code, reason = "a global allocator is unsafe to write")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use memslot::{
     AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, LimitsError, Listener, ListenerError, OutOfMemory,
     Reason, Slot, SlotFlags, SlotId, SlotSpec, SlotTable, Transaction, TransactionError, Update,
 };
-
-thread_local! {
-    /// How many allocations succeed before one fails; negative: none fails.
-    static ALLOWED: Cell<i64> = const { Cell::new(-1) };
-    static BYTES: Cell<i64> = const { Cell::new(0) };
-}
-
-struct Failing;
-
-/// Whether this allocation fails.
-fn fails() -> bool {
-    ALLOWED.with(|allowed| {
-        let left = allowed.get();
-        if left > 0 {
-            allowed.set(left - 1);
-        }
-        left == 0
-    })
-}
-
-fn count(bytes: usize, sign: i64) {
-    BYTES.with(|total| total.set(total.get() + sign * i64::try_from(bytes).unwrap_or(0)));
-}
-
-// SAFETY: everything is passed on to the system's allocator, or null is returned, which is allowed.
-unsafe impl GlobalAlloc for Failing {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if fails() {
-            return std::ptr::null_mut();
-        }
-        count(layout.size(), 1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        count(layout.size(), -1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(memory, layout) };
-    }
-
-    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        if fails() {
-            return std::ptr::null_mut();
-        }
-        count(layout.size(), -1);
-        count(size, 1);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.realloc(memory, layout, size) }
-    }
-}
+use memslot_testing::{ALLOWED, Failing, bytes, failing};
 
 #[global_allocator]
 static ALLOCATOR: Failing = Failing;
-
-/// Runs `work` with the allocation after `allowed` ones failing, and all after that.
-fn failing<T>(allowed: i64, work: impl FnOnce() -> T) -> T {
-    ALLOWED.with(|cell| cell.set(allowed));
-    let result = work();
-    ALLOWED.with(|cell| cell.set(-1));
-    result
-}
-
-fn bytes() -> i64 {
-    BYTES.with(Cell::get)
-}
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 
