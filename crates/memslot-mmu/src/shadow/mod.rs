@@ -71,7 +71,6 @@
 //! # What it does not do
 //!
 //! * It does not emulate instructions: see [`ShadowFault::WriteTracked`] for what to do without an emulator.
-//! * Slots that are split, merged or resized are faulted in anew (nested tables keep them).
 //! * The guest's memory types (PAT, PWT, PCD) and global pages are not looked at. Nor are protection keys: a guest must not be told that it
 //!   has them.
 //! * Frames that two guest addresses share (aliases in the slots) are tracked by guest address: a table written through its alias is not
@@ -153,6 +152,7 @@ pub mod guest;
 
 mod by_slot;
 mod check;
+mod collapse;
 mod directory;
 mod entry;
 mod fast;
@@ -162,6 +162,7 @@ mod follow;
 mod host;
 mod install;
 mod page;
+mod pass;
 mod rearm;
 mod reserve;
 mod role;
