@@ -278,3 +278,48 @@ fn loom_shadow_unsync_beside_sync() {
         drop((vcpu, guest.table));
     });
 }
+
+/// A slot is split while the dirty log is harvested: the entry of the page that was written is kept, and the harvest, which may look at
+/// the slots as they were, write-protects it.
+#[test]
+fn loom_shadow_harvest_beside_a_split() {
+    model(|| {
+        let mut guest = Guest::new(SlotFlags::LOG_DIRTY_PAGES);
+        let mut vcpu = guest.vcpu();
+        assert!(matches!(vcpu.fault(0, GuestAccess::WRITE).unwrap(), ShadowFault::Mapped(_)));
+        let root = vcpu.root().unwrap().pfn;
+        let (mut rearm, log) = (guest.shadow.dirty_rearm().unwrap(), guest.log.clone());
+        let consumer = log.consumer().unwrap();
+        let harvester = thread::spawn(move || {
+            let harvest = consumer.harvest(&mut rearm).unwrap();
+            harvest.commit();
+        });
+        guest.table.transaction(|tx| tx.split(RAM, SlotId::new(0), Gfn::new(PAGE), SlotId::new(1))).unwrap();
+        harvester.join().unwrap();
+        let entry = guest.host.leaf(root).expect("it was kept").load(Order::SeqCst);
+        assert!(entry & spte::WRITE == 0 || guest.log.is_marked(RAM, Gfn::new(PAGE)), "a write will be lost");
+        guest.shadow.check().unwrap();
+        drop((vcpu, guest.table));
+    });
+}
+
+/// A fault beside a split, after which the new slot goes: what the fault has mapped goes with it.
+#[test]
+fn loom_shadow_fault_beside_a_split() {
+    model(|| {
+        let mut guest = Guest::new(SlotFlags::empty());
+        let mut vcpu = guest.vcpu();
+        let root = vcpu.root().unwrap().pfn;
+        let faulting = thread::spawn(move || {
+            let _ = vcpu.fault(0, GuestAccess::WRITE).unwrap();
+            vcpu
+        });
+        let id = SlotId::new;
+        guest.table.transaction(|tx| tx.split(RAM, id(0), Gfn::new(PAGE), id(70))).unwrap();
+        guest.table.delete(RAM, id(70)).unwrap();
+        let vcpu = faulting.join().unwrap();
+        assert!(guest.host.leaf(root).is_none(), "a page of a slot that is gone is mapped");
+        guest.shadow.check().unwrap();
+        drop((vcpu, guest.table));
+    });
+}

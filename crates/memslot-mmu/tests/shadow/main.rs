@@ -2,6 +2,8 @@
 #![cfg(not(loom))]
 #![allow(missing_docs, unreachable_pub, reason = "a test program")]
 
+mod collapse;
+mod kept;
 mod memory;
 mod naive;
 mod past_bugs;
