@@ -1,7 +1,6 @@
 //! The lists of a slot, by gfn and level, and those of shadow pages' parents.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::marker::PhantomData;
 use core::ptr;
@@ -11,7 +10,7 @@ use memslot::{Gfn, GfnRange, OutOfMemory};
 use super::RmapError;
 use super::heads::{CHUNK, CHUNK_BITS, Chunk, ChunkRef, List};
 use super::shared::Shared;
-use crate::counted::try_box;
+use crate::counted::{Counted, try_box};
 use crate::level::Level;
 use crate::sync::{AtomicPtr, AtomicUsize, Ordering};
 
@@ -30,7 +29,7 @@ const LEVELS: usize = 3;
 /// when the last one drops it, the [`Writer`](super::Writer) frees its memory with its next [`reclaim`](super::Writer::reclaim).
 /// Entries that are still filed then are forgotten, and their records lead nowhere.
 pub struct SlotRmap<E> {
-    shared: Arc<Shared>,
+    shared: Counted<Shared>,
     gfns: GfnRange,
     levels: [Heads; LEVELS],
     entries: PhantomData<fn(E) -> E>,
@@ -51,7 +50,7 @@ struct Directory {
 }
 
 impl<E> SlotRmap<E> {
-    pub(super) fn new(shared: Arc<Shared>, gfns: GfnRange, largest: Level) -> Result<Self, RmapError> {
+    pub(super) fn new(shared: Counted<Shared>, gfns: GfnRange, largest: Level) -> Result<Self, RmapError> {
         let number_of_levels = usize::from(largest.get());
         if number_of_levels > LEVELS {
             return Err(RmapError::Level { level: largest });
@@ -277,7 +276,7 @@ impl<'a, E> Iterator for Lists<'a, E> {
 /// Part of the shadow page: dropped with it, after the last entry was removed. Its memory is freed as that of a
 /// [`SlotRmap`] is.
 pub struct Parents<E> {
-    shared: Arc<Shared>,
+    shared: Counted<Shared>,
     chunk: ChunkRef,
     entries: PhantomData<fn(E) -> E>,
 }
@@ -288,7 +287,7 @@ unsafe impl<E> Send for Parents<E> {}
 unsafe impl<E> Sync for Parents<E> {}
 
 impl<E> Parents<E> {
-    pub(super) fn new(shared: Arc<Shared>) -> Result<Self, OutOfMemory> {
+    pub(super) fn new(shared: Counted<Shared>) -> Result<Self, OutOfMemory> {
         let chunk = shared.add_chunk(1, Gfn::new(0), None)?;
         Ok(Self { shared, chunk, entries: PhantomData })
     }

@@ -104,7 +104,7 @@ impl<H: ShadowHost> Shared<H> {
         snapshot: &memslot::Snapshot,
         counters: u64,
     ) -> Result<Self, OutOfMemory> {
-        let (rmap, writer) = Rmap::starting_at(counters);
+        let (rmap, writer) = Rmap::starting_at(counters).map_err(|_| OutOfMemory)?;
         let slots = Counted::new(Slots::new(&rmap, snapshot, snapshot.clone(), None)?)?;
         let blocks = || {
             let mut blocks = Vec::new();
