@@ -89,14 +89,6 @@ unsafe impl Send for State {}
 const SPARE: usize = 128;
 
 impl<H: ShadowHost> Shared<H> {
-    pub(super) fn new(
-        host: H,
-        config: ShadowConfig,
-        snapshot: &memslot::Snapshot,
-    ) -> Result<Self, OutOfMemory> {
-        Self::starting_at(host, config, snapshot, 0)
-    }
-
     /// With all counters at a value of the caller's choice, so that tests go through the wrap.
     pub(super) fn starting_at(
         host: H,

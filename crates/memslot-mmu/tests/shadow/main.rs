@@ -4,6 +4,7 @@
 
 mod memory;
 mod naive;
+mod nothing;
 mod past_bugs;
 mod programs;
 mod regressions;

@@ -17,35 +17,35 @@ use crate::world::host::HVA;
 use crate::world::layout::{END, LARGE};
 use crate::world::{RAM, READ, SMM, Touched, WRITE, World, access, range, slot};
 
-const NONE: SlotFlags = SlotFlags::empty();
+pub const NONE: SlotFlags = SlotFlags::empty();
 const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
-const READONLY: SlotFlags = SlotFlags::READONLY;
+pub const READONLY: SlotFlags = SlotFlags::READONLY;
 
 /// Present, writable, a user's, accessed, dirty.
-const ALL: u64 = 0x67;
-const PAGE_SIZE: u64 = 0x80;
-const USER: Want = Want { user: true, ..READ };
-const USER_WRITE: Want = Want { user: true, ..WRITE };
+pub const ALL: u64 = 0x67;
+pub const PAGE_SIZE: u64 = 0x80;
+pub const USER: Want = Want { user: true, ..READ };
+pub const USER_WRITE: Want = Want { user: true, ..WRITE };
 
 /// Where the tables of these tests are. Entry 0 of the root leads to them.
 const ROOT: u64 = 1;
-const PDPT: u64 = 5;
-const PD: u64 = 9;
-const PT: u64 = 13;
+pub const PDPT: u64 = 5;
+pub const PD: u64 = 9;
+pub const PT: u64 = 13;
 
 /// The first page that an entry of the PD maps.
-const fn in_pd(index: u64) -> u64 {
+pub const fn in_pd(index: u64) -> u64 {
     index << 21
 }
 
-struct Guest {
-    world: World,
+pub struct Guest {
+    pub world: World,
     /// What was written without telling.
     untold: Vec<u64>,
 }
 
 impl Guest {
-    fn new(config: ShadowConfig) -> Self {
+    pub fn new(config: ShadowConfig) -> Self {
         let mut world = World::without_tables(Mode::Level4, config);
         // The kernel's map, and the way down to the PD.
         for (gpa, entry) in world.layout.tables() {
@@ -65,17 +65,17 @@ impl Guest {
     }
 
     /// Nothing but small pages, as of a host that has its memory in those.
-    fn small() -> Self {
+    pub fn small() -> Self {
         Self::new(ShadowConfig { largest: Level::K4, ..ShadowConfig::default() })
     }
 
     /// As KVM is: only tables of the lowest level can be written freely.
-    fn as_kvm() -> Self {
+    pub fn as_kvm() -> Self {
         Self::new(ShadowConfig { unsync: Level::K4, ..ShadowConfig::default() })
     }
 
     #[track_caller]
-    fn step<R>(&mut self, work: impl FnOnce(&mut World) -> R) -> R {
+    pub fn step<R>(&mut self, work: impl FnOnce(&mut World) -> R) -> R {
         self.world.now += 1;
         let result = work(&mut self.world);
         self.world.note();
@@ -92,67 +92,67 @@ impl Guest {
     }
 
     /// Writes an entry that is not used yet.
-    fn put(&mut self, table: u64, index: u64, value: u64) {
+    pub fn put(&mut self, table: u64, index: u64, value: u64) {
         self.step(|world| assert!(world.poke(RAM, (table << 12) + index * 8, value)));
     }
 
     /// Somebody writes an entry without telling anybody: as a VMM does that does not keep to the rules.
-    fn behind_our_back(&mut self, table: u64, index: u64, value: u64) {
+    pub fn behind_our_back(&mut self, table: u64, index: u64, value: u64) {
         let gpa = (table << 12) + index * 8;
         self.untold.push(gpa);
         self.step(|world| assert!(world.poke(RAM, gpa, value)));
     }
 
     /// Tells at last.
-    fn tell(&mut self) {
+    pub fn tell(&mut self) {
         let untold = std::mem::take(&mut self.untold);
         self.step(|world| untold.iter().for_each(|gpa| world.shadow.wrote(RAM, Gpa::new(*gpa), 8)));
     }
 
     /// The guest's kernel writes an entry.
-    fn store(&mut self, cpu: usize, table: u64, index: u64, value: u64) {
+    pub fn store(&mut self, cpu: usize, table: u64, index: u64, value: u64) {
         let touched = self.step(|world| world.store(cpu, (table << 12) + index * 8, value));
         assert!(matches!(touched, Touched::Done(_) | Touched::Emulated(_)), "{touched:?}");
     }
 
     #[track_caller]
-    fn touch(&mut self, cpu: usize, address: u64, want: Want) -> Touched {
+    pub fn touch(&mut self, cpu: usize, address: u64, want: Want) -> Touched {
         self.step(|world| world.touch(cpu, address, want))
     }
 
     /// The address leads to this frame of the guest.
     #[track_caller]
-    fn leads(&mut self, cpu: usize, address: u64, want: Want, gfn: u64) {
+    pub fn leads(&mut self, cpu: usize, address: u64, want: Want, gfn: u64) {
         let found = self.touch(cpu, address, want);
         let space = self.world.cpus[cpu].space;
         let (_, pfn) = self.world.resolve(space, gfn).expect("there is memory");
         assert_eq!(found, Touched::Done(pfn), "{address:#x} does not lead to gfn {gfn:#x}");
     }
 
-    fn load(&mut self, cpu: usize, root: u64) {
+    pub fn load(&mut self, cpu: usize, root: u64) {
         self.step(|world| assert!(world.load(cpu, root, 0, RAM, false)));
     }
 
-    fn change(&mut self, change: impl FnOnce(&mut World)) {
+    pub fn change(&mut self, change: impl FnOnce(&mut World)) {
         self.step(|world| {
             change(world);
             world.slots_changed();
         });
     }
 
-    fn delete(&mut self, id: u32) {
+    pub fn delete(&mut self, id: u32) {
         self.change(|world| {
             world.table.delete(RAM, SlotId::new(id)).unwrap();
         });
     }
 
-    fn set_flags(&mut self, id: u32, flags: SlotFlags) {
+    pub fn set_flags(&mut self, id: u32, flags: SlotFlags) {
         self.change(|world| {
             world.table.set_flags(RAM, SlotId::new(id), flags).unwrap();
         });
     }
 
-    fn leaves(&self) -> usize {
+    pub fn leaves(&self) -> usize {
         self.world.shadow.stats().leaves
     }
 }
