@@ -29,7 +29,7 @@ const fn id(number: u32) -> SlotId {
 }
 
 /// How many pages of [`guest`] are mapped on each side of [`MIDDLE`].
-const SIDE: u64 = 64;
+const SIDE: u64 = HALF.unsigned_abs() as u64;
 const MIDDLE: u64 = LARGE + 104;
 
 /// A guest with small pages of [`SLOT`] on both sides of [`MIDDLE`], in pieces of a large page of its own, written and accessed; and the
@@ -84,7 +84,8 @@ fn split(guest: &mut Guest, at: u64, new: u32) {
     transaction(guest, |tx| tx.split(RAM, id(SLOT), Gfn::new(at), id(new)));
 }
 
-const HALF: isize = SIDE as isize;
+/// The same, as a difference.
+const HALF: isize = 64;
 const ALL_OF_THEM: isize = 2 * HALF;
 
 #[test]
@@ -272,10 +273,10 @@ fn the_dirty_log_finds_what_was_kept() {
     use_all(&mut guest);
     split(&mut guest, MIDDLE, FAR);
     let dirty = guest.step(crate::world::World::harvest);
-    assert_eq!(dirty.iter().filter(|(_, gfn)| *gfn >= LARGE).count(), 2 * SIDE as usize);
+    assert_eq!(dirty.iter().filter(|(_, gfn)| *gfn >= LARGE).count() as u64, 2 * SIDE);
     // What was kept has lost W: each write is noticed again.
     assert_eq!(faults_to_use(&mut guest, frames()), 2 * SIDE);
-    assert_eq!(guest.step(crate::world::World::harvest).len(), 2 * SIDE as usize);
+    assert_eq!(guest.step(crate::world::World::harvest).len() as u64, 2 * SIDE);
     guest.delete(FAR);
     guest.delete(SLOT);
 }
