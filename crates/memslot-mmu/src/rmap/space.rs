@@ -250,9 +250,7 @@ impl Directory {
 
     #[inline(always)]
     fn place(&self, list: u64) -> &AtomicPtr<Chunk> {
-        #[expect(clippy::cast_possible_truncation, reason = "a remainder")]
-        let place = (list >> CHUNK_BITS) as usize % DIRECTORY;
-        &self.chunks[place]
+        &self.chunks[(list >> CHUNK_BITS) as usize % DIRECTORY]
     }
 
     /// Makes this the chunk that has the list, if there is none yet. Returns whether there was none.

@@ -133,7 +133,7 @@ impl<H: ShadowHost> Shared<H> {
     }
 
     /// No slot has these ids any more.
-    pub(super) fn forget_slots(&self, gone: impl Iterator<Item = (AddressSpaceId, SlotId)> + Clone) {
+    pub(super) fn forget_slots(&self, gone: &(impl Iterator<Item = (AddressSpaceId, SlotId)> + Clone)) {
         if gone.clone().next().is_none() {
             return;
         }

@@ -168,7 +168,7 @@ impl<H: ShadowHost> Follower<H> {
     fn end(&self, gone: impl Iterator<Item = Slot> + Clone) {
         let shared = &*self.shadow.shared;
         shared.end_renaming();
-        shared.forget_slots(gone.map(|slot| (slot.address_space(), slot.id())));
+        shared.forget_slots(&gone.map(|slot| (slot.address_space(), slot.id())));
     }
 }
 
