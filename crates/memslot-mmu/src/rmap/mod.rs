@@ -108,9 +108,11 @@ mod check;
 mod descriptor;
 mod filed;
 mod heads;
+mod parents;
 mod pool;
 mod shared;
 mod slot;
+mod space;
 mod walk;
 mod writer;
 
@@ -125,9 +127,11 @@ use memslot::{Gfn, GfnRange, OutOfMemory};
 
 pub use self::filed::{Filed, Records, Under};
 pub use self::heads::List;
+pub use self::parents::Parents;
 pub use self::shared::Cache;
 use self::shared::Shared;
-pub use self::slot::{Parents, SlotRmap};
+pub use self::slot::SlotRmap;
+pub use self::space::SpaceRmap;
 pub use self::walk::{Entries, Inside, Walker};
 pub use self::writer::{Surplus, Writer};
 use crate::counted::Counted;
@@ -184,12 +188,21 @@ impl<E: RmapEntry> Rmap<E> {
         Ok((Self { shared, entries: PhantomData }, writer))
     }
 
-    /// The lists of a slot with these frames, for entries of the levels up to `largest`.
+    /// The lists of an address space, for its slots to have.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`](RmapError::OutOfMemory).
+    pub fn space(&self) -> Result<SpaceRmap<E>, RmapError> {
+        Ok(SpaceRmap::new(self.shared.clone())?)
+    }
+
+    /// The lists of a slot with these frames, for entries of the levels up to `largest`: one that has its lists for itself, for users whose
+    /// slots do not take the place of each other. Else it is one of a [space](Self::space).
     ///
     /// # Errors
     /// [`OutOfMemory`](RmapError::OutOfMemory); [`Level`](RmapError::Level) for more than 1 GiB.
     pub fn slot(&self, gfns: GfnRange, largest: Level) -> Result<SlotRmap<E>, RmapError> {
-        SlotRmap::new(self.shared.clone(), gfns, largest)
+        self.space()?.slot(gfns, largest)
     }
 
     /// The list of a shadow page's parents.

@@ -108,7 +108,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let slots = self.state.slots.clone();
         let list = slots.rmap_at(slot.address_space(), gfn).and_then(|rmap| rmap.list(level, gfn));
         let list = list.ok_or(RmapError::NotReserved)?;
-        self.note_slot(reserve, page, slot)?;
+        self.note_slot(reserve, page, slot, gfn)?;
         self.file(list, page.reference(index), &mut reserve.descriptors)?;
         page.version.fetch_add(1, Ordering::SeqCst);
         page.gptes[index].store(gpte, Ordering::SeqCst);

@@ -96,6 +96,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
                 self.shared.block(size, page.key.gfn).fetch_sub(1, Ordering::SeqCst);
             }
         }
+        self.leave_pass(page);
         self.shared.directory.forget(page);
         self.state.pages -= 1;
         self.must_flush = true;

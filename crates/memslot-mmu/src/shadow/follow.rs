@@ -7,20 +7,28 @@
 //! | the slot becomes read-only | stay, without writing | |
 //! | it becomes writable again | stay; the next write faults | |
 //! | logging starts | stay; the next write faults, unless the log says that all pages are dirty at first | |
-//! | logging stops | stay | |
-//! | split, merged, grown, another id | zapped: the lists of the reverse map are a slot's | |
+//! | logging stops | stay, but for those that a large page can take the place of ([`collapse`](super::collapse)) | |
+//! | split, merged, grown, another id | stay; a large page that a new border cuts is zapped | are noted under the new ids ([`by_slot`](super::by_slot)) |
 //!
-//! What loses its backing is zapped *before* the new version is put in place: the reverse map of a slot is found through the version
-//! that has it. Meanwhile those frames are *closed*: faults there try again, so that nothing is mapped. Access that is taken away is
-//! taken away *after* the new version is in place, so that no fault gives it again. One flush for all of it.
+//! What loses its backing is zapped *before* the new version is put in place: it is found through the version that has it. Meanwhile
+//! those frames are *closed*: faults there try again, so that nothing is mapped. Large pages that reach over a border of what goes may be
+//! made meanwhile, from frames that stay; so they are looked for once more in the moment in which the new version is put in place.
+//! Access that is taken away is taken away *after* that, so that no fault gives it again. One flush for all of it.
+//!
+//! Entries that stay do so where they are filed: the lists are those of the address space, whatever slots it has. Nothing is filed
+//! anew, so that nothing can be filed wrong.
 //!
 //! Nothing of this can fail: what a commit and its undoing need is reserved before.
 
+use alloc::vec::Vec;
+
 use memslot::{
-    AddressSpaceId, GfnRange, Listener, ListenerError, OutOfMemory, PieceKind, Slot, SlotFlags, Update,
+    AddressSpaceId, Gfn, GfnRange, Listener, ListenerError, OutOfMemory, PieceKind, Slot, SlotFlags, Update,
 };
 
+use super::by_slot::Renamed;
 use super::shared::{Locked, Shared};
+use super::slot_set::SlotSetCache;
 use super::slots::Slots;
 use super::zap::Task;
 use super::{Shadow, ShadowHost, spte};
@@ -36,6 +44,8 @@ pub(super) struct Follower<H: ShadowHost> {
     next: Option<Counted<Slots>>,
     /// What the last commit replaced.
     previous: Option<Counted<Slots>>,
+    /// For the pages' sets of slots.
+    nodes: SlotSetCache,
 }
 
 /// What is done with a range, forwards or backwards.
@@ -61,9 +71,15 @@ fn changes(update: &Update<'_>, forwards: bool) -> impl Iterator<Item = Change> 
 }
 
 impl Change {
-    /// Whether the entries have to go. Those that stay do so under the same slot, as far as the reverse map and the pages know.
+    /// Whether the entries have to go.
     fn zaps(&self) -> bool {
-        self.new.is_none_or(|new| new.gfns() != self.old.gfns() || new.id() != self.old.id())
+        self.new.is_none()
+    }
+
+    /// Where a slot begins or ends afterwards and did not before, if it is here.
+    fn borders(&self) -> impl Iterator<Item = Gfn> {
+        let is_cut = self.new.is_none_or(|new| new.gfns() != self.old.gfns());
+        [self.gfns.start(), self.gfns.end()].into_iter().filter(move |_| is_cut)
     }
 
     /// Does it to the entries.
@@ -78,7 +94,7 @@ impl Change {
 
 impl<H: ShadowHost> Follower<H> {
     pub(super) fn new(shadow: Shadow<H>) -> Self {
-        Self { shadow, next: None, previous: None }
+        Self { shadow, next: None, previous: None, nodes: SlotSetCache::default() }
     }
 
     /// Puts `next` in place of the slots as they are. Returns those.
@@ -103,12 +119,16 @@ impl<H: ShadowHost> Follower<H> {
             };
             change.work_on(shared, task);
         }
+        for change in changes(update, forwards) {
+            change.borders().for_each(|border| shared.cut(change.space, border));
+        }
         let (old, comes_again) = shared.with(|locked| {
             for change in changes(update, forwards).filter(|change| change.new.is_none()) {
                 locked.zap_tables_in(change.space, change.gfns);
             }
             for change in changes(update, forwards) {
                 locked.state.changes.add(change.space, change.gfns);
+                change.borders().for_each(|border| _ = locked.cut(change.space, border, usize::MAX));
             }
             let old = core::mem::replace(&mut locked.state.slots, next);
             let comes_again = locked.count_version();
@@ -130,6 +150,9 @@ impl<H: ShadowHost> Follower<H> {
             } else if starts_log {
                 change.work_on(shared, Task::Take(spte::WRITE));
             }
+            if shared.is_logged(&change.old) && !shared.is_logged(&new) {
+                shared.collapse(change.space, change.gfns, &new);
+            }
         }
         shared.with(|locked| {
             for change in changes(update, forwards) {
@@ -137,6 +160,15 @@ impl<H: ShadowHost> Follower<H> {
             }
         });
         old
+    }
+}
+
+impl<H: ShadowHost> Follower<H> {
+    /// The change has settled, or was taken back: these slots are gone.
+    fn end(&self, gone: impl Iterator<Item = Slot> + Clone) {
+        let shared = &*self.shadow.shared;
+        shared.end_renaming();
+        shared.forget_slots(gone.map(|slot| (slot.address_space(), slot.id())));
     }
 }
 
@@ -179,6 +211,16 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
         self.next = Some(Counted::new(next)?);
         let pieces = update.pieces.len();
         shared.with(|locked| locked.state.closed.try_reserve(pieces)).map_err(|_| OutOfMemory)?;
+        let renamed = || {
+            changes(update, true).filter_map(|Change { space, gfns, old, new }| {
+                let (old, new) = (old.id(), new?.id());
+                (old != new).then_some(Renamed { space, gfns, old, new })
+            })
+        };
+        let mut all = Vec::new();
+        all.try_reserve_exact(renamed().count()).map_err(|_| OutOfMemory)?;
+        all.extend(renamed());
+        shared.begin_renaming(all, &mut self.nodes)?;
         Ok(())
     }
 
@@ -193,11 +235,13 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
 
     fn undo(&mut self, update: &Update<'_>) {
         if let Some(previous) = self.previous.take() {
-            self.follow(update, previous, false);
+            drop(self.follow(update, previous, false));
         }
+        self.end(update.slots.iter().filter(|change| change.old.is_none()).filter_map(|change| change.new));
     }
 
-    fn settled(&mut self, _: &Update<'_>) {
+    fn settled(&mut self, update: &Update<'_>) {
+        self.end(update.slots.iter().filter(|change| change.new.is_none()).filter_map(|change| change.old));
         // The lists of slots that are gone.
         if self.previous.take().is_some() {
             self.shadow.shared.with(|locked| _ = locked.state.writer.reclaim(CHUNKS));
@@ -206,5 +250,6 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
 
     fn abort(&mut self, _: &Update<'_>) {
         self.next = None;
+        self.shadow.shared.end_renaming();
     }
 }

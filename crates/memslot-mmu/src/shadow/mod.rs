@@ -72,7 +72,6 @@
 //! # What it does not do
 //!
 //! * It does not emulate instructions: see [`ShadowFault::WriteTracked`] for what to do without an emulator.
-//! * Slots that are split, merged or resized are faulted in anew (nested tables keep them).
 //! * The guest's memory types (PAT, PWT, PCD) and global pages are not looked at. Nor are protection keys: a guest must not be told that it
 //!   has them.
 //! * Frames that two guest addresses share (aliases in the slots) are tracked by guest address: a table written through its alias is not
@@ -154,6 +153,7 @@ pub mod guest;
 
 mod by_slot;
 mod check;
+mod collapse;
 mod directory;
 mod entry;
 mod fast;
@@ -166,6 +166,7 @@ mod mmio;
 #[cfg(all(test, not(loom)))]
 mod mmio_tests;
 mod page;
+mod pass;
 mod rearm;
 mod reserve;
 mod role;

@@ -3,7 +3,7 @@
 use alloc::boxed::Box;
 use core::ptr;
 
-use memslot::Gfn;
+use memslot::{Gfn, GfnRange};
 
 use super::guest::{Entry, EntrySize, GuestPaging, Mode};
 use super::role::Key;
@@ -11,6 +11,7 @@ use super::slot_set::{SlotSet, SlotSetCache};
 use super::spte::SpteRef;
 use crate::counted::try_box;
 use crate::host::{Host, Pfn};
+use crate::invalidate::range;
 use crate::level::{ENTRIES, Level, Table};
 use crate::nested::TableError;
 use crate::rmap::{Parents, Rmap};
@@ -50,8 +51,6 @@ pub(super) struct ShadowPage {
     pub(super) quiet: AtomicUsize,
     /// The slots that its leaves are of.
     pub(super) slots: Mutex<SlotSet>,
-    /// By whom it was looked through last.
-    pub(super) visited: AtomicU64,
     pub(super) links: Links,
 }
 
@@ -101,7 +100,6 @@ impl ShadowPage {
             writes: AtomicUsize::new(0),
             quiet: AtomicUsize::new(0),
             slots: Mutex::new(SlotSet::default()),
-            visited: AtomicU64::new(0),
             links: Links::new(),
         })?;
         // Frame 0 cannot be named by the reverse map.
@@ -236,6 +234,12 @@ impl ShadowPage {
     /// The guest's table may be written again, before it is compared for the last time.
     pub(super) fn wake(&self) {
         self.quiet.store(0, Ordering::Relaxed);
+    }
+
+    /// The frames that a direct page maps when all entries are present.
+    pub(super) fn direct_gfns(&self) -> GfnRange {
+        let first = self.key.gfn.get();
+        range(first, first.saturating_add(ENTRIES as u64 * self.level().pages()))
     }
 
     /// One of its entries, as the reverse map has it.

@@ -44,7 +44,8 @@ impl Reserve {
     /// Makes sure that there is enough for one fault, or for loading a root.
     pub(super) fn top_up<H: ShadowHost>(&mut self, shared: &Shared<H>) -> Result<(), TableError> {
         self.descriptors.reserve(DESCRIPTORS).map_err(|_| TableError::OutOfMemory)?;
-        self.nodes.top_up(super::fault::GROUP)?;
+        // Of each leaf the slot, and its other id while it is getting one.
+        self.nodes.top_up(2 * super::fault::GROUP)?;
         if self.pages.len() >= PAGES {
             return Ok(());
         }

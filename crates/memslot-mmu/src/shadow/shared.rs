@@ -12,6 +12,7 @@ use core::ptr;
 
 use memslot::{AddressSpaceId, Gfn, GfnRange, OutOfMemory, Slot, SlotFlags};
 
+use super::by_slot::Renamed;
 use super::directory::Directory;
 use super::page::ShadowPage;
 use super::slot_set::SlotSetCache;
@@ -76,8 +77,10 @@ pub(super) struct State {
     spare: (*mut ShadowPage, usize),
     /// Nodes of pages' sets of slots that came back.
     pub(super) nodes: SlotSetCache,
-    /// Counts passes over pages.
-    pub(super) visits: u64,
+    /// The next page of the [pass](super::pass) that is under way.
+    pub(super) pass: *mut ShadowPage,
+    /// Frames whose slot is getting another id.
+    pub(super) renamed: Vec<Renamed>,
     /// The first mistake that the reverse map has noticed.
     pub(super) broken: Option<RmapError>,
 }
@@ -117,7 +120,8 @@ impl<H: ShadowHost> Shared<H> {
             limbo: (ptr::null_mut(), ptr::null_mut()),
             spare: (ptr::null_mut(), 0),
             nodes: SlotSetCache::default(),
-            visits: counters,
+            pass: ptr::null_mut(),
+            renamed: Vec::new(),
             broken: None,
         };
         Ok(Self {

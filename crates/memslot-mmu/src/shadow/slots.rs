@@ -1,4 +1,8 @@
 //! The slots as faults look at them: a version of the table, with the reverse map of each slot.
+//!
+//! The reverse maps of an address space's slots have their lists in common ([`SpaceRmap`]), in all versions. So an entry that is filed
+//! through one version is found through every other that has a slot there, and nothing becomes of it when slots are split, merged or
+//! resized. A fault may file through the current version only, with the lock held.
 
 use alloc::vec::Vec;
 
@@ -7,7 +11,7 @@ use memslot::{AddressSpaceId, Gfn, GfnRange, OutOfMemory, Slot, Snapshot, View};
 use super::spte::SpteRef;
 use crate::counted::Counted;
 use crate::level::Level;
-use crate::rmap::{Rmap, SlotRmap};
+use crate::rmap::{Rmap, RmapError, SlotRmap, SpaceRmap};
 
 /// How many address spaces a table of slots can have.
 const SPACES: usize = 4;
@@ -15,7 +19,9 @@ const SPACES: usize = 4;
 /// A version of the slots. Never changes: a change of the slots puts another one in its place.
 pub(super) struct Slots {
     pub(super) view: Snapshot,
-    /// Those of each address space, in order of their first frame.
+    /// The lists of each address space, the same in all versions.
+    spaces: [SpaceRmap<SpteRef>; SPACES],
+    /// The reverse maps of the slots of each address space, in order of their first frame.
     rmaps: [Vec<Counted<SlotRmap<SpteRef>>>; SPACES],
 }
 
@@ -28,9 +34,18 @@ impl Slots {
         snapshot: Snapshot,
         before: Option<&Self>,
     ) -> Result<Self, OutOfMemory> {
+        let out_of_memory = |_: RmapError| OutOfMemory;
+        let spaces = match before {
+            Some(before) => before.spaces.clone(),
+            None => {
+                let space = || rmap.space().map_err(out_of_memory);
+                [space()?, space()?, space()?, space()?]
+            }
+        };
         let mut rmaps = [const { Vec::new() }; SPACES];
         for space in view.address_spaces() {
-            let Some(list) = rmaps.get_mut(usize::from(space.get())) else { continue };
+            let number = usize::from(space.get());
+            let (Some(list), Some(lists)) = (rmaps.get_mut(number), spaces.get(number)) else { continue };
             list.try_reserve_exact(view.len(space)).map_err(|_| OutOfMemory)?;
             for slot in view.slots(space) {
                 let kept = before
@@ -38,13 +53,13 @@ impl Slots {
                     .filter(|kept| kept.gfns() == slot.gfns());
                 let new = match kept {
                     Some(kept) => kept.clone(),
-                    None => Counted::new(rmap.slot(slot.gfns(), Level::G1).map_err(|_| OutOfMemory)?)?,
+                    None => Counted::new(lists.slot(slot.gfns(), Level::G1).map_err(out_of_memory)?)?,
                 };
                 list.push(new);
             }
             list.sort_unstable_by_key(|rmap| rmap.gfns().start());
         }
-        Ok(Self { view: snapshot, rmaps })
+        Ok(Self { view: snapshot, spaces, rmaps })
     }
 
     /// The reverse map of the slot that has this frame.

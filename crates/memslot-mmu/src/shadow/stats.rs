@@ -54,6 +54,8 @@ pub struct ShadowStats {
     pub reclaimed: u64,
     /// Of these, because they were written too often.
     pub flooded: u64,
+    /// Of these, for a large page to take their place.
+    pub collapsed: u64,
     /// Writes to write-protected tables of the guest.
     pub write_track_hits: u64,
     /// How often a table became unsync.
@@ -95,6 +97,7 @@ counters!(
     Zapped,
     Reclaimed,
     Flooded,
+    Collapsed,
     TrackHits,
     Unsyncs,
     Syncs,
@@ -149,6 +152,7 @@ impl Counters {
             zapped: self.get(Counter::Zapped),
             reclaimed: self.get(Counter::Reclaimed),
             flooded: self.get(Counter::Flooded),
+            collapsed: self.get(Counter::Collapsed),
             write_track_hits: self.get(Counter::TrackHits),
             unsyncs: self.get(Counter::Unsyncs),
             syncs: self.get(Counter::Syncs),

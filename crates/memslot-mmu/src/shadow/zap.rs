@@ -91,6 +91,29 @@ impl<H: ShadowHost> Locked<'_, H> {
     }
 }
 
+impl<H: ShadowHost> Locked<'_, H> {
+    /// Zaps large pages that reach over what is becoming the border of a slot, before this frame. Returns whether there are more than the
+    /// budget allows.
+    pub(super) fn cut(&mut self, space: AddressSpaceId, border: Gfn, mut budget: usize) -> bool {
+        let slots = self.state.slots.clone();
+        for level in LEVELS.into_iter().filter(|level| !level.is_aligned(border.get())) {
+            let rmap = slots.rmap_at(space, border);
+            let Some(list) = rmap.and_then(|rmap| rmap.list(level, border)) else { continue };
+            let first = Gfn::new(level.align_down(border.get()));
+            while let Some(entry) = self.state.writer.entries(list).next() {
+                if budget == 0 {
+                    return true;
+                }
+                budget -= 1;
+                if !self.work_on_entry(Task::Zap, space, (first, level), entry) {
+                    break;
+                }
+            }
+        }
+        false
+    }
+}
+
 impl Task {
     pub(super) fn zaps(self) -> bool {
         !matches!(self, Self::Take(_))
@@ -112,6 +135,11 @@ impl<H: ShadowHost> Shared<H> {
                 at = self.with(|locked| locked.work_on(task, space, level, gfns, at));
             }
         }
+    }
+
+    /// Zaps the large pages that reach over a border, but for those that are made meanwhile.
+    pub(super) fn cut(&self, space: AddressSpaceId, border: Gfn) {
+        while self.with(|locked| locked.cut(space, border, STEP)) {}
     }
 
     /// What is pending about these frames is flushed.
