@@ -250,7 +250,6 @@ impl Directory {
 
     #[inline(always)]
     fn place(&self, list: u64) -> &AtomicPtr<Chunk> {
-        #[expect(clippy::cast_possible_truncation, reason = "a remainder")]
         let place = (list >> CHUNK_BITS) as usize % DIRECTORY;
         &self.chunks[place]
     }

@@ -49,9 +49,10 @@ impl<H: ShadowHost> Shared<H> {
         self.with(|locked| locked.state.pass = locked.shared.directory.oldest());
         loop {
             between(context)?;
-            let is_done = self.with(|locked| {
+            let is_done = self.with_in_turn(|locked| {
                 for _ in 0..STEP {
                     let Some(page) = locked.next_in_pass() else { return true };
+                    locked.worked(1);
                     match visit(context, locked, page) {
                         Visit::Done => {}
                         Visit::DoneForNow => return false,
