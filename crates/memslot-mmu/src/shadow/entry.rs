@@ -20,7 +20,7 @@ use crate::rmap::{List, RmapError, Under};
 use crate::sync::Ordering;
 
 /// The most entries that map a page of guest memory, or lead to a shadow page. KVM has the same figure, and lets go of all of them.
-pub(super) const LONGEST: usize = 1000;
+pub const LONGEST_LIST: usize = 1000;
 
 impl<'g, H: ShadowHost> Locked<'g, H> {
     pub(super) fn load(&self, page: &'g ShadowPage, index: usize) -> u64 {
@@ -127,10 +127,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     /// A list that has become longer than it may be loses its oldest entries, but never `newest`: so whatever looks at a whole list looks at
     /// few entries. They are faulted in again when they are used.
     fn recycle(&mut self, list: List<'_, SpteRef>, newest: SpteRef) {
-        if self.state.writer.count(list) <= LONGEST {
+        if self.state.writer.count(list) <= LONGEST_LIST {
             return;
         }
-        for old in self.state.writer.surplus(list, LONGEST, newest) {
+        for old in self.state.writer.surplus(list, LONGEST_LIST, newest) {
             if let Some(page) = self.page(old.table()) {
                 self.count(Counter::Recycled);
                 self.drop_entry(page, old.index());

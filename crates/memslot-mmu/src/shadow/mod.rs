@@ -190,6 +190,7 @@ use alloc::vec::Vec;
 use memslot::dirty::DirtyLog;
 use memslot::{AddressSpaceId, Gfn, Gpa, OutOfMemory, PageSize, SlotTable};
 
+pub use self::entry::LONGEST_LIST;
 use self::follow::Follower;
 
 pub use self::host::{GuestMemory, ShadowHost};
@@ -222,6 +223,9 @@ pub struct ShadowConfig {
     /// KVM: [`Level::K4`]. Tables above stay write-protected, and writes to them are
     /// [`WriteTracked`](ShadowFault::WriteTracked).
     pub unsync: Level,
+    /// How many entries are looked at under one hold of the lock, by what can be done in steps: what waits for the lock waits for about so
+    /// many. At least one table, or one list, is done in each.
+    pub hold: usize,
     /// Where pages of logged slots are marked. Without it, logged slots are treated as if they were not.
     pub log: Option<DirtyLog>,
 }
@@ -234,6 +238,7 @@ impl Default for ShadowConfig {
             physical_address_bits: 52,
             pages: 1 << 14,
             unsync: Level::new(5).unwrap_or(Level::K4),
+            hold: 1 << 13,
             log: None,
         }
     }

@@ -49,8 +49,9 @@ impl<H: ShadowHost> Shared<H> {
         self.with(|locked| locked.state.pass = locked.shared.directory.oldest());
         loop {
             between(context)?;
+            let step = self.config.hold.clamp(1, STEP);
             let is_done = self.with_in_turn(|locked| {
-                for _ in 0..STEP {
+                for _ in 0..step {
                     let Some(page) = locked.next_in_pass() else { return true };
                     locked.worked(1);
                     match visit(context, locked, page) {

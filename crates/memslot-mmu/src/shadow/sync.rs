@@ -36,8 +36,8 @@ use crate::level::{ENTRIES, Level};
 use crate::rmap::Under;
 use crate::sync::Ordering;
 
-/// So many pages are compared under one hold of the lock.
-const STEP: usize = if cfg!(loom) { 2 } else { 32 };
+/// At most so many pages are compared under one hold of the lock.
+const STEP: usize = if cfg!(loom) { 2 } else { 16 };
 
 /// [`ShadowPage::quiet`]: had changed when it was compared last, or was not yet.
 const BUSY: usize = 0;
@@ -91,8 +91,9 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         }
         self.state.walks = self.state.walks.wrapping_add(1);
         let mut found = [None; STEP];
+        let most = (self.shared.config.hold / ENTRIES).clamp(1, STEP);
         let mut count = 0;
-        let is_all = self.find_unsync(page, (lowest, sync), &mut found, &mut count);
+        let is_all = self.find_unsync(page, (lowest, sync), &mut found[..most], &mut count);
         let found = found.into_iter().flatten();
         let mut must_flush = false;
         for page in found.clone() {
@@ -124,7 +125,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         &mut self,
         page: &'g ShadowPage,
         (lowest, sync): (Level, u64),
-        found: &mut [Option<&'g ShadowPage>; STEP],
+        found: &mut [Option<&'g ShadowPage>],
         count: &mut usize,
     ) -> bool {
         // The guest's tables may lead to the same table from everywhere: it is visited once, or there would be as many visits as there are

@@ -11,13 +11,14 @@ use crate::flush::Flush;
 use crate::format::Format;
 use crate::host::Host;
 use crate::invalidate::{Covered, ends, range};
-use crate::level::Level;
+use crate::level::{ENTRIES, Level};
 use crate::sync::Ordering;
 
-/// So many entries, and places without any, are looked at before others get the lock.
+/// At most so many entries, and places without any, are looked at before others get the lock.
 const STEP: usize = 1 << 10;
-/// So many shadow pages.
-const PAGES_STEP: usize = 8;
+
+/// At most so many shadow pages.
+const PAGES: usize = 8;
 
 const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
 
@@ -38,7 +39,8 @@ impl<H: ShadowHost> Locked<'_, H> {
         let slots = self.state.slots.clone();
         let (_, end) = ends(gfns);
         let before = self.work.get();
-        let left = |locked: &Self| STEP.saturating_sub(locked.work.get() - before);
+        let step = self.shared.config.hold.clamp(1, STEP);
+        let left = |locked: &Self| step.saturating_sub(locked.work.get() - before);
         for rmap in slots.rmaps_in(space, range(at, end)) {
             let mut places = left(self);
             let mut lists = rmap.lists_within(level, range(at, end), places);
@@ -47,11 +49,11 @@ impl<H: ShadowHost> Locked<'_, H> {
                 places = lists.left();
                 if task.zaps() {
                     while let Some(entry) = self.state.writer.entries(list).next() {
-                        if left(self) == 0 {
-                            return gfn.get().max(at);
-                        }
                         if !self.work_on_entry(task, space, (gfn, level), entry) {
                             break;
+                        }
+                        if left(self) == 0 {
+                            return gfn.get().max(at);
                         }
                     }
                 } else {
@@ -207,7 +209,8 @@ impl<H: ShadowHost> Shadow<H> {
 
     /// Takes apart what is obsolete, in bounded steps.
     pub(super) fn zap_obsolete(&self) {
-        while self.shared.with_in_turn(|locked| locked.zap_obsolete(PAGES_STEP)) {}
+        let pages = (self.shared.config.hold / ENTRIES).clamp(1, PAGES);
+        while self.shared.with_in_turn(|locked| locked.zap_obsolete(pages)) {}
     }
 
     /// Begins to invalidate host memory: when this returns, no processor has a translation to it (flushed already),

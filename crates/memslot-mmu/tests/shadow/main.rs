@@ -2,6 +2,7 @@
 #![cfg(not(loom))]
 #![allow(missing_docs, unreachable_pub, reason = "a test program")]
 
+mod holds;
 mod memory;
 mod naive;
 mod nothing;
