@@ -345,6 +345,62 @@ fn the_limit_lets_go_of_the_oldest() {
     shadow.check().unwrap();
 }
 
+/// Somebody takes away all the time what takes long, in steps: those who fault meanwhile wait for one of these steps, and not for all.
+#[test]
+fn a_fault_gets_in_while_a_large_slot_is_zapped() {
+    const FIRST: u64 = 1 << 20;
+    const REGIONS: u64 = if cfg!(miri) { 8 } else { 480 };
+    let host = TestHost::new();
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    let config = ShadowConfig { largest: Level::K4, ..ShadowConfig::default() };
+    let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
+    table.create(slot(0, (0, PAGES), &host, SlotFlags::empty())).unwrap();
+    table.create(slot(1, (FIRST, REGIONS * 512), &host, SlotFlags::empty())).unwrap();
+    for (table, below) in [(1, PDPT), (PDPT, PD)] {
+        host.entry(table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
+    }
+    for region in 0..REGIONS {
+        host.entry(PD, region).store((FIRST + region * 512) << 12 | 0xe7, Ordering::SeqCst);
+    }
+    host.entry(PD, 500).store(PT << 12 | 0x67, Ordering::SeqCst);
+    host.entry(PT, 0).store(100 << 12 | 0x67, Ordering::SeqCst);
+    let mut vcpu = shadow.vcpu().unwrap();
+    vcpu.load(paging(1), RAM).unwrap();
+    // Places in all of the slot, of which most are empty.
+    for region in 0..REGIONS {
+        assert!(matches!(vcpu.fault(region << 21, GuestAccess::WRITE).unwrap(), ShadowFault::Mapped(_)));
+    }
+    let done = AtomicBool::new(false);
+    let faults = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut vcpu = shadow.vcpu().unwrap();
+                vcpu.load(paging(1), RAM).unwrap();
+                while !done.load(Ordering::SeqCst) {
+                    // Allowed already, most of the time: which is found out with the lock held.
+                    let fault = vcpu.fault(500 << 21, GuestAccess::READ).unwrap();
+                    assert!(matches!(fault, ShadowFault::Mapped(_) | ShadowFault::AlreadyMapped));
+                    faults.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        let all = GfnRange::with_len(Gfn::new(FIRST), REGIONS * 512).unwrap();
+        let start = std::time::Instant::now();
+        let is_enough = || shadow.stats().waits > if cfg!(miri) { 0 } else { 200 };
+        while !is_enough() && start.elapsed().as_secs() < 30 {
+            for _ in 0..20 {
+                shadow.zap_gfn_range(RAM, all);
+            }
+        }
+        done.store(true, Ordering::SeqCst);
+    });
+    let stats = shadow.stats();
+    assert!(stats.waits > 0 && faults.load(Ordering::SeqCst) > 0, "{stats:?}");
+    assert!(stats.longest_wait <= 2, "somebody was overtaken {} times", stats.longest_wait);
+    shadow.check().unwrap();
+}
+
 /// A guest with nested tables and shadow tables: both are zapped, one flush.
 #[test]
 fn both_kinds_of_table_and_one_flush() {

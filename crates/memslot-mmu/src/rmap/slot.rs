@@ -81,9 +81,15 @@ impl<E> SlotRmap<E> {
     ///
     /// Steps over what was never reserved: 1 GiB at a time at the lowest level.
     pub fn lists(&self, level: Level, gfns: GfnRange) -> impl Iterator<Item = (Gfn, List<'_, E>)> {
+        self.lists_within(level, gfns, usize::MAX)
+    }
+
+    /// The same, until it has looked at so many places; [`Lists::rest`] says where that was.
+    pub(crate) fn lists_within(&self, level: Level, gfns: GfnRange, places: usize) -> Lists<'_, E> {
         let heads = self.heads(level);
         let wanted = number(level, gfns.start())..gfns.end().get().div_ceil(level.pages());
-        Lists { level, heads, wanted: heads.map_or(0..0, |heads| heads.clip(wanted)), entries: PhantomData }
+        let wanted = heads.map_or(0..0, |heads| heads.clip(wanted));
+        Lists { level, heads, wanted, left: places, entries: PhantomData }
     }
 
     #[inline]
@@ -135,11 +141,26 @@ fn number(level: Level, gfn: Gfn) -> u64 {
 }
 
 /// See [`SlotRmap::lists`].
-struct Lists<'a, E> {
+pub(crate) struct Lists<'a, E> {
     level: Level,
     heads: Option<&'a Heads>,
     wanted: Range<u64>,
+    /// So many places may be looked at still.
+    left: usize,
     entries: PhantomData<fn(E) -> E>,
+}
+
+impl<E> Lists<'_, E> {
+    /// The first frame of what was not looked at; `None` at the end.
+    pub(crate) fn rest(&self) -> Option<Gfn> {
+        let is_done = self.heads.is_none() || self.wanted.is_empty();
+        (!is_done).then(|| Gfn::new(self.wanted.start << self.level.pages().trailing_zeros()))
+    }
+
+    /// How many places may be looked at still.
+    pub(crate) fn left(&self) -> usize {
+        self.left
+    }
 }
 
 impl<'a, E> Iterator for Lists<'a, E> {
@@ -147,7 +168,8 @@ impl<'a, E> Iterator for Lists<'a, E> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let heads = self.heads?;
-        while !self.wanted.is_empty() {
+        while !self.wanted.is_empty() && self.left > 0 {
+            self.left -= 1;
             let number = self.wanted.start;
             let step = match heads.directory(number) {
                 None => REACH_BITS,

@@ -78,6 +78,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
 
     /// Does it to all entries of a page that are about the slot.
     fn work_on_page(&mut self, task: Task, slot: &Slot, page: &'g ShadowPage) {
+        self.worked(ENTRIES);
         for index in 0..ENTRIES {
             if let Some(Under::Gfn { gfn, level }) = self.filed_for(page, index) {
                 if slot.gfns().contains(gfn) {
@@ -171,7 +172,7 @@ impl<H: ShadowHost> Shared<H> {
             return self.work_on(task, space, slot.gfns());
         }
         /// So many entries are looked at before others get the lock.
-        const STEP: usize = 64 * ENTRIES;
+        const STEP: usize = 16 * ENTRIES;
         self.with(|locked| locked.state.changes.add(space, slot.gfns()));
         let mut entries = 0;
         let Ok(()) = self.visit_all(&mut entries, nothing, |entries, locked, page| {

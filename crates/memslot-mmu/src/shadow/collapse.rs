@@ -38,6 +38,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             return false;
         }
         let level = page.level();
+        self.worked(ENTRIES);
         let mut first: Option<u64> = None;
         for index in 0..ENTRIES {
             let entry = self.load(page, index);

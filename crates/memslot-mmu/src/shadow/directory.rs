@@ -51,6 +51,14 @@ impl Directory {
         Ok(Self { by_gfn: chains()?, by_table: chains()?, newest: none(), oldest: none() })
     }
 
+    /// How many chains there are by gfn.
+    pub(super) const CHAINS: usize = 1 << CHAIN_BITS;
+
+    /// The first of a chain by gfn.
+    pub(super) fn first_in(&self, chain: usize) -> *mut ShadowPage {
+        self.by_gfn[chain].load(Ordering::Relaxed)
+    }
+
     /// The first of those that may be of this frame; the others follow by their links.
     pub(super) fn first_of(&self, gfn: Gfn) -> *mut ShadowPage {
         self.by_gfn[hash(gfn.get())].load(Ordering::Relaxed)

@@ -16,8 +16,11 @@ use super::stats::Counter;
 use super::{ShadowHost, mmio};
 use crate::invalidate::range;
 use crate::level::Level;
-use crate::rmap::{RmapError, Under};
+use crate::rmap::{List, RmapError, Under};
 use crate::sync::Ordering;
+
+/// The most entries that map a page of guest memory, or lead to a shadow page. KVM has the same figure, and lets go of all of them.
+pub const LONGEST_LIST: usize = 1000;
 
 impl<'g, H: ShadowHost> Locked<'g, H> {
     pub(super) fn load(&self, page: &'g ShadowPage, index: usize) -> u64 {
@@ -33,6 +36,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     /// Makes an entry not present, and removes it from the reverse map. Returns whether it was present. What processors may still have
     /// of it is pending.
     pub(super) fn drop_entry(&mut self, page: &'g ShadowPage, index: usize) -> bool {
+        self.worked(1);
         let old = self.table(page).0[index].swap(0, Ordering::SeqCst);
         if !spte::is_present(old) {
             if mmio::is_mmio(old) {
@@ -70,13 +74,15 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         gpte: u64,
         child: &'g ShadowPage,
     ) -> Result<(), RmapError> {
-        self.file(child.parents.list(), page.reference(index), &mut reserve.descriptors)?;
+        let entry = page.reference(index);
+        self.file(child.parents.list(), entry, &mut reserve.descriptors)?;
         page.version.fetch_add(1, Ordering::SeqCst);
         page.gptes[index].store(gpte, Ordering::SeqCst);
         self.table(page).0[index].store(spte::table(child.table), Ordering::SeqCst);
         if child.needs_sync() {
             self.note_unsync_below(page, index);
         }
+        self.recycle(child.parents.list(), entry);
         Ok(())
     }
 
@@ -114,7 +120,22 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         page.gptes[index].store(gpte, Ordering::SeqCst);
         entry.store(new, Ordering::SeqCst);
         self.shared.counters.leaves.fetch_add(1, Ordering::Relaxed);
+        self.recycle(list, page.reference(index));
         Ok(true)
+    }
+
+    /// A list that has become longer than it may be loses its oldest entries, but never `newest`: so whatever looks at a whole list looks at
+    /// few entries. They are faulted in again when they are used.
+    fn recycle(&mut self, list: List<'_, SpteRef>, newest: SpteRef) {
+        if self.state.writer.count(list) <= LONGEST_LIST {
+            return;
+        }
+        for old in self.state.writer.surplus(list, LONGEST_LIST, newest) {
+            if let Some(page) = self.page(old.table()) {
+                self.count(Counter::Recycled);
+                self.drop_entry(page, old.index());
+            }
+        }
     }
 
     /// Gives a leaf other access to the same page, keeping its accessed and dirty bits; and W, if the page may still become writable. Who
@@ -146,6 +167,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
 
     /// Takes bits from a leaf that is present. Returns those that were set.
     pub(super) fn take_bits(&self, entry: SpteRef, bits: u64) -> u64 {
+        self.worked(1);
         match self.page(entry.table()) {
             Some(page) => self.table(page).0[entry.index()].fetch_and(!bits, Ordering::SeqCst) & bits,
             None => 0,

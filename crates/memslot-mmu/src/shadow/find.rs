@@ -11,10 +11,11 @@ use super::reserve::Reserve;
 use super::role::Key;
 use super::shared::{Locked, everything};
 use super::stats::Counter;
+use crate::level::ENTRIES;
 use crate::sync::Ordering;
 
 /// Where the limit is reached, so many pages are given up at once.
-const BATCH: usize = 25;
+const BATCH: usize = 10;
 
 impl<'g, H: ShadowHost> Locked<'g, H> {
     /// Whether a page is as old as the last [`zap_all`](super::Shadow::zap_all), or older.
@@ -38,14 +39,26 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         key: Key,
         paging: &GuestPaging,
     ) -> Option<&'g ShadowPage> {
+        let page = self.page_with(reserve, key, paging)?;
+        self.compare_all(page);
+        Some(page)
+    }
+
+    /// The page for this key, as it is; made if there is none. `None` where the reserve is empty.
+    pub(super) fn page_with(
+        &mut self,
+        reserve: &mut Reserve,
+        key: Key,
+        paging: &GuestPaging,
+    ) -> Option<&'g ShadowPage> {
         if let Some(page) = self.find(&key) {
-            self.compare_all(page);
             page.writes.store(0, Ordering::Relaxed);
             return Some(page);
         }
         let mut page = reserve.take()?;
         let generation = self.shared.generation.load(Ordering::SeqCst);
         page.become_page(key, *paging, generation, &mut reserve.nodes);
+        page.walked.store(self.state.walks, Ordering::Relaxed);
         let page = self.shared.directory.insert(page);
         // SAFETY: just inserted, and no page is freed for 'g.
         let page: &'g ShadowPage = unsafe { &*page };
@@ -85,6 +98,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         }
         self.count(Counter::Zapped);
         page.set_zapped();
+        self.worked(ENTRIES);
         for index in 0..page.gptes.len() {
             if self.load(page, index) != 0 {
                 self.drop_entry(page, index);

@@ -21,18 +21,21 @@
 //! Nothing of this can fail: what a commit and its undoing need is reserved before.
 
 use alloc::vec::Vec;
+use core::convert::Infallible;
 
 use memslot::{
     AddressSpaceId, Gfn, GfnRange, Listener, ListenerError, OutOfMemory, PieceKind, Slot, SlotFlags, Update,
 };
 
 use super::by_slot::Renamed;
-use super::shared::{Locked, Shared};
+use super::pass::Visit;
+use super::shared::Shared;
 use super::slot_set::SlotSetCache;
 use super::slots::Slots;
 use super::zap::Task;
 use super::{Shadow, ShadowHost, spte};
 use crate::counted::Counted;
+use crate::level::ENTRIES;
 
 /// So many chunks of lists are freed when a change has settled; the rest by and by.
 const CHUNKS: usize = 512;
@@ -57,7 +60,7 @@ struct Change {
     new: Option<Slot>,
 }
 
-fn changes(update: &Update<'_>, forwards: bool) -> impl Iterator<Item = Change> {
+fn changes(update: &Update<'_>, forwards: bool) -> impl Iterator<Item = Change> + Clone {
     update.pieces.iter().filter_map(move |piece| {
         let (old, new) = match (piece.kind, forwards) {
             (PieceKind::Removed { old }, true) => (old, None),
@@ -123,9 +126,6 @@ impl<H: ShadowHost> Follower<H> {
             change.borders().for_each(|border| shared.cut(change.space, border));
         }
         let (old, comes_again) = shared.with(|locked| {
-            for change in changes(update, forwards).filter(|change| change.new.is_none()) {
-                locked.zap_tables_in(change.space, change.gfns);
-            }
             for change in changes(update, forwards) {
                 locked.state.changes.add(change.space, change.gfns);
                 change.borders().for_each(|border| _ = locked.cut(change.space, border, usize::MAX));
@@ -138,6 +138,7 @@ impl<H: ShadowHost> Follower<H> {
         if comes_again {
             self.shadow.zap_obsolete();
         }
+        zap_tables(shared, &changes(update, forwards).filter(Change::zaps));
         for change in changes(update, forwards) {
             let Some(new) = change.new else { continue };
             let is_read_only = |slot: &Slot| slot.flags().contains(SlotFlags::READONLY);
@@ -185,17 +186,34 @@ fn is_wanted<H: ShadowHost>(shared: &Shared<H>, change: &Change) -> bool {
     change.new.is_none() && shared.is_logged(&change.old) && keeps_removed()
 }
 
-impl<H: ShadowHost> Locked<'_, H> {
-    /// The tables of the guest's in these frames are no more.
-    fn zap_tables_in(&mut self, space: AddressSpaceId, gfns: GfnRange) {
-        for page in self.pages() {
-            let role = &page.key.role;
-            if role.address_space == space && !role.direct && gfns.contains(page.key.gfn) {
-                self.zap_page(page);
-            }
-        }
-        self.must_flush = false;
+/// The tables of the guest's in these frames are no more. Until they are found here, they are what processors may know still, as with a
+/// translation that is not flushed yet. What that owes is left pending.
+fn zap_tables<H: ShadowHost>(shared: &Shared<H>, gone: &(impl Iterator<Item = Change> + Clone)) {
+    /// So many comparisons, or what costs as much, are made before others get the lock.
+    const STEP: usize = 1 << 12;
+    if gone.clone().next().is_none() {
+        return;
     }
+    let mut work = 0;
+    let between = |_: &mut usize| Ok::<_, Infallible>(());
+    let Ok(()) = shared.visit_all(&mut work, between, |work, locked, page| {
+        let role = &page.key.role;
+        let is_here = |change: Change| {
+            *work += 1;
+            change.space == role.address_space && change.gfns.contains(page.key.gfn)
+        };
+        if !role.direct && gone.clone().any(is_here) {
+            locked.zap_page(page);
+            // One flush, when all is done.
+            locked.must_flush = false;
+            *work += ENTRIES;
+        }
+        if *work < STEP {
+            return Visit::Done;
+        }
+        *work = 0;
+        Visit::DoneForNow
+    });
 }
 
 impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
@@ -244,7 +262,10 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
         self.end(update.slots.iter().filter(|change| change.new.is_none()).filter_map(|change| change.old));
         // The lists of slots that are gone.
         if self.previous.take().is_some() {
-            self.shadow.shared.with(|locked| _ = locked.state.writer.reclaim(CHUNKS));
+            /// So many before others get the lock.
+            const STEP: usize = 16;
+            let step = || self.shadow.shared.with_in_turn(|locked| locked.state.writer.reclaim(STEP));
+            let _ = (0..CHUNKS / STEP).any(|_| step());
         }
     }
 

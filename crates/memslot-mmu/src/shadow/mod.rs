@@ -180,6 +180,7 @@ mod stats;
 mod sync;
 mod tables;
 mod track;
+mod turns;
 mod vcpu;
 mod zap;
 
@@ -191,6 +192,7 @@ use alloc::vec::Vec;
 use memslot::dirty::DirtyLog;
 use memslot::{AddressSpaceId, Gfn, Gpa, OutOfMemory, PageSize, SlotTable};
 
+pub use self::entry::LONGEST_LIST;
 use self::follow::Follower;
 
 pub use self::host::{GuestMemory, ShadowHost};
@@ -223,6 +225,9 @@ pub struct ShadowConfig {
     /// KVM: [`Level::K4`]. Tables above stay write-protected, and writes to them are
     /// [`WriteTracked`](ShadowFault::WriteTracked).
     pub unsync: Level,
+    /// How many entries are looked at under one hold of the lock, by what can be done in steps: what waits for the lock waits for about so
+    /// many. At least one table, or one list, is done in each.
+    pub hold: usize,
     /// Where pages of logged slots are marked. Without it, logged slots are treated as if they were not.
     pub log: Option<DirtyLog>,
 }
@@ -235,6 +240,7 @@ impl Default for ShadowConfig {
             physical_address_bits: 52,
             pages: 1 << 14,
             unsync: Level::new(5).unwrap_or(Level::K4),
+            hold: 1 << 13,
             log: None,
         }
     }
@@ -332,7 +338,15 @@ impl<H: ShadowHost> Shadow<H> {
     /// all address spaces are looked at: they may have the same memory there.
     pub fn wrote(&self, space: AddressSpaceId, gpa: Gpa, bytes: u64) {
         let _ = space;
-        self.shared.with(|locked| locked.wrote(gpa, bytes));
+        /// So many bytes are looked at before others get the lock.
+        const STEP: u64 = 64 << 12;
+        let end = gpa.get().saturating_add(bytes);
+        let mut at = gpa.get();
+        while at < end {
+            let next = end.min((at / STEP + 1).saturating_mul(STEP));
+            self.shared.with_in_turn(|locked| locked.wrote(Gpa::new(at), next - at));
+            at = next;
+        }
     }
 
     /// Lets the guest write to this frame without being noticed until it flushes: the shadow pages of the table there become unsync,
@@ -344,23 +358,20 @@ impl<H: ShadowHost> Shadow<H> {
         self.shared.with(|locked| locked.unprotect(gfn))
     }
 
-    /// What there is, and what was done so far.
+    /// What there is, and what was done so far. Looks at all shadow pages and lists, in steps: what changes meanwhile may be counted as it
+    /// was or as it is.
     #[must_use]
     pub fn stats(&self) -> ShadowStats {
-        self.shared.with(|locked| locked.stats())
+        self.shared.stats()
     }
 
     /// The shadow pages that there are, by role and number.
     #[must_use]
     pub fn roles(&self) -> Vec<(Role, usize)> {
         let mut roles: Vec<(Role, usize)> = Vec::new();
-        self.shared.with(|locked| {
-            for page in locked.pages() {
-                match roles.iter_mut().find(|(role, _)| *role == page.key.role) {
-                    Some((_, count)) => *count += 1,
-                    None => roles.push((page.key.role, 1)),
-                }
-            }
+        self.shared.for_each_page(|page| match roles.iter_mut().find(|(role, _)| *role == page.key.role) {
+            Some((_, count)) => *count += 1,
+            None => roles.push((page.key.role, 1)),
         });
         roles
     }
@@ -368,6 +379,6 @@ impl<H: ShadowHost> Shadow<H> {
     /// Frees every table that is out of use, those that are kept to be used again included: for when memory is short, and for the
     /// end of tests.
     pub fn reclaim(&self) {
-        self.shared.with(|locked| locked.free_spare());
+        while self.shared.with_in_turn(|locked| locked.free_spare()) {}
     }
 }

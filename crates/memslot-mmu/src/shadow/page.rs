@@ -49,6 +49,10 @@ pub(super) struct ShadowPage {
     pub(super) writes: AtomicUsize,
     /// What to do about it at the next flush of the guest's.
     pub(super) quiet: AtomicUsize,
+    /// While it is unsync: the number of the guest's last flush that has seen what was written before.
+    pub(super) synced: AtomicU64,
+    /// The last search that came here, of those for what is unsync.
+    pub(super) walked: AtomicU64,
     /// The slots that its leaves are of.
     pub(super) slots: Mutex<SlotSet>,
     pub(super) links: Links,
@@ -99,6 +103,8 @@ impl ShadowPage {
             roots: AtomicUsize::new(0),
             writes: AtomicUsize::new(0),
             quiet: AtomicUsize::new(0),
+            synced: AtomicU64::new(0),
+            walked: AtomicU64::new(0),
             slots: Mutex::new(SlotSet::default()),
             links: Links::new(),
         })?;

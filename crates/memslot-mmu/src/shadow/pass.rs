@@ -49,9 +49,11 @@ impl<H: ShadowHost> Shared<H> {
         self.with(|locked| locked.state.pass = locked.shared.directory.oldest());
         loop {
             between(context)?;
-            let is_done = self.with(|locked| {
-                for _ in 0..STEP {
+            let step = self.config.hold.clamp(1, STEP);
+            let is_done = self.with_in_turn(|locked| {
+                for _ in 0..step {
                     let Some(page) = locked.next_in_pass() else { return true };
+                    locked.worked(1);
                     match visit(context, locked, page) {
                         Visit::Done => {}
                         Visit::DoneForNow => return false,

@@ -19,6 +19,7 @@ use super::slot_set::SlotSetCache;
 use super::slots::{Changes, Slots};
 use super::spte::SpteRef;
 use super::stats::{Counter, Counters};
+use super::turns::Turns;
 use super::{ShadowConfig, ShadowHost};
 use crate::counted::Counted;
 use crate::host::Pfn;
@@ -52,6 +53,7 @@ pub(super) struct Shared<H: ShadowHost> {
     /// made. Pages that share a counter cost each other only that.
     pub(super) blocks: [Box<[AtomicUsize]>; 2],
     pub(super) counters: Counters,
+    turns: Turns,
     state: Mutex<State>,
 }
 
@@ -77,6 +79,10 @@ pub(super) struct State {
     spare: (*mut ShadowPage, usize),
     /// Nodes of pages' sets of slots that came back.
     pub(super) nodes: SlotSetCache,
+    /// Counts flushes of the guest's.
+    pub(super) syncs: u64,
+    /// Counts searches for what is unsync.
+    pub(super) walks: u64,
     /// The next page of the [pass](super::pass) that is under way.
     pub(super) pass: *mut ShadowPage,
     /// Frames whose slot is getting another id.
@@ -90,6 +96,8 @@ unsafe impl Send for State {}
 
 /// So many pages are kept to be used again.
 const SPARE: usize = 128;
+/// So many are freed under one hold of the lock.
+const FREED: usize = 64;
 
 impl<H: ShadowHost> Shared<H> {
     /// With all counters at a value of the caller's choice, so that tests go through the wrap.
@@ -120,6 +128,8 @@ impl<H: ShadowHost> Shared<H> {
             limbo: (ptr::null_mut(), ptr::null_mut()),
             spare: (ptr::null_mut(), 0),
             nodes: SlotSetCache::default(),
+            syncs: counters,
+            walks: counters,
             pass: ptr::null_mut(),
             renamed: Vec::new(),
             broken: None,
@@ -135,18 +145,26 @@ impl<H: ShadowHost> Shared<H> {
             generation: AtomicU64::new(counters),
             blocks: [blocks()?, blocks()?],
             counters: Counters::default(),
+            turns: Turns::default(),
             state: Mutex::new(state),
         })
     }
 
     /// Takes the lock for this work, and settles what it owes.
     pub(super) fn with<R>(&self, work: impl for<'g> FnOnce(&mut Locked<'g, H>) -> R) -> R {
-        let mut state = self.state.lock();
+        let (mut state, overtaken) = self.turns.lock(&self.state);
         // Not a borrow of the guard that could be mixed up with one of the pages: those last until `settle`.
-        let mut locked = Locked { shared: self, state: &mut state, must_flush: false };
+        let mut locked = Locked { shared: self, state: &mut state, must_flush: false, work: Work::new(0) };
         let result = work(&mut locked);
         locked.settle();
+        self.counters.note_hold(locked.work.get(), overtaken);
         result
+    }
+
+    /// The same for a step of something that takes long: those go first who are waiting for the lock.
+    pub(super) fn with_in_turn<R>(&self, work: impl for<'g> FnOnce(&mut Locked<'g, H>) -> R) -> R {
+        self.turns.let_others_go();
+        self.with(work)
     }
 
     /// Whether writes to the slot's pages are to be noticed.
@@ -193,9 +211,20 @@ pub(super) struct Locked<'g, H: ShadowHost> {
     pub(super) state: &'g mut State,
     /// Whether what is pending is to be flushed before the lock is given back.
     pub(super) must_flush: bool,
+    /// How many entries were looked at.
+    pub(super) work: Work,
 }
 
+/// A count of entries, and of what costs as much as looking at one.
+pub(super) type Work = core::cell::Cell<usize>;
+
 impl<'g, H: ShadowHost> Locked<'g, H> {
+    /// So many entries were looked at.
+    #[inline]
+    pub(super) fn worked(&self, entries: usize) {
+        self.work.set(self.work.get() + entries);
+    }
+
     /// The page with this table.
     pub(super) fn page(&self, table: Pfn) -> Option<&'g ShadowPage> {
         // SAFETY: for 'g the lock is held, and no page is freed before `settle`.
@@ -214,6 +243,17 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
                 }
             }
             None
+        })
+    }
+
+    /// The pages in one of the directory's chains: each is in one.
+    pub(super) fn pages_in(&self, chain: usize) -> impl Iterator<Item = &'g ShadowPage> + use<'g, H> {
+        let mut at = self.shared.directory.first_in(chain);
+        core::iter::from_fn(move || {
+            // SAFETY: null or a page that can be found, and so is not freed for 'g.
+            let page = unsafe { at.as_ref() }?;
+            at = page.links.by_gfn.load(Ordering::Relaxed);
+            Some(page)
         })
     }
 
@@ -301,7 +341,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             self.let_wait();
         }
         if !self.state.limbo.0.is_null() {
-            self.reclaim();
+            self.reclaim(FREED);
         }
     }
 
@@ -324,10 +364,12 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         }
     }
 
-    /// Frees pages that nobody is inside of any more.
-    fn reclaim(&mut self) {
-        // SAFETY: null or a page that waits.
-        while let Some(page) = unsafe { self.state.limbo.0.as_ref() } {
+    /// Frees up to so many pages that nobody is inside of any more.
+    fn reclaim(&mut self, most: usize) {
+        for _ in 0..most {
+            // SAFETY: null or a page that waits.
+            let Some(page) = (unsafe { self.state.limbo.0.as_ref() }) else { return };
+            self.worked(1);
             if !self.state.cells.have_passed(page.links.stamp.load(Ordering::Relaxed)) {
                 return;
             }
@@ -370,12 +412,16 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         Some(page)
     }
 
-    /// Frees all that can be freed.
-    pub(super) fn free_spare(&mut self) {
-        self.reclaim();
-        while let Some(page) = self.take_spare() {
+    /// Frees some of what can be freed. Returns whether there may be more.
+    pub(super) fn free_spare(&mut self) -> bool {
+        let tables = self.state.tables;
+        self.reclaim(FREED);
+        for _ in 0..FREED {
+            let Some(page) = self.take_spare() else { break };
+            self.worked(1);
             self.free(page);
         }
+        self.state.tables < tables
     }
 }
 
@@ -384,7 +430,7 @@ impl<H: ShadowHost> Drop for Shared<H> {
         self.with(|locked| {
             locked.zap_everything();
             locked.settle();
-            locked.free_spare();
+            while locked.free_spare() {}
             debug_assert_eq!(locked.state.tables, 0, "tables are leaked");
         });
     }

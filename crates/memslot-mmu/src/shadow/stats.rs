@@ -1,7 +1,10 @@
 //! What there is, and what was done so far.
 
 use super::ShadowHost;
-use super::shared::{Locked, everything};
+use super::directory::Directory;
+use super::page::ShadowPage;
+use super::shared::{Shared, everything};
+use crate::invalidate::range;
 use crate::level::Level;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -56,6 +59,8 @@ pub struct ShadowStats {
     pub flooded: u64,
     /// Of these, for a large page to take their place.
     pub collapsed: u64,
+    /// Entries that were given up because too many lead to the same page.
+    pub recycled: u64,
     /// Writes to write-protected tables of the guest.
     pub write_track_hits: u64,
     /// How often a table became unsync.
@@ -66,6 +71,12 @@ pub struct ShadowStats {
     pub synced_entries: u64,
     /// Flushes.
     pub flushes: u64,
+    /// The most entries that were looked at under one hold of the lock, and what costs as much.
+    pub longest_hold: u64,
+    /// How often somebody has waited for the lock.
+    pub waits: u64,
+    /// The most steps of operations in steps that went by for one who waited.
+    pub longest_wait: u64,
     /// How many pages of guest memory have so many entries that map them, by length: see [`RMAP_CLASSES`].
     pub rmap_lengths: [u64; RMAP_CLASSES],
 }
@@ -98,11 +109,13 @@ counters!(
     Reclaimed,
     Flooded,
     Collapsed,
+    Recycled,
     TrackHits,
     Unsyncs,
     Syncs,
     SyncedEntries,
-    Flushes
+    Flushes,
+    Waits
 );
 
 /// What was counted.
@@ -112,6 +125,8 @@ pub(super) struct Counters {
     pub(super) leaves: AtomicU64,
     /// How many remember that there is none.
     pub(super) mmio: AtomicU64,
+    longest_hold: AtomicU64,
+    longest_wait: AtomicU64,
 }
 
 impl Default for Counters {
@@ -120,6 +135,8 @@ impl Default for Counters {
             counts: core::array::from_fn(|_| AtomicU64::new(0)),
             leaves: AtomicU64::new(0),
             mmio: AtomicU64::new(0),
+            longest_hold: AtomicU64::new(0),
+            longest_wait: AtomicU64::new(0),
         }
     }
 }
@@ -127,6 +144,20 @@ impl Default for Counters {
 impl Counters {
     pub(super) fn add(&self, counter: Counter, count: u64) {
         self.counts[counter as usize].fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// So much was done under one hold of the lock; called with the lock held.
+    pub(super) fn note_hold(&self, entries: usize, overtaken: Option<u64>) {
+        let raise = |most: &AtomicU64, to: u64| {
+            if to > most.load(Ordering::Relaxed) {
+                most.store(to, Ordering::Relaxed);
+            }
+        };
+        raise(&self.longest_hold, entries as u64);
+        if let Some(overtaken) = overtaken {
+            self.add(Counter::Waits, 1);
+            raise(&self.longest_wait, overtaken);
+        }
     }
 
     fn get(&self, counter: Counter) -> u64 {
@@ -153,34 +184,69 @@ impl Counters {
             reclaimed: self.get(Counter::Reclaimed),
             flooded: self.get(Counter::Flooded),
             collapsed: self.get(Counter::Collapsed),
+            recycled: self.get(Counter::Recycled),
             write_track_hits: self.get(Counter::TrackHits),
             unsyncs: self.get(Counter::Unsyncs),
             syncs: self.get(Counter::Syncs),
             synced_entries: self.get(Counter::SyncedEntries),
             flushes: self.get(Counter::Flushes),
+            waits: self.get(Counter::Waits),
+            longest_hold: self.longest_hold.load(Ordering::Relaxed),
+            longest_wait: self.longest_wait.load(Ordering::Relaxed),
             ..ShadowStats::default()
         }
     }
 }
 
-impl<H: ShadowHost> Locked<'_, H> {
+/// So many chains of pages, and so many lists, are looked at under one hold of the lock.
+const STEP: usize = 256;
+
+impl<H: ShadowHost> Shared<H> {
+    /// Looks at all pages, in steps. Pages that come and go meanwhile may be among them or not.
+    pub(super) fn for_each_page(&self, mut look: impl FnMut(&ShadowPage)) {
+        let mut chains = 0..Directory::CHAINS;
+        while !chains.is_empty() {
+            let some = chains.start..chains.end.min(chains.start + STEP);
+            chains.start = some.end;
+            self.with_in_turn(|locked| {
+                for page in some.flat_map(|chain| locked.pages_in(chain)) {
+                    locked.worked(1);
+                    look(page);
+                }
+            });
+        }
+    }
+
+    /// What there is, and what was done so far.
     pub(super) fn stats(&self) -> ShadowStats {
-        let mut stats = self.shared.counters.stats();
-        stats.pages = self.state.pages;
-        stats.tables = self.state.tables;
-        for page in self.pages() {
+        let mut stats = self.counters.stats();
+        let slots = self.with(|locked| {
+            stats.pages = locked.state.pages;
+            stats.tables = locked.state.tables;
+            locked.state.slots.clone()
+        });
+        self.for_each_page(|page| {
             stats.direct += usize::from(page.is_direct());
             stats.unsync += usize::from(page.is_unsync());
             stats.levels[usize::from(page.level().get()) - 1] += 1;
-        }
-        let slots = &self.state.slots;
+        });
         for space in slots.spaces() {
             for rmap in slots.rmaps_in(space, everything()) {
                 for level in [Level::K4, Level::M2, Level::G1] {
-                    for (_, list) in rmap.lists(level, rmap.gfns()) {
-                        let length = self.state.writer.count(list);
-                        let class = usize::try_from(length.next_power_of_two().trailing_zeros());
-                        stats.rmap_lengths[class.unwrap_or(RMAP_CLASSES).min(RMAP_CLASSES - 1)] += 1;
+                    let mut left = rmap.gfns();
+                    while !left.is_empty() {
+                        left = self.with_in_turn(|locked| {
+                            let mut lists = rmap.lists_within(level, left, 16 * STEP);
+                            for (_, list) in lists.by_ref() {
+                                let length = locked.state.writer.count(list);
+                                let class = usize::try_from(length.next_power_of_two().trailing_zeros());
+                                let class = class.unwrap_or(RMAP_CLASSES).min(RMAP_CLASSES - 1);
+                                stats.rmap_lengths[class] += 1;
+                            }
+                            locked.worked(16 * STEP - lists.left());
+                            let rest = lists.rest().map_or(left.end(), |rest| rest.max(left.start()));
+                            range(rest.get(), left.end().get())
+                        });
                     }
                 }
             }

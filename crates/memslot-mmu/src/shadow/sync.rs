@@ -17,6 +17,9 @@
 //!   reach is found without looking at what is in sync. The marks are cleared by those who look and find nothing.
 //! * **Pages are compared before they are linked, with all below them**, since the guest may have flushed while they could not be reached.
 //! * **Faults compare what they go through**, whether it is unsync or not.
+//! * **A flush is numbered, and goes in steps**, between which others get the lock. Each page says of which flush it was compared last, or before which
+//!   it became unsync; either way, what was written before that flush has been seen. So a flush ends, whatever becomes unsync meanwhile. A
+//!   page that is linked meanwhile is compared then.
 //!
 //! # When to write-protect again
 //!
@@ -33,6 +36,9 @@ use crate::level::{ENTRIES, Level};
 use crate::rmap::Under;
 use crate::sync::Ordering;
 
+/// At most so many pages are compared under one hold of the lock.
+const STEP: usize = if cfg!(loom) { 2 } else { 16 };
+
 /// [`ShadowPage::quiet`]: had changed when it was compared last, or was not yet.
 const BUSY: usize = 0;
 /// Had not.
@@ -48,6 +54,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         }
         self.count(Counter::Unsyncs);
         page.quiet.store(BUSY, Ordering::Relaxed);
+        page.synced.store(self.state.syncs, Ordering::Relaxed);
         page.set_unsync(true);
         self.tell_parents(page);
     }
@@ -70,37 +77,36 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         }
     }
 
-    /// Makes everything at a page and below it agree with what the guest's tables are now, as far as its levels are
-    /// `lowest` and more.
-    pub(super) fn sync_below(&mut self, page: &'g ShadowPage, lowest: Level) {
-        if !page.needs_sync() {
-            return;
-        }
-        if self.protect_quiet(page, lowest) {
-            self.flush_now();
-        }
-        self.compare(page, lowest);
+    /// A flush of the guest's begins: what was written before is seen when it ends. Returns its number.
+    pub(super) fn begin_sync(&mut self) -> u64 {
+        self.state.syncs = self.state.syncs.wrapping_add(1);
+        self.state.syncs
     }
 
-    /// Write-protects the tables that are to be in sync. Returns whether a flush is needed before they are compared.
-    fn protect_quiet(&mut self, page: &'g ShadowPage, lowest: Level) -> bool {
-        let mut must_flush = false;
-        if page.is_unsync() && page.level() >= lowest && page.quiet.load(Ordering::Relaxed) == QUIET {
-            must_flush |= self.write_protect(page.key.gfn);
-            page.quiet.store(PROTECTED, Ordering::Relaxed);
+    /// Makes a page and some of what is below it agree with what the guest's tables are now, as far as its levels are `lowest` and
+    /// more. Returns whether that was all there is to be done for the flush with this number.
+    pub(super) fn sync_some(&mut self, page: &'g ShadowPage, lowest: Level, sync: u64) -> bool {
+        if !page.needs_sync() {
+            return true;
         }
-        if page.level() > lowest {
-            for index in page.unsync_entries() {
-                if let Some(child) = self.child(page, index) {
-                    must_flush |= self.protect_quiet(child, lowest);
-                }
+        self.state.walks = self.state.walks.wrapping_add(1);
+        let mut found = [None; STEP];
+        let most = (self.shared.config.hold / ENTRIES).clamp(1, STEP);
+        let mut count = 0;
+        let is_all = self.find_unsync(page, (lowest, sync), &mut found[..most], &mut count);
+        let found = found.into_iter().flatten();
+        let mut must_flush = false;
+        for page in found.clone() {
+            // To be in sync again, its table is write-protected first.
+            if page.quiet.load(Ordering::Relaxed) == QUIET {
+                must_flush |= self.write_protect(page.key.gfn);
+                page.quiet.store(PROTECTED, Ordering::Relaxed);
             }
         }
-        must_flush
-    }
-
-    fn compare(&mut self, page: &'g ShadowPage, lowest: Level) {
-        if page.is_unsync() && page.level() >= lowest {
+        if must_flush {
+            self.flush_now();
+        }
+        for page in found {
             let is_protected = page.quiet.load(Ordering::Relaxed) == PROTECTED;
             let changed = self.sync_page(page);
             if is_protected {
@@ -108,37 +114,79 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             }
             let next = if changed == 0 && !is_protected { QUIET } else { BUSY };
             page.quiet.store(next, Ordering::Relaxed);
+            page.synced.store(sync, Ordering::Relaxed);
         }
-        if page.level() <= lowest {
-            return;
-        }
-        for index in page.unsync_entries() {
-            let child = self.child(page, index);
-            if let Some(child) = child {
-                self.compare(child, lowest);
-            }
-            if child.is_none_or(|child| !child.needs_sync()) {
-                page.set_unsync_below(index, false);
-            }
-        }
+        is_all
     }
 
-    /// Compares a page and everything below it, as far as it is unsync, before something leads there: whoever gets there may have
-    /// flushed since it could be reached last.
+    /// Finds pages that are unsync since before the flush, at a page and below. Returns whether all were found. What is known to be unsync
+    /// and is not any more is forgotten on the way.
+    fn find_unsync(
+        &mut self,
+        page: &'g ShadowPage,
+        (lowest, sync): (Level, u64),
+        found: &mut [Option<&'g ShadowPage>],
+        count: &mut usize,
+    ) -> bool {
+        // The guest's tables may lead to the same table from everywhere: it is visited once, or there would be as many visits as there are
+        // paths.
+        if page.walked.swap(self.state.walks, Ordering::Relaxed) == self.state.walks {
+            return true;
+        }
+        self.worked(1);
+        // By distance: the numbers may wrap.
+        let is_due = page.synced.load(Ordering::Relaxed).wrapping_sub(sync) >= 1 << 63;
+        if page.is_unsync() && page.level() >= lowest && is_due {
+            let Some(place) = found.get_mut(*count) else { return false };
+            *place = Some(page);
+            *count += 1;
+        }
+        if page.level() <= lowest {
+            return true;
+        }
+        for index in page.unsync_entries() {
+            let child = self.child(page, index).filter(|child| child.needs_sync());
+            match child {
+                Some(child) => {
+                    if !self.find_unsync(child, (lowest, sync), found, count) {
+                        return false;
+                    }
+                }
+                None => _ = page.set_unsync_below(index, false),
+            }
+        }
+        true
+    }
+
+    /// Compares a page and what is below it, as far as it is unsync, before something leads there: whoever gets there may have
+    /// flushed since it could be reached last. Where that is much, the rest is not led to any more: it is compared when something is to lead
+    /// there again.
     pub(super) fn compare_all(&mut self, page: &'g ShadowPage) {
         if page.is_unsync() {
             self.sync_page(page);
         }
+        self.compare_below(page, &mut { STEP });
+    }
+
+    fn compare_below(&mut self, page: &'g ShadowPage, left: &mut usize) {
         for index in page.unsync_entries() {
-            if let Some(child) = self.child(page, index) {
-                self.compare_all(child);
+            let Some(child) = self.child(page, index) else { continue };
+            if *left == 0 {
+                self.drop_entry(page, index);
+                continue;
             }
+            *left -= 1;
+            if child.is_unsync() {
+                self.sync_page(child);
+            }
+            self.compare_below(child, left);
         }
     }
 
     /// Compares a page with the guest's table. Returns how many entries have changed.
     pub(super) fn sync_page(&mut self, page: &'g ShadowPage) -> u64 {
         self.count(Counter::Syncs);
+        self.worked(ENTRIES);
         let (space, gfn) = (page.key.role.address_space, page.key.gfn);
         let slot = self.slot_at(space, gfn);
         let shared = self.shared;

@@ -165,23 +165,27 @@ impl<H: ShadowHost> ShadowVcpu<H> {
         }
         let old = self.loaded.take();
         let reserve = &mut self.reserve;
-        let loaded = shared.with(|locked| {
+        let (loaded, sync, mut is_done) = shared.with(|locked| {
             locked.count(Counter::Loads);
+            let sync = locked.begin_sync();
             locked.make_room(super::reserve::PAGES);
             let mut loaded = Loaded { paging, space, kind, roots: [None; 4] };
             for (number, key) in root_keys(&paging, space).into_iter().enumerate() {
                 let Some(key) = key else { continue };
                 // There are enough in reserve: one for each.
-                let Some(page) = locked.page_for(reserve, key, &paging) else { continue };
+                let Some(page) = locked.page_with(reserve, key, &paging) else { continue };
                 Locked::<H>::add_root(page);
                 loaded.roots[number] = Some(NonNull::from(page));
-                locked.sync_below(page, Level::K4);
             }
             if let Some(old) = old {
                 locked.remove_roots(&old);
             }
-            loaded
+            let is_done = locked.sync_roots(&loaded, Level::K4, sync);
+            (loaded, sync, is_done)
         });
+        while !is_done {
+            is_done = shared.with_in_turn(|locked| locked.sync_roots(&loaded, Level::K4, sync));
+        }
         if let Some(pae) = self.pae {
             // SAFETY: allocated by this processor, which frees it when it is dropped.
             let table = unsafe { shared.host.reach(pae).as_ref() };
@@ -277,12 +281,13 @@ impl<H: ShadowHost> ShadowVcpu<H> {
         else {
             return;
         };
-        shared.with(|locked| {
-            for root in locked.roots(loaded) {
-                locked.sync_below(root, Level::M2);
-            }
-            locked.sync_path(loaded, va);
+        let (sync, mut is_done) = shared.with(|locked| {
+            let sync = locked.begin_sync();
+            (sync, locked.sync_address(loaded, va, sync))
         });
+        while !is_done {
+            is_done = shared.with_in_turn(|locked| locked.sync_address(loaded, va, sync));
+        }
     }
 
     /// The guest flushes everything: all that it may have changed is read again.
@@ -292,11 +297,13 @@ impl<H: ShadowHost> ShadowVcpu<H> {
         else {
             return;
         };
-        shared.with(|locked| {
-            for root in locked.roots(loaded) {
-                locked.sync_below(root, Level::K4);
-            }
+        let (sync, mut is_done) = shared.with(|locked| {
+            let sync = locked.begin_sync();
+            (sync, locked.sync_roots(loaded, Level::K4, sync))
         });
+        while !is_done {
+            is_done = shared.with_in_turn(|locked| locked.sync_roots(loaded, Level::K4, sync));
+        }
     }
 }
 
@@ -334,6 +341,20 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let roots = loaded.roots;
         // SAFETY: counted as roots, and the lock is held for 'g.
         roots.into_iter().flatten().map(|root| unsafe { root.as_ref() })
+    }
+
+    /// A step of a flush of the guest's, of all that its processor can reach; returns whether that was the last.
+    fn sync_roots(&mut self, loaded: &Loaded, lowest: Level, sync: u64) -> bool {
+        self.roots(loaded).all(|root| self.sync_some(root, lowest, sync))
+    }
+
+    /// The same for one address, and tables above the lowest level.
+    fn sync_address(&mut self, loaded: &Loaded, va: u64, sync: u64) -> bool {
+        let is_done = self.sync_roots(loaded, Level::M2, sync);
+        if is_done {
+            self.sync_path(loaded, va);
+        }
+        is_done
     }
 
     fn remove_roots(&mut self, loaded: &Loaded) {

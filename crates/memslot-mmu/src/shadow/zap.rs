@@ -11,13 +11,14 @@ use crate::flush::Flush;
 use crate::format::Format;
 use crate::host::Host;
 use crate::invalidate::{Covered, ends, range};
-use crate::level::Level;
+use crate::level::{ENTRIES, Level};
 use crate::sync::Ordering;
 
-/// So many entries are taken away before others get the lock.
+/// At most so many entries, and places without any, are looked at before others get the lock.
 const STEP: usize = 1 << 10;
-/// So many shadow pages.
-const PAGES_STEP: usize = 16;
+
+/// At most so many shadow pages.
+const PAGES: usize = 8;
 
 const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
 
@@ -37,29 +38,41 @@ impl<H: ShadowHost> Locked<'_, H> {
     fn work_on(&mut self, task: Task, space: AddressSpaceId, level: Level, gfns: GfnRange, at: u64) -> u64 {
         let slots = self.state.slots.clone();
         let (_, end) = ends(gfns);
-        let mut budget = STEP;
+        let before = self.work.get();
+        let step = self.shared.config.hold.clamp(1, STEP);
+        let left = |locked: &Self| step.saturating_sub(locked.work.get() - before);
         for rmap in slots.rmaps_in(space, range(at, end)) {
-            for (gfn, list) in rmap.lists(level, range(at, end)) {
-                if budget == 0 {
-                    return gfn.get().max(at);
-                }
+            let mut places = left(self);
+            let mut lists = rmap.lists_within(level, range(at, end), places);
+            while let Some((gfn, list)) = lists.next() {
+                self.worked(places - lists.left());
+                places = lists.left();
                 if task.zaps() {
                     while let Some(entry) = self.state.writer.entries(list).next() {
-                        budget = budget.saturating_sub(1);
                         if !self.work_on_entry(task, space, (gfn, level), entry) {
                             break;
                         }
+                        if left(self) == 0 {
+                            return gfn.get().max(at);
+                        }
                     }
                 } else {
+                    // No list is longer than a step.
                     let mut taken = 0;
                     for entry in self.state.writer.entries(list) {
-                        budget = budget.saturating_sub(1);
                         taken |= self.take_bits(entry, task.bits());
                     }
                     if taken != 0 {
                         self.owe(range(gfn.get(), gfn.get() + level.pages()));
                     }
                 }
+                if left(self) == 0 {
+                    break;
+                }
+            }
+            self.worked(places - lists.left());
+            if let Some(rest) = lists.rest() {
+                return rest.get().max(at);
             }
         }
         end
@@ -132,14 +145,14 @@ impl<H: ShadowHost> Shared<H> {
         for level in LEVELS {
             let mut at = start;
             while at < end {
-                at = self.with(|locked| locked.work_on(task, space, level, gfns, at));
+                at = self.with_in_turn(|locked| locked.work_on(task, space, level, gfns, at));
             }
         }
     }
 
     /// Zaps the large pages that reach over a border, but for those that are made meanwhile.
     pub(super) fn cut(&self, space: AddressSpaceId, border: Gfn) {
-        while self.with(|locked| locked.cut(space, border, STEP)) {}
+        while self.with_in_turn(|locked| locked.cut(space, border, STEP)) {}
     }
 
     /// What is pending about these frames is flushed.
@@ -196,7 +209,8 @@ impl<H: ShadowHost> Shadow<H> {
 
     /// Takes apart what is obsolete, in bounded steps.
     pub(super) fn zap_obsolete(&self) {
-        while self.shared.with(|locked| locked.zap_obsolete(PAGES_STEP)) {}
+        let pages = (self.shared.config.hold / ENTRIES).clamp(1, PAGES);
+        while self.shared.with_in_turn(|locked| locked.zap_obsolete(pages)) {}
     }
 
     /// Begins to invalidate host memory: when this returns, no processor has a translation to it (flushed already),
@@ -215,13 +229,12 @@ impl<H: ShadowHost> Shadow<H> {
                 self.shared.work_on(Task::Zap, space, hit.gfns);
             }
         }
-        self.shared.with(|locked| {
-            for space in slots.spaces() {
-                for hit in slots.view.slots_at_hva(space, hvas) {
-                    locked.flush_later(hit.gfns);
-                }
+        // The first that finds something pending about its frames flushes all.
+        for space in slots.spaces() {
+            for hit in slots.view.slots_at_hva(space, hvas) {
+                self.shared.flush(hit.gfns);
             }
-        });
+        }
         Ok(invalidation)
     }
 

@@ -11,7 +11,9 @@ use crate::world::op::{BYTES, Op};
 use crate::world::run::run_bytes;
 
 fn run(mode: Mode, unsync: Level, emulates: bool, program: &[Op]) {
-    let config = ShadowConfig { unsync, pages: 64, ..ShadowConfig::default() };
+    // The lock is given back wherever it can be, for every second program.
+    let hold = if program.len() % 2 == 0 { 1 } else { ShadowConfig::default().hold };
+    let config = ShadowConfig { unsync, hold, pages: 64, ..ShadowConfig::default() };
     let mut world = World::new(mode, config);
     world.emulates = emulates;
     world.check();

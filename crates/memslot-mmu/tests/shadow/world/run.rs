@@ -19,7 +19,8 @@ pub fn run_bytes(bytes: &[u8], most: usize) {
     let mode = [Mode::Level4, Mode::Bits32, Mode::Pae, Mode::Level4][usize::from(first & 3)];
     let unsync = [Level::K4, Level::M2, Level::G1, Level::new(5).unwrap()][usize::from(first >> 2 & 3)];
     let largest = [Level::K4, Level::G1][usize::from(first >> 4 & 1)];
-    let config = ShadowConfig { unsync, largest, pages: 64, ..ShadowConfig::default() };
+    let hold = [ShadowConfig::default().hold, 1][usize::from(first >> 6 & 1)];
+    let config = ShadowConfig { unsync, largest, hold, pages: 64, ..ShadowConfig::default() };
     let mut world = World::new(mode, config);
     world.emulates = first >> 5 & 1 != 0;
     let mut program = Op::program(rest);
