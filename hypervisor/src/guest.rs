@@ -111,6 +111,7 @@ impl Guest {
             let config = ShadowConfig {
                 largest: if options.large_pages { Level::M2 } else { Level::K4 },
                 pages: options.shadow_pages,
+                physical_address_bits: crate::shadow::processor().physical_address_bits,
                 unsync: Level::new(options.unsync).unwrap_or(Level::K4),
                 log: Some(log.clone()),
                 ..ShadowConfig::default()

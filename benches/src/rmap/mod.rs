@@ -67,7 +67,7 @@ struct Ours {
 
 impl Ours {
     fn new(lists: usize, size: usize) -> anyhow::Result<Self> {
-        let (rmap, writer) = Rmap::new();
+        let (rmap, writer) = Rmap::new()?;
         let gfns = GfnRange::with_len(gfn(0), lists as u64).unwrap_or_default();
         let slot = rmap.slot(gfns, Level::K4)?;
         let mut cache = rmap.cache();
@@ -322,7 +322,7 @@ fn find(rounds: usize, report: &mut Report) -> anyhow::Result<()> {
         return Ok(());
     }
     let lists = 1 << 18;
-    let (rmap, _writer) = Rmap::<NonZeroU64>::new();
+    let (rmap, _writer) = Rmap::<NonZeroU64>::new()?;
     let slot = rmap.slot(GfnRange::with_len(gfn(0), lists as u64).unwrap_or_default(), Level::K4)?;
     for list in 0..lists {
         slot.reserve(Level::K4, gfn(list))?;
@@ -430,7 +430,7 @@ fn memory(report: &mut Report) -> anyhow::Result<()> {
         if !report.wants(name) {
             continue;
         }
-        let (rmap, _writer) = Rmap::<NonZeroU64>::new();
+        let (rmap, _writer) = Rmap::<NonZeroU64>::new()?;
         let before = rmap.bytes();
         let slot = rmap.slot(GfnRange::with_len(gfn(0), TIB).unwrap_or_default(), Level::G1)?;
         for frame in 0..frames {

@@ -30,7 +30,8 @@ fn entry(number: u64) -> NonZeroU64 {
 fn each_allocation_fails_once() {
     let start = bytes();
     {
-        let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+        let ((rmap, mut writer), failed) = until_it_works(Rmap::<NonZeroU64>::new);
+        assert!(failed > 0);
         let gfns = GfnRange::with_len(Gfn::new(0x10), 1 << 20).unwrap();
         let (slot, failed) = until_it_works(|| rmap.slot(gfns, Level::G1));
         assert!(failed > 0);
@@ -63,7 +64,7 @@ fn each_allocation_fails_once() {
 fn changes_and_walks_allocate_nothing() {
     let start = bytes();
     {
-        let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+        let (rmap, mut writer) = Rmap::<NonZeroU64>::new().unwrap();
         let slot = rmap.slot(GfnRange::with_len(Gfn::new(0), 64).unwrap(), Level::K4).unwrap();
         let lists: Vec<_> = (0..4).map(|gfn| slot.reserve(Level::K4, Gfn::new(gfn)).unwrap()).collect();
         let (mut cache, mut walker) = (rmap.cache(), rmap.walker().unwrap());
@@ -97,7 +98,7 @@ fn changes_and_walks_allocate_nothing() {
 /// Threads that walk come and go: nothing of them stays, and nobody waits for those that are gone.
 #[test]
 fn walkers_come_and_go() {
-    let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+    let (rmap, mut writer) = Rmap::<NonZeroU64>::new().unwrap();
     drop([rmap.walker().unwrap(), rmap.walker().unwrap()]);
     let start = bytes();
     for _ in 0..100 {
@@ -111,7 +112,7 @@ fn walkers_come_and_go() {
 /// An empty cache is an error, and nothing has changed.
 #[test]
 fn nothing_is_reserved() {
-    let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+    let (rmap, mut writer) = Rmap::<NonZeroU64>::new().unwrap();
     let (mut cache, parents) = (rmap.cache(), rmap.parents().unwrap());
     let list = parents.list();
     assert_eq!(writer.add(list, entry(0), &mut cache, |_, _| ()), Ok(0));

@@ -124,8 +124,16 @@ fn each_allocation_fails_once() {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = DirtyLog::attach(&mut table).unwrap();
         let config = ShadowConfig { log: Some(log.clone()), ..ShadowConfig::default() };
-        // Making all of it does not fail: a reverse map cannot yet be made with an error for an answer.
-        let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
+        let (shadow, failed) = until_it_works(
+            &mut (&mut table, vec![Some((host.clone(), config)); 64]),
+            |(table, arguments)| {
+                let (host, config) =
+                    arguments.iter_mut().find_map(Option::take).expect("64 allocations are enough");
+                Shadow::attach(table, host, config)
+            },
+            |_| (),
+        );
+        assert!(failed > 5, "{failed}");
 
         // A listener's failure is the transaction's: no slot is there, and the next attempt finds nothing in the way.
         let create = |table: &mut SlotTable| table.create(slot(0, 0, 48));

@@ -6,9 +6,7 @@ use core::sync::atomic::Ordering;
 use memslot::{AddressSpaceId, Gfn, Gpa, OutOfMemory, Pinned, Reader};
 use memslot_mmu::Table;
 use memslot_mmu::shadow::GuestMemory as _;
-use memslot_mmu::shadow::guest::{
-    EntrySize, Exchange, GuestAccess, GuestPaging, GuestTables, WalkError, walk,
-};
+use memslot_mmu::shadow::guest::{EntrySize, Exchange, GuestAccess, GuestPaging, GuestTables, walk};
 
 use super::decode::LONGEST;
 use crate::cpu::index;
@@ -20,37 +18,16 @@ use crate::physical;
 pub(super) struct Memory {
     slots: Reader,
     host: &'static Host,
-    /// The version of the slots that the guest was started with.
-    first: u64,
 }
 
 impl Memory {
     pub(super) fn new(guest: &Guest) -> Result<Self, OutOfMemory> {
-        let first = guest.table.view().generation();
-        Ok(Self { slots: guest.table.reader()?, host: guest.host, first })
+        Ok(Self { slots: guest.table.reader()?, host: guest.host })
     }
 
     /// The tables in an address space, as they are now.
     pub(super) fn tables(&mut self, space: AddressSpaceId) -> Tables<'_> {
         Tables { slots: self.slots.pin(), host: self.host, space }
-    }
-
-    /// Where the walk for an access would read an entry from where no memory is. The shadow tables' own walk takes that for an entry
-    /// that is not present; which is right as long as the slots are those that the guest was started with.
-    pub(super) fn missing_table(
-        &mut self,
-        space: AddressSpaceId,
-        paging: impl FnOnce() -> GuestPaging,
-        va: u64,
-        access: GuestAccess,
-    ) -> Option<Gpa> {
-        if self.slots.pin().generation() == self.first {
-            return None;
-        }
-        match walk(&Present(self.tables(space)), &paging(), va, access) {
-            Err(WalkError::Tables(gpa)) => Some(gpa),
-            _ => None,
-        }
     }
 
     /// Up to [`LONGEST`] bytes of the instruction that the guest came out at, and how many there are: those that its processor has
@@ -139,25 +116,6 @@ impl GuestTables for Tables<'_> {
 
     fn exchange(&self, _: Gpa, _: EntrySize, _: u64, _: u64) -> Result<Exchange, Infallible> {
         // Looking leaves no traces.
-        Ok(Exchange::NotWritable)
-    }
-}
-
-/// The same, where there is memory.
-struct Present<'a>(Tables<'a>);
-
-impl GuestTables for Present<'_> {
-    /// Where there is none.
-    type Error = Gpa;
-
-    fn read(&self, gpa: Gpa, size: EntrySize) -> Result<Option<u64>, Gpa> {
-        match self.0.read(gpa, size) {
-            Ok(None) => Err(gpa),
-            Ok(entry) => Ok(entry),
-        }
-    }
-
-    fn exchange(&self, _: Gpa, _: EntrySize, _: u64, _: u64) -> Result<Exchange, Gpa> {
         Ok(Exchange::NotWritable)
     }
 }

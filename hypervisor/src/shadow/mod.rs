@@ -241,19 +241,17 @@ impl Paging {
                     // Something forbids it that is in no table. The guest knows better.
                     self.counts.spurious += 1;
                     self.again.2 = 0;
-                    let error_code = ErrorCode::from_bits_retain(error_code);
+                    // Of reserved bits in our tables the guest knows nothing.
+                    let error_code = ErrorCode::from_bits_retain(error_code) - ErrorCode::RESERVED;
                     return Ok(self.inject(vmcb, PageFault { address: va, error_code }));
                 }
             }
+            // Its tables are where it has no memory any more.
+            ShadowFault::NoTable { entry, .. } => {
+                self.counts.mmio += 1;
+                return Ok(Some(Exit::Nothing { gpa: entry, access: Access::READ }));
+            }
             ShadowFault::Inject(fault) => {
-                if !fault.error_code.contains(ErrorCode::PRESENT) {
-                    let (guest, processor) = (self.guest, self.processor);
-                    let paging = || GuestPaging::new(guest, processor);
-                    if let Some(gpa) = self.memory.missing_table(self.space, paging, va, access) {
-                        self.counts.mmio += 1;
-                        return Ok(Some(Exit::Nothing { gpa, access: Access::READ }));
-                    }
-                }
                 self.counts.injected += 1;
                 return Ok(self.inject(vmcb, fault));
             }
@@ -394,7 +392,7 @@ fn why(error: &ShadowError<Infallible>) -> &'static str {
 }
 
 /// This processor, which the guest sees as it is.
-fn processor() -> Processor {
+pub(crate) fn processor() -> Processor {
     let basic = core::arch::x86_64::__cpuid(0);
     let features = core::arch::x86_64::__cpuid(1);
     let more = core::arch::x86_64::__cpuid(0x8000_0001);

@@ -21,7 +21,7 @@ use crate::level::Level;
 /// ```
 /// use memslot_mmu::rmap::{Filed, Rmap};
 /// # use std::num::NonZeroU64;
-/// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+/// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
 /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
 /// assert_eq!(size_of::<Option<Filed>>(), 8);
 /// let entry = NonZeroU64::new(0x1000).unwrap();

@@ -60,7 +60,7 @@ fn walk(walker: &mut Walker<Entry>, parents: &Parents<Entry>) -> Vec<u64> {
 /// with `start`. Entries that the program does not touch must be seen, and nothing that never was there.
 fn beside(start: &'static [u64], program: &'static [i64]) {
     loom::model(move || {
-        let (rmap, writer) = Rmap::new();
+        let (rmap, writer) = Rmap::new().unwrap();
         let mut side = Side::new(&rmap, writer);
         start.iter().for_each(|&number| side.add(number));
         let mut walker = rmap.walker().unwrap();
@@ -141,7 +141,7 @@ fn loom_rmap_three_become_one_become_three() {
 #[test]
 fn loom_rmap_count() {
     loom::model(|| {
-        let (rmap, writer) = Rmap::new();
+        let (rmap, writer) = Rmap::new().unwrap();
         let mut side = Side::new(&rmap, writer);
         side.add(1);
         side.add(2);
@@ -166,7 +166,7 @@ fn loom_rmap_count() {
 #[test]
 fn loom_rmap_nothing_foreign() {
     loom::model(|| {
-        let (rmap, writer) = Rmap::new();
+        let (rmap, writer) = Rmap::new().unwrap();
         let mut side = Side::new(&rmap, writer);
         let other = rmap.parents().unwrap();
         side.add(1);
@@ -191,7 +191,7 @@ fn loom_rmap_nothing_foreign() {
 #[test]
 fn loom_rmap_a_descriptor_that_was_used() {
     loom::model(|| {
-        let (rmap, writer) = Rmap::new();
+        let (rmap, writer) = Rmap::new().unwrap();
         let mut side = Side::new(&rmap, writer);
         side.add(11);
         side.add(12);
@@ -227,7 +227,7 @@ fn loom_rmap_a_descriptor_that_was_used() {
 #[test]
 fn loom_rmap_two_walkers() {
     loom::model(|| {
-        let (rmap, writer) = Rmap::new();
+        let (rmap, writer) = Rmap::new().unwrap();
         let mut side = Side::new(&rmap, writer);
         side.add(1);
         side.add(2);
@@ -247,7 +247,7 @@ fn loom_rmap_two_walkers() {
 #[test]
 fn loom_rmap_writers_take_turns() {
     loom::model(|| {
-        let (rmap, writer) = Rmap::new();
+        let (rmap, writer) = Rmap::new().unwrap();
         let mut side = Side::new(&rmap, writer);
         side.add(1);
         let (mut walker, parents) = (rmap.walker().unwrap(), side.parents.clone());
@@ -270,7 +270,7 @@ fn loom_rmap_writers_take_turns() {
 #[test]
 fn loom_rmap_first_use() {
     loom::model(|| {
-        let (rmap, mut writer) = Rmap::<Entry>::new();
+        let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
         let gfns = GfnRange::with_len(Gfn::new(5), 4).unwrap();
         let slot = std::sync::Arc::new(rmap.slot(gfns, Level::K4).unwrap());
         let other = slot.clone();
@@ -299,7 +299,7 @@ fn frames(first: u64, end: u64) -> GfnRange {
 #[test]
 fn loom_rmap_slots_change_beside_a_walk() {
     loom::model(|| {
-        let (rmap, mut writer) = Rmap::<Entry>::new();
+        let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
         let (space, mut cache, mut walker) = (rmap.space().unwrap(), rmap.cache(), rmap.walker().unwrap());
         cache.reserve(2).unwrap();
         let old = std::sync::Arc::new(space.slot(frames(0, 4), Level::K4).unwrap());
@@ -333,7 +333,7 @@ fn loom_rmap_slots_change_beside_a_walk() {
 #[test]
 fn loom_rmap_room_is_made_beside_a_new_slot() {
     loom::model(|| {
-        let (rmap, mut writer) = Rmap::<Entry>::new();
+        let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
         let space = rmap.space().unwrap();
         let old = space.slot(frames(0, 4), Level::K4).unwrap();
         let gfn = Gfn::new(1);

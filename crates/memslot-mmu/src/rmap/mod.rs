@@ -75,7 +75,7 @@
 //! use memslot_mmu::Level;
 //! use memslot_mmu::rmap::{Filed, Rmap, Under};
 //!
-//! let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+//! let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
 //! let slot = rmap.slot(GfnRange::with_len(Gfn::new(0), 0x4_0000).unwrap(), Level::M2)?;
 //! let mut cache = rmap.cache();
 //! let mut records = HashMap::new();
@@ -119,7 +119,6 @@ mod writer;
 #[cfg(all(test, loom))]
 mod loom_tests;
 
-use alloc::sync::Arc;
 use core::fmt;
 use core::marker::PhantomData;
 use core::num::NonZeroU64;
@@ -135,6 +134,7 @@ pub use self::slot::SlotRmap;
 pub use self::space::SpaceRmap;
 pub use self::walk::{Entries, Inside, Walker};
 pub use self::writer::{Surplus, Writer};
+use crate::counted::Counted;
 use crate::level::Level;
 use crate::sync::Ordering;
 
@@ -161,7 +161,7 @@ impl RmapEntry for NonZeroU64 {
 
 /// The reverse map of one guest: what its lists, caches and walkers come from. A handle; clones are the same one.
 pub struct Rmap<E> {
-    shared: Arc<Shared>,
+    shared: Counted<Shared>,
     entries: PhantomData<fn(E) -> E>,
 }
 
@@ -173,18 +173,19 @@ impl<E> Clone for Rmap<E> {
 
 impl<E: RmapEntry> Rmap<E> {
     /// An empty reverse map, and the one who writes it.
-    #[must_use]
-    pub fn new() -> (Self, Writer<E>) {
+    ///
+    /// # Errors
+    /// [`OutOfMemory`](RmapError::OutOfMemory).
+    pub fn new() -> Result<(Self, Writer<E>), RmapError> {
         Self::starting_at(0)
     }
 
     /// As [`new`](Self::new), with all counters at a value of the caller's choice, so that tests go through the wrap.
     #[doc(hidden)]
-    #[must_use]
-    pub fn starting_at(counters: u64) -> (Self, Writer<E>) {
-        let shared = Arc::new(Shared::starting_at(counters));
+    pub fn starting_at(counters: u64) -> Result<(Self, Writer<E>), RmapError> {
+        let shared = Counted::new(Shared::starting_at(counters))?;
         let writer = Writer::new(shared.clone());
-        (Self { shared, entries: PhantomData }, writer)
+        Ok((Self { shared, entries: PhantomData }, writer))
     }
 
     /// The lists of an address space, for its slots to have.

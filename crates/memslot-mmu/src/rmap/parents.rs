@@ -1,19 +1,19 @@
 //! The list of the entries that lead to a shadow page.
 
-use alloc::sync::Arc;
 use core::marker::PhantomData;
 
 use memslot::{Gfn, OutOfMemory};
 
 use super::heads::{ChunkRef, List};
 use super::shared::Shared;
+use crate::counted::Counted;
 
 /// The entries that lead to one shadow page.
 ///
 /// Part of the shadow page: dropped with it, after the last entry was removed. Its memory is freed as that of a
 /// [`SlotRmap`](super::SlotRmap) is.
 pub struct Parents<E> {
-    shared: Arc<Shared>,
+    shared: Counted<Shared>,
     chunk: ChunkRef,
     entries: PhantomData<fn(E) -> E>,
 }
@@ -24,7 +24,7 @@ unsafe impl<E> Send for Parents<E> {}
 unsafe impl<E> Sync for Parents<E> {}
 
 impl<E> Parents<E> {
-    pub(super) fn new(shared: Arc<Shared>) -> Result<Self, OutOfMemory> {
+    pub(super) fn new(shared: Counted<Shared>) -> Result<Self, OutOfMemory> {
         let chunk = shared.add_chunk(1, Gfn::new(0), None)?;
         Ok(Self { shared, chunk, entries: PhantomData })
     }

@@ -1,6 +1,5 @@
 //! What all who use a reverse map have in common: descriptors, chunks by number, and who is inside.
 
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ptr;
 
@@ -9,6 +8,7 @@ use memslot::{Gfn, OutOfMemory};
 use super::arena::Arena;
 use super::descriptor::{Chain, Descriptors};
 use super::heads::{CHUNK_BITS, CHUNKS, Chunk, ChunkRef, Entry};
+use crate::counted::Counted;
 use crate::level::Level;
 use crate::nested::epoch::{Cells, Epoch};
 use crate::sync::{AtomicUsize, Mutex, Ordering};
@@ -261,19 +261,19 @@ impl Drop for Shared {
 ///
 /// ```
 /// # use std::num::NonZeroU64;
-/// let (rmap, mut writer) = memslot_mmu::rmap::Rmap::<NonZeroU64>::new();
+/// let (rmap, mut writer) = memslot_mmu::rmap::Rmap::<NonZeroU64>::new()?;
 /// let mut cache = rmap.cache();
 /// cache.reserve(5)?; // may run out of memory
 /// assert_eq!(cache.len(), 5);
 /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
 /// ```
 pub struct Cache {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Counted<Shared>,
     pub(super) numbers: Vec<u32>,
 }
 
 impl Cache {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Counted<Shared>) -> Self {
         Self { shared, numbers: Vec::new() }
     }
 

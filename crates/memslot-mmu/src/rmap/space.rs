@@ -25,7 +25,6 @@
 //! each GiB that anything was mapped in) or to the number of windows; whoever holds it may allocate. Lists are found without it.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::marker::PhantomData;
 use core::ops::Range;
@@ -57,7 +56,7 @@ pub(super) const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
 /// # use memslot::{Gfn, GfnRange};
 /// # use memslot_mmu::Level;
 /// # use memslot_mmu::rmap::{Filed, Rmap};
-/// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+/// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
 /// # let range = |first, len| GfnRange::with_len(Gfn::new(first), len).unwrap();
 /// # let mut cache = rmap.cache();
 /// let space = rmap.space()?;
@@ -86,7 +85,7 @@ impl<E> Clone for SpaceRmap<E> {
 }
 
 impl<E: RmapEntry> SpaceRmap<E> {
-    pub(super) fn new(shared: Arc<Shared>) -> Result<Self, OutOfMemory> {
+    pub(super) fn new(shared: Counted<Shared>) -> Result<Self, OutOfMemory> {
         let windows = Windows { directories: [const { Vec::new() }; 3], seats: Vec::new(), free: None };
         let space = Counted::new(Space { shared, windows: Mutex::new(windows) })?;
         Ok(Self { space, entries: PhantomData })
@@ -105,7 +104,7 @@ impl<E: RmapEntry> SpaceRmap<E> {
 
 /// What the windows of an address space share.
 pub(super) struct Space {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Counted<Shared>,
     windows: Mutex<Windows>,
 }
 

@@ -1,6 +1,5 @@
 //! Walking lists without a lock.
 
-use alloc::sync::Arc;
 use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
@@ -14,13 +13,13 @@ use crate::sync::{AtomicU64, Ordering};
 
 /// A thread's access to lists: walks them without a lock, beside whoever changes them.
 pub struct Walker<E> {
-    shared: Arc<Shared>,
+    shared: Counted<Shared>,
     cell: Counted<Cell>,
     entries: PhantomData<fn(E) -> E>,
 }
 
 impl<E: RmapEntry> Walker<E> {
-    pub(super) fn new(shared: Arc<Shared>, cell: Counted<Cell>) -> Self {
+    pub(super) fn new(shared: Counted<Shared>, cell: Counted<Cell>) -> Self {
         Self { shared, cell, entries: PhantomData }
     }
 

@@ -1,6 +1,5 @@
 //! Adding and removing: the one writer.
 
-use alloc::sync::Arc;
 use core::iter::FusedIterator;
 use core::marker::PhantomData;
 use core::num::NonZeroU64;
@@ -12,6 +11,7 @@ use super::pool::Pool;
 use super::shared::{Cache, Shared};
 use super::walk::Entries;
 use super::{RmapEntry, RmapError};
+use crate::counted::Counted;
 use crate::sync::{AtomicU64, Ordering};
 
 /// The one that changes lists. There is one for a reverse map, and whoever has it writes: it belongs into what the lock
@@ -21,7 +21,7 @@ use crate::sync::{AtomicU64, Ordering};
 /// never allocate. (With every 64th descriptor that comes out of use they look whether walkers have left, and free up to 8 chunks
 /// of slots that were dropped.)
 pub struct Writer<E> {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Counted<Shared>,
     pool: Pool,
     entries: PhantomData<fn(E) -> E>,
 }
@@ -34,7 +34,7 @@ pub(super) struct Found<'a> {
 }
 
 impl<E> Writer<E> {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Counted<Shared>) -> Self {
         Self { shared, pool: Pool::new(), entries: PhantomData }
     }
 
@@ -129,7 +129,7 @@ impl<E: RmapEntry> Writer<E> {
     /// # use memslot::{Gfn, GfnRange};
     /// # use memslot_mmu::Level;
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
     /// let slot = rmap.slot(GfnRange::with_len(Gfn::new(0x100), 0x80).unwrap(), Level::K4)?;
     /// let mut cache = rmap.cache();
     /// let mut records = HashMap::new();
@@ -207,7 +207,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::num::NonZeroU64;
     /// # use memslot_mmu::rmap::{Filed, Rmap, RmapError};
-    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+    /// let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
     /// let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// let entry = NonZeroU64::new(0x7000).unwrap();
     /// let mut record = 0;
@@ -268,7 +268,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
     /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// # let list = parents.list();
     /// # let records = RefCell::new(HashMap::new());
@@ -315,7 +315,7 @@ impl<E: RmapEntry> Writer<E> {
     /// ```
     /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
     /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
     /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
     /// # let list = parents.list();
     /// # let records = RefCell::new(HashMap::new());

@@ -11,7 +11,7 @@ use super::guest::Rights;
 use super::page::ShadowPage;
 use super::shared::{Locked, everything};
 use super::spte::{self, SpteRef};
-use super::{Shadow, ShadowHost};
+use super::{Shadow, ShadowHost, mmio};
 use crate::format::Access;
 use crate::host::Answer;
 use crate::level::{ENTRIES, Level};
@@ -27,10 +27,11 @@ fn require(holds: bool, rule: impl FnOnce() -> String) -> Checked {
 impl<H: ShadowHost> Shadow<H> {
     /// Looks whether everything is as it must be between two operations, and says what is not:
     ///
-    /// * an entry is present exactly if it has a record, and the reverse map has it there, once, under the frame that it maps;
+    /// * an entry leads somewhere exactly if it has a record, and the reverse map has it there, once, under the frame that it maps;
     /// * what a list or a page's parents have is an entry that leads there;
     /// * a leaf maps the frame that the host has, in a slot that is there, with an allowed combination of write bits, and nothing
     ///   writable of a large page in a logged slot;
+    /// * what remembers that there is no memory is of frames in no slot, or of an older version of the slots;
     /// * no two pages have the same key; a page that is in sync agrees with the guest's table, which nobody may write;
     /// * what is unsync is known to all above it;
     /// * tables in large pages are counted; obsolete pages are the oldest.
@@ -60,6 +61,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         }
         let mut count = 0;
         let mut leaves = 0;
+        let mut mmio = 0;
         let mut was_current = false;
         let mut blocks = [0, 1].map(|size| vec![0; self.shared.blocks[size].len()]);
         for page in self.pages() {
@@ -77,7 +79,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             require(self.page(page.table).is_some_and(|found| core::ptr::eq(found, page)), || {
                 format!("{}: not found by its table", name())
             })?;
-            leaves += self.check_entries(page, with_guest)?;
+            leaves += self.check_entries(page, with_guest, &mut mmio)?;
             self.check_parents(page)?;
             if !page.is_direct() {
                 for (size, counts) in blocks.iter_mut().enumerate() {
@@ -89,6 +91,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
                 }
             }
         }
+        let counted = self.shared.counters.mmio.load(Ordering::Relaxed);
+        require(counted == mmio, || {
+            format!("{mmio} entries say that there is no memory, counted {counted}")
+        })?;
         require(count == self.state.pages, || format!("{count} pages, counted {}", self.state.pages))?;
         for (counts, counters) in blocks.iter().zip(&self.shared.blocks) {
             let agree = counts.iter().zip(counters).all(|(&a, b)| a == b.load(Ordering::SeqCst));
@@ -136,7 +142,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     }
 
     /// The entries of a page; returns how many are leaves.
-    fn check_entries(&self, page: &'g ShadowPage, with_guest: bool) -> Result<u64, String> {
+    fn check_entries(&self, page: &'g ShadowPage, with_guest: bool, mmio: &mut u64) -> Result<u64, String> {
         let mut leaves = 0;
         for index in 0..ENTRIES {
             let name = || format!("entry {index} of {:?}", page.key);
@@ -146,6 +152,19 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             require(spte::is_present(entry) == (filed != 0), || {
                 format!("{}: {entry:#x}, filed {filed:#x}", name())
             })?;
+            if mmio::is_mmio(entry) {
+                require(filed == 0, || format!("{}: {entry:#x} is no mapping, and filed", name()))?;
+                require(page.is_direct() || gpte != 0, || format!("{}: made of nothing", name()))?;
+                require(page.level() == Level::K4, || {
+                    format!("{}: {entry:#x} above the lowest level", name())
+                })?;
+                self.check_mmio(page, index, entry).map_err(|rule| format!("{}: {rule}", name()))?;
+                if with_guest {
+                    self.check_snapshot(page, index, gpte)?;
+                }
+                *mmio += 1;
+                continue;
+            }
             if !spte::is_present(entry) {
                 require(entry == 0 && gpte == 0, || format!("{}: leftovers {entry:#x} {gpte:#x}", name()))?;
                 require(!page.is_unsync_below(index), || format!("{}: unsync below nothing", name()))?;
@@ -193,6 +212,25 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             }
         }
         Ok(leaves)
+    }
+
+    /// What remembers that there is no memory, and is believed, is right, and permits no more than the guest's entries do.
+    fn check_mmio(&self, page: &'g ShadowPage, index: usize, entry: u64) -> Checked {
+        let gpte = page.gptes[index].load(Ordering::Relaxed);
+        let gfn =
+            page.leaf_gfn(index, gpte).ok_or_else(|| format!("the guest's entry {gpte:#x} is no page"))?;
+        if !mmio::is_of(entry, self.shared.serial.load(Ordering::SeqCst)) {
+            return Ok(());
+        }
+        let mut rights = page.key.role.rights;
+        if !page.is_direct() {
+            rights &= page.paging.rights_of(gpte);
+        }
+        require(rights.contains(mmio::rights(entry)), || format!("{entry:#x} permits more than {rights:?}"))?;
+        match self.slot_at(page.key.role.address_space, gfn) {
+            Some(slot) => Err(format!("says that there is no memory at gfn {gfn}, and there is {slot}")),
+            None => Ok(()),
+        }
     }
 
     /// A page in sync agrees with the guest's table, apart from accessed and dirty bits that a walk has set.

@@ -8,12 +8,12 @@
 
 use memslot::{AddressSpaceId, Gfn, Slot};
 
-use super::ShadowHost;
 use super::page::ShadowPage;
 use super::reserve::Reserve;
 use super::shared::{Locked, everything};
 use super::spte::{self, SpteRef};
 use super::stats::Counter;
+use super::{ShadowHost, mmio};
 use crate::invalidate::range;
 use crate::level::Level;
 use crate::rmap::{RmapError, Under};
@@ -35,6 +35,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     pub(super) fn drop_entry(&mut self, page: &'g ShadowPage, index: usize) -> bool {
         let old = self.table(page).0[index].swap(0, Ordering::SeqCst);
         if !spte::is_present(old) {
+            if mmio::is_mmio(old) {
+                page.gptes[index].store(0, Ordering::SeqCst);
+                self.shared.counters.mmio.fetch_sub(1, Ordering::Relaxed);
+            }
             return false;
         }
         page.gptes[index].store(0, Ordering::SeqCst);

@@ -28,17 +28,47 @@ use super::page::ShadowPage;
 use super::shared::Shared;
 use super::vcpu::{Loaded, ShadowFault};
 use super::{ShadowHost, spte};
+use crate::host::Pfn;
 use crate::invalidate::range;
 use crate::level::{Level, PAGE_SHIFT};
 use crate::nested::epoch::Cell;
-use crate::sync::Ordering;
+use crate::sync::{AtomicU64, Ordering};
 
 /// Announces a processor until it is dropped.
-struct Pinned<'a>(&'a Cell);
+pub(super) struct Pinned<'a>(pub(super) &'a Cell);
 
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
         self.0.leave();
+    }
+}
+
+/// Where the way down from a root ends.
+pub(super) struct Bottom<'s> {
+    pub(super) table: Pfn,
+    pub(super) level: Level,
+    pub(super) entry: &'s AtomicU64,
+    pub(super) index: usize,
+}
+
+/// The last entry on the way down to an address, without a lock: the caller is pinned.
+#[inline]
+pub(super) fn descend<'s, H: ShadowHost>(
+    shared: &'s Shared<H>,
+    loaded: &Loaded,
+    va: u64,
+) -> Option<Bottom<'s>> {
+    let root = loaded.root(va)?;
+    let (mut table, mut level) = (root.table, root.level());
+    loop {
+        let index = level.index(va >> PAGE_SHIFT);
+        // SAFETY: linked tables are not freed before those inside have left.
+        let entry = unsafe { &shared.host.reach(table).as_ref().0[index] };
+        let seen = entry.load(Ordering::SeqCst);
+        if !spte::is_table(seen, level) {
+            return Some(Bottom { table, level, entry, index });
+        }
+        (table, level) = (spte::pfn(seen), level.down());
     }
 }
 
@@ -55,22 +85,12 @@ pub(super) fn fast_fault<H: ShadowHost>(
     }
     shared.epoch.enter(cell);
     let _pinned = Pinned(cell);
-    let root = loaded.root(va)?;
-    let (mut table, mut level) = (root.table, root.level());
-    let (page, entry, index) = loop {
-        let index = level.index(va >> PAGE_SHIFT);
-        // SAFETY: linked tables are not freed before those inside have left.
-        let entry = unsafe { &shared.host.reach(table).as_ref().0[index] };
-        let seen = entry.load(Ordering::SeqCst);
-        if !spte::is_present(seen) {
-            return None;
-        }
-        if !spte::is_table(seen, level) {
-            // SAFETY: pinned.
-            break (unsafe { shared.directory.page(table) }?, entry, index);
-        }
-        (table, level) = (spte::pfn(seen), level.down());
-    };
+    let Bottom { table, level, entry, index } = descend(shared, loaded, va)?;
+    if !spte::is_present(entry.load(Ordering::SeqCst)) {
+        return None;
+    }
+    // SAFETY: pinned.
+    let page = unsafe { shared.directory.page(table) }?;
     let version = page.version.load(Ordering::SeqCst);
     let serial = shared.serial.load(Ordering::SeqCst);
     let seen = entry.load(Ordering::SeqCst);

@@ -15,12 +15,13 @@
 
 use memslot::{Gfn, GfnRange, Gpa, HvaRange, Slot, SlotFlags};
 
-use super::guest::{Entry, GuestAccess, Mode, Rights, Walk, walk};
+use super::guest::{Entry, ErrorCode, GuestAccess, Mode, NoPage, Rights, Walk, WalkError, walk};
 use super::page::ShadowPage;
+use super::reserve::Reserve;
 use super::shared::{Locked, Shared};
 use super::slots::Slots;
 use super::stats::Counter;
-use super::tables::{Tables, entry_at};
+use super::tables::{Tables, Unreachable, entry_at};
 use super::vcpu::{Loaded, ShadowFault};
 use super::{ShadowHost, spte};
 use crate::counted::Counted;
@@ -38,8 +39,18 @@ pub(super) const GROUP: usize = if ENTRIES < 8 { ENTRIES } else { 8 };
 pub(super) enum Look {
     /// There is nothing to be mapped.
     Done(ShadowFault),
+    /// One of the guest's tables cannot be reached.
+    Unreachable(Unreachable),
     /// The frame behind the page is needed.
     Found(Found),
+}
+
+/// Where the entry for an address is to be, and what the pages on the way there are found by.
+pub(super) struct Way<'a> {
+    pub(super) va: u64,
+    pub(super) walk: &'a Walk,
+    pub(super) rights: Rights,
+    pub(super) gfn: Gfn,
 }
 
 /// What is to be mapped.
@@ -72,6 +83,10 @@ pub(super) struct Neighbour {
 }
 
 impl Found {
+    pub(super) fn way(&self) -> Way<'_> {
+        Way { va: self.va, walk: &self.walk, rights: self.rights, gfn: self.gfn }
+    }
+
     pub(super) fn is_write(&self) -> bool {
         self.access.contains(GuestAccess::WRITE)
     }
@@ -87,24 +102,42 @@ fn host_access(access: GuestAccess) -> Access {
 
 impl<'g, H: ShadowHost> Locked<'g, H> {
     /// Walks the guest's tables.
-    pub(super) fn look(&mut self, loaded: &Loaded, va: u64, access: GuestAccess) -> Look {
+    pub(super) fn look(
+        &mut self,
+        reserve: &mut Reserve,
+        loaded: &Loaded,
+        va: u64,
+        access: GuestAccess,
+    ) -> Look {
         if loaded.is_stale(self.shared) {
             return Look::Done(ShadowFault::Retry);
         }
         let (paging, space) = (&loaded.paging, loaded.space);
         let walk = match walk(&Tables { locked: self, space }, paging, va, access) {
             Ok(Ok(walk)) => walk,
-            Ok(Err(fault)) => {
+            Ok(Err(why)) => {
                 // The processor forgets what it knew of an address that faults.
                 self.sync_path(loaded, va);
-                self.count(Counter::Injected);
-                return Look::Done(ShadowFault::Inject(fault));
+                let (counter, fault) = match why {
+                    NoPage::Fault(fault) => (Counter::Injected, ShadowFault::Inject(fault)),
+                    NoPage::NoTable { entry, fault } => {
+                        (Counter::NoTable, ShadowFault::NoTable { entry, fault })
+                    }
+                };
+                self.count(counter);
+                return Look::Done(fault);
             }
-            Err(_) => return Look::Done(ShadowFault::Retry),
+            Err(WalkError::Tables(unreachable)) => return Look::Unreachable(unreachable),
+            Err(WalkError::Busy { .. }) => return Look::Done(ShadowFault::Retry),
         };
         let (gpa, gfn) = (walk.gpa, Gfn::new(walk.gpa.get() >> PAGE_SHIFT));
         let is_write = access.contains(GuestAccess::WRITE);
         let slot = self.slot_at(space, gfn);
+        if slot.is_none() {
+            self.sync_path(loaded, va);
+            self.remember_mmio(reserve, loaded, va, &walk);
+            return Look::Done(ShadowFault::Mmio(gpa));
+        }
         let Some(slot) = slot.filter(|slot| !(is_write && slot.flags().contains(SlotFlags::READONLY))) else {
             self.sync_path(loaded, va);
             return Look::Done(ShadowFault::Mmio(gpa));
@@ -228,6 +261,24 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
 pub(super) enum Asked {
     Frame(Frame),
     Done(ShadowFault),
+}
+
+/// One of the guest's tables cannot be reached: asks the host what is there. Without the lock.
+pub(super) fn ask_about_table<H: ShadowHost>(
+    shared: &Shared<H>,
+    loaded: &Loaded,
+    unreachable: &Unreachable,
+    (va, access): (u64, GuestAccess),
+) -> Result<ShadowFault, super::ShadowError<H::Error>> {
+    let Unreachable { entry, slot } = *unreachable;
+    let gfn = Gfn::new(entry.get() >> PAGE_SHIFT);
+    let answer = shared.host.frame(&slot, gfn, Access::READ).map_err(super::ShadowError::Frames)?;
+    if answer != Answer::Mmio {
+        return Ok(ShadowFault::Retry);
+    }
+    shared.counters.add(Counter::NoTable, 1);
+    let fault = loaded.paging.page_fault(va, access, ErrorCode::empty());
+    Ok(ShadowFault::NoTable { entry, fault })
 }
 
 /// Asks the host for the frame, and for those of the neighbours; makes room in the reverse map. Without the lock.

@@ -86,7 +86,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         self.count(Counter::Zapped);
         page.set_zapped();
         for index in 0..page.gptes.len() {
-            if page.filed[index].load(Ordering::Relaxed) != 0 {
+            if self.load(page, index) != 0 {
                 self.drop_entry(page, index);
             }
         }

@@ -3,7 +3,7 @@
 //! | change | entries | shadow pages |
 //! |---|---|---|
 //! | frames lose their backing (delete, move, shrink) | zapped, those frames and no others | those of tables in them |
-//! | frames gain a backing | nothing was mapped, and nothing says "no memory here" | |
+//! | frames gain a backing | nothing was mapped; what says "no memory here" is of an older version, and not believed | |
 //! | the slot becomes read-only | stay, without writing | |
 //! | it becomes writable again | stay; the next write faults | |
 //! | logging starts | stay; the next write faults, unless the log says that all pages are dirty at first | |
@@ -33,7 +33,6 @@ use super::slots::Slots;
 use super::zap::Task;
 use super::{Shadow, ShadowHost, spte};
 use crate::counted::Counted;
-use crate::sync::Ordering;
 
 /// So many chunks of lists are freed when a change has settled; the rest by and by.
 const CHUNKS: usize = 512;
@@ -123,7 +122,7 @@ impl<H: ShadowHost> Follower<H> {
         for change in changes(update, forwards) {
             change.borders().for_each(|border| shared.cut(change.space, border));
         }
-        let old = shared.with(|locked| {
+        let (old, comes_again) = shared.with(|locked| {
             for change in changes(update, forwards).filter(|change| change.new.is_none()) {
                 locked.zap_tables_in(change.space, change.gfns);
             }
@@ -132,10 +131,13 @@ impl<H: ShadowHost> Follower<H> {
                 change.borders().for_each(|border| _ = locked.cut(change.space, border, usize::MAX));
             }
             let old = core::mem::replace(&mut locked.state.slots, next);
-            locked.shared.serial.fetch_add(1, Ordering::SeqCst);
+            let comes_again = locked.count_version();
             locked.state.closed.clear();
-            old
+            (old, comes_again)
         });
+        if comes_again {
+            self.shadow.zap_obsolete();
+        }
         for change in changes(update, forwards) {
             let Some(new) = change.new else { continue };
             let is_read_only = |slot: &Slot| slot.flags().contains(SlotFlags::READONLY);

@@ -9,7 +9,8 @@ use crate::level::Table;
 /// Reaches guest memory, to read the guest's page tables and to set accessed and dirty bits in them.
 pub trait GuestMemory {
     /// Hands the page of memory behind `gfn`, a frame of `slot`, to `work`; `None` where there is none that can be reached: a
-    /// device's (then the guest has no table there), or one that is about to change (then whoever needs it tries again).
+    /// device's (then the guest has no table there), or one that is about to change (then whoever needs it tries again). Which of the
+    /// two it is in a slot with host memory, [`Frames::frame`](crate::Frames::frame) says.
     ///
     /// The guest, and others, write there meanwhile; all access is atomic, by eight bytes. The page stays in its place until
     /// `work` returns (which is soon: it does not wait for anything), and it is the one that

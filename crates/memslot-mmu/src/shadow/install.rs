@@ -2,7 +2,7 @@
 
 use memslot::{AddressSpaceId, Gfn, SlotFlags};
 
-use super::fault::{Found, block, largest_untracked};
+use super::fault::{Found, Way, block, largest_untracked};
 use super::guest::{Entry, Mode, Rights};
 use super::page::ShadowPage;
 use super::reserve::Reserve;
@@ -33,12 +33,25 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         if self.state.changes.since(found.change, loaded.space, block(level, found.gfn)) {
             return None;
         }
+        let (page, index, gpte) = self.way_down(reserve, loaded, &found.way(), level)?;
+        self.install_leaf(reserve, page, index, gpte, found, frame)
+    }
+
+    /// Finds or makes the shadow pages from the root to the one that has the leaf for an address, and links them. Returns
+    /// that page, and which entry of it is made of which entry of the guest's. `None` where the walk does not hold any more.
+    pub(super) fn way_down(
+        &mut self,
+        reserve: &mut Reserve,
+        loaded: &Loaded,
+        way: &Way<'_>,
+        level: Level,
+    ) -> Option<(&'g ShadowPage, usize, u64)> {
         self.make_room(super::reserve::PAGES);
-        let mut page = self.root(loaded, found.va)?;
-        let mut steps = found.walk.steps().iter();
+        let mut page = self.root(loaded, way.va)?;
+        let mut steps = way.walk.steps().iter();
         loop {
             page.writes.store(0, Ordering::Relaxed);
-            let index = page.level().index(found.va >> PAGE_SHIFT);
+            let index = page.level().index(way.va >> PAGE_SHIFT);
             let step = if page.is_direct() { None } else { steps.next() };
             let mut gpte = 0;
             if let Some(step) = step {
@@ -48,7 +61,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
                 let now = self.read_guest(space, page.key.gfn, |table| page.guest_entry(table, index));
                 if now != Some(gpte) {
                     // The guest has changed it meanwhile. What was made of what it was before does not stay.
-                    self.sync_path(loaded, found.va);
+                    self.sync_path(loaded, way.va);
                     return None;
                 }
             }
@@ -57,11 +70,9 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
                 _ => None,
             });
             let key = match next {
-                None if page.level() <= level => {
-                    return self.install_leaf(reserve, page, index, gpte, found, frame);
-                }
+                None if page.level() <= level => return Some((page, index, gpte)),
                 Some((gfn, rights)) => self.table_key(page, gfn, rights, index),
-                None => Self::direct_key(page, found),
+                None => Self::direct_key(page, way),
             };
             page = self.step_down(reserve, page, index, gpte, key, loaded)?;
         }
@@ -75,10 +86,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     }
 
     /// What a page is found by that maps a piece of a large page of the guest.
-    fn direct_key(page: &ShadowPage, found: &Found) -> Key {
+    fn direct_key(page: &ShadowPage, way: &Way<'_>) -> Key {
         let role = page.key.role;
-        let gfn = Gfn::new(role.level.align_down(found.gfn.get()));
-        let role = Role { level: role.level.down(), direct: true, rights: found.rights, quadrant: 0, ..role };
+        let gfn = Gfn::new(role.level.align_down(way.gfn.get()));
+        let role = Role { level: role.level.down(), direct: true, rights: way.rights, quadrant: 0, ..role };
         Key { gfn, role }
     }
 

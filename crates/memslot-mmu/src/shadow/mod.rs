@@ -27,7 +27,7 @@
 //! * Each page also has the [set of slots](slot_set) that its leaves are of.
 //! * **Write tracking** (`track`): frames with a shadowed table are write-protected, or the shadow page is *unsync*.
 //! * **Unsync** (`sync`): a table that the guest is writing is left alone until the guest flushes.
-//! * **The fault path** (`fault`, `install`, `fast`), and what takes away (`zap`, `find`).
+//! * **The fault path** (`fault`, `install`, `fast`; `mmio` where there is no memory), and what takes away (`zap`, `find`).
 //! * **Slots that change** (`follow`): entries whose frames keep their memory stay, whatever slot these are of; `collapse` lets large pages
 //!   be made again when logging stops.
 //! * [`check`](Shadow::check): what holds between two operations.
@@ -40,6 +40,7 @@
 //! | who | what | takes the lock |
 //! |---|---|---|
 //! | [`ShadowVcpu::fault`] | a write that needs nothing but W | no |
+//! | | one where an entry remembers that there is no memory | no |
 //! | | anything else | twice, for a bounded time; the host is asked in between, without it |
 //! | [`ShadowVcpu::load`], [`invlpg`](ShadowVcpu::invlpg), [`flush_guest`](ShadowVcpu::flush_guest) | find the root; compare what is unsync | once; the latter two not at all if nothing is |
 //! | [`ShadowVcpu::is_stale`] | before each entry of the guest | no |
@@ -163,6 +164,9 @@ mod find;
 mod follow;
 mod host;
 mod install;
+mod mmio;
+#[cfg(all(test, not(loom)))]
+mod mmio_tests;
 mod page;
 mod pass;
 mod rearm;
@@ -209,6 +213,10 @@ pub struct ShadowConfig {
     pub context: Context,
     /// The largest page that is made.
     pub largest: Level,
+    /// How wide physical addresses are on the processor that walks these tables (CPUID `8000_0008h`, EAX 7:0). Address bits from there to 51
+    /// are reserved in entries, and where there are some, entries remember that there is no memory: accesses there
+    /// fault with [`RESERVED`](guest::GuestAccess::RESERVED) and need no walk as long as the slots stay as they are. 52: nothing is remembered.
+    pub physical_address_bits: u8,
     /// How many shadow pages there may be: when there are more, the oldest go. At least 64.
     pub pages: usize,
     /// Up to which level the guest may write its tables freely between two flushes of its own: such a table is *unsync*.
@@ -224,6 +232,7 @@ impl Default for ShadowConfig {
         Self {
             context: Context::default(),
             largest: Level::G1,
+            physical_address_bits: 52,
             pages: 1 << 14,
             unsync: Level::new(5).unwrap_or(Level::K4),
             log: None,
@@ -272,11 +281,23 @@ impl<H: ShadowHost + Send + Sync + 'static> Shadow<H> {
     /// # Errors
     /// [`AttachError`].
     pub fn attach(table: &mut SlotTable, host: H, config: ShadowConfig) -> Result<Self, AttachError> {
+        Self::starting_at(table, host, config, 0)
+    }
+
+    /// With all counters at a value of the caller's choice, so that tests go through the wrap.
+    #[doc(hidden)]
+    pub fn starting_at(
+        table: &mut SlotTable,
+        host: H,
+        config: ShadowConfig,
+        counters: u64,
+    ) -> Result<Self, AttachError> {
         let page = table.view().page_size();
         if page != PageSize::K4 {
             return Err(AttachError::PageSize(page));
         }
-        let shared = Shared::new(host, config, &table.snapshot()).map_err(TableError::from)?;
+        let shared =
+            Shared::starting_at(host, config, &table.snapshot(), counters).map_err(TableError::from)?;
         let shared = Counted::new(shared).map_err(TableError::from)?;
         let shadow = Self { shared };
         let follower = try_box(Follower::new(shadow.clone())).map_err(TableError::from)?;

@@ -92,14 +92,6 @@ unsafe impl Send for State {}
 const SPARE: usize = 128;
 
 impl<H: ShadowHost> Shared<H> {
-    pub(super) fn new(
-        host: H,
-        config: ShadowConfig,
-        snapshot: &memslot::Snapshot,
-    ) -> Result<Self, OutOfMemory> {
-        Self::starting_at(host, config, snapshot, 0)
-    }
-
     /// With all counters at a value of the caller's choice, so that tests go through the wrap.
     pub(super) fn starting_at(
         host: H,
@@ -107,7 +99,7 @@ impl<H: ShadowHost> Shared<H> {
         snapshot: &memslot::Snapshot,
         counters: u64,
     ) -> Result<Self, OutOfMemory> {
-        let (rmap, writer) = Rmap::starting_at(counters);
+        let (rmap, writer) = Rmap::starting_at(counters).map_err(|_| OutOfMemory)?;
         let slots = Counted::new(Slots::new(&rmap, snapshot, snapshot.clone(), None)?)?;
         let blocks = || {
             let mut blocks = Vec::new();

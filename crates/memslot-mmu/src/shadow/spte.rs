@@ -43,6 +43,8 @@ pub(super) const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 pub(super) const HOST_WRITABLE: u64 = 1 << 9;
 pub(super) const MMU_WRITABLE: u64 = 1 << 10;
+/// With [`PRESENT`]: no mapping, but [a memory](super::mmio) of there being nothing to map.
+pub(super) const MARK: u64 = 1 << 11;
 pub(super) const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = (1 << 52) - (1 << PAGE_SHIFT);
 
@@ -103,15 +105,16 @@ impl Leaf {
     }
 }
 
+/// Whether an entry leads somewhere.
 #[inline]
 pub(super) const fn is_present(entry: u64) -> bool {
-    entry & PRESENT != 0
+    entry & (PRESENT | MARK) == PRESENT
 }
 
 /// Whether an entry of a table of this level leads to a table.
 #[inline]
 pub(super) fn is_table(entry: u64, level: Level) -> bool {
-    level > Level::K4 && entry & (PRESENT | LARGE) == PRESENT
+    level > Level::K4 && entry & (PRESENT | LARGE | MARK) == PRESENT
 }
 
 #[inline]

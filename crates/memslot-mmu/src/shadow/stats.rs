@@ -34,6 +34,16 @@ pub struct ShadowStats {
     pub fast_faults: u64,
     /// Faults that the guest got.
     pub injected: u64,
+    /// Faults that came to a table of the guest's in no memory.
+    pub no_table: u64,
+    /// Entries that remember, at the moment, that there is no memory.
+    pub mmio: usize,
+    /// How many of them were made.
+    pub mmio_made: u64,
+    /// Faults that were resolved by one of them, without a walk.
+    pub mmio_hits: u64,
+    /// Faults that came to one that was of another version of the slots.
+    pub mmio_stale: u64,
     /// Entries that were made ahead of their fault.
     pub prefetched: u64,
     /// Shadow pages that were made.
@@ -78,6 +88,10 @@ counters!(
     Faults,
     FastFaults,
     Injected,
+    NoTable,
+    MmioMade,
+    MmioHits,
+    MmioStale,
     Prefetched,
     Created,
     Zapped,
@@ -96,11 +110,17 @@ pub(super) struct Counters {
     counts: [AtomicU64; COUNTERS],
     /// How many entries map guest memory at the moment.
     pub(super) leaves: AtomicU64,
+    /// How many remember that there is none.
+    pub(super) mmio: AtomicU64,
 }
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { counts: core::array::from_fn(|_| AtomicU64::new(0)), leaves: AtomicU64::new(0) }
+        Self {
+            counts: core::array::from_fn(|_| AtomicU64::new(0)),
+            leaves: AtomicU64::new(0),
+            mmio: AtomicU64::new(0),
+        }
     }
 }
 
@@ -122,6 +142,11 @@ impl Counters {
             faults: self.get(Counter::Faults),
             fast_faults: self.get(Counter::FastFaults),
             injected: self.get(Counter::Injected),
+            no_table: self.get(Counter::NoTable),
+            mmio: usize::try_from(self.mmio.load(Ordering::Relaxed)).unwrap_or(usize::MAX),
+            mmio_made: self.get(Counter::MmioMade),
+            mmio_hits: self.get(Counter::MmioHits),
+            mmio_stale: self.get(Counter::MmioStale),
             prefetched: self.get(Counter::Prefetched),
             created: self.get(Counter::Created),
             zapped: self.get(Counter::Zapped),

@@ -1,6 +1,6 @@
 //! The guest's tables, through the slots: what the guest's walk reads and writes.
 
-use memslot::{AddressSpaceId, Gfn, Gpa, SlotFlags};
+use memslot::{AddressSpaceId, Gfn, Gpa, Slot, SlotFlags};
 
 use super::ShadowHost;
 use super::guest::{EntrySize, Exchange, GuestTables};
@@ -33,9 +33,12 @@ pub(super) fn entry_at(table: &Table, gpa: Gpa, size: EntrySize) -> u64 {
     }
 }
 
-/// The memory is there, and about to change: the walk has to be done again.
+/// A slot's memory cannot be reached now. Whether it is about to change, or is none (a device's), the host can say.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Unreachable;
+pub(super) struct Unreachable {
+    pub(super) entry: Gpa,
+    pub(super) slot: Slot,
+}
 
 impl<H: ShadowHost> GuestTables for Tables<'_, '_, H> {
     type Error = Unreachable;
@@ -46,7 +49,11 @@ impl<H: ShadowHost> GuestTables for Tables<'_, '_, H> {
         let Some(slot) = self.locked.slot_at(self.space, gfn) else { return Ok(None) };
         let value = self.locked.shared.host.with_page(&slot, gfn, |table| entry_at(table, gpa, size));
         // A device has no memory that tables could be in.
-        if value.is_none() && slot.hva().is_some() { Err(Unreachable) } else { Ok(value) }
+        if value.is_none() && slot.hva().is_some() {
+            Err(Unreachable { entry: gpa, slot })
+        } else {
+            Ok(value)
+        }
     }
 
     fn exchange(&self, gpa: Gpa, size: EntrySize, old: u64, new: u64) -> Result<Exchange, Unreachable> {
@@ -78,7 +85,7 @@ impl<H: ShadowHost> GuestTables for Tables<'_, '_, H> {
         });
         let result = match result {
             Some(result) => result,
-            None if slot.hva().is_some() => return Err(Unreachable),
+            None if slot.hva().is_some() => return Err(Unreachable { entry: gpa, slot }),
             None => Exchange::NotWritable,
         };
         if result == Exchange::Done && shared.is_logged(&slot) {

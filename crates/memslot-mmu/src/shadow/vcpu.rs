@@ -4,7 +4,7 @@ use core::ptr::NonNull;
 
 use memslot::{AddressSpaceId, Gfn, Gpa, OutOfMemory};
 
-use super::fault::{Asked, Look, ask};
+use super::fault::{Asked, Look, ask, ask_about_table};
 use super::guest::{GuestAccess, GuestPaging, Mode, PageFault, Rights};
 use super::page::ShadowPage;
 use super::reserve::Reserve;
@@ -51,6 +51,14 @@ pub enum ShadowFault {
     AlreadyMapped,
     /// The guest's own tables do not allow it: the guest gets this fault.
     Inject(PageFault),
+    /// One of the guest's tables is where no memory is, or a device's: its processor would read an entry at `entry`, and there is nobody to
+    /// answer. KVM gives the guest `fault`, as for an entry that is not present; a VMM may think otherwise.
+    NoTable {
+        /// Where the entry would be.
+        entry: Gpa,
+        /// What the guest can be given.
+        fault: PageFault,
+    },
     /// No memory is to be mapped there, or the slot is read-only and this is a write: the access is emulated.
     Mmio(Gpa),
     /// A write to one of the guest's page tables, which stays write-protected: emulate it and tell with
@@ -231,14 +239,19 @@ impl<H: ShadowHost> ShadowVcpu<H> {
         let shared = &*self.shadow.shared;
         shared.counters.add(Counter::Faults, 1);
         let loaded = self.loaded.as_ref().ok_or(ShadowError::NoRoot)?;
+        if let Some(gpa) = super::mmio::remembered(shared, &self.cell, loaded, va, access) {
+            return Ok(ShadowFault::Mmio(gpa));
+        }
         if let Some(done) = super::fast::fast_fault(shared, &self.cell, loaded, va, access) {
             shared.counters.add(Counter::FastFaults, 1);
             return Ok(done);
         }
         for _ in 0..ATTEMPTS {
             self.reserve.top_up(shared)?;
-            let mut found = match shared.with(|locked| locked.look(loaded, va, access)) {
+            let reserve = &mut self.reserve;
+            let mut found = match shared.with(|locked| locked.look(reserve, loaded, va, access)) {
                 Look::Done(fault) => return Ok(fault),
+                Look::Unreachable(table) => return ask_about_table(shared, loaded, &table, (va, access)),
                 Look::Found(found) => found,
             };
             let frame = match ask(shared, &mut found)? {

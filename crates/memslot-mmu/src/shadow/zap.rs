@@ -191,6 +191,11 @@ impl<H: ShadowHost> Shadow<H> {
     /// [stale](super::ShadowVcpu::is_stale). One flush or a few.
     pub fn zap_all(&self) {
         self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        self.zap_obsolete();
+    }
+
+    /// Takes apart what is obsolete, in bounded steps.
+    pub(super) fn zap_obsolete(&self) {
         while self.shared.with(|locked| locked.zap_obsolete(PAGES_STEP)) {}
     }
 

@@ -123,7 +123,7 @@ fn list_of<'a>(
 
 impl World {
     fn new(counters: u64) -> Self {
-        let (rmap, writer) = Rmap::starting_at(counters);
+        let (rmap, writer) = Rmap::starting_at(counters).unwrap();
         let slot = slot(&rmap);
         let parents = (0..PARENTS).map(|_| rmap.parents().unwrap()).collect();
         let (book, model) = (Book::default(), vec![Vec::new(); LISTS]);
@@ -351,7 +351,7 @@ fn rmap_every_size_up_and_down() {
 /// After all is gone, nothing more is needed the next time.
 #[test]
 fn rmap_descriptors_are_used_again() {
-    let (rmap, mut writer) = Rmap::<Entry>::new();
+    let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
     let (parents, book) = (rmap.parents().unwrap(), Book::default());
     let mut bytes = None;
     for round in 0..50 {
@@ -374,7 +374,7 @@ fn rmap_descriptors_are_used_again() {
 #[test]
 fn rmap_descriptors_are_used_again_after_long_walks() {
     const ENTRIES: u32 = 600 * 14;
-    let (rmap, mut writer) = Rmap::<Entry>::new();
+    let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
     let (parents, book, mut walker) = (rmap.parents().unwrap(), Book::default(), rmap.walker().unwrap());
     let mut bytes = Vec::new();
     for _ in 0..6 {
@@ -396,7 +396,7 @@ fn rmap_descriptors_are_used_again_after_long_walks() {
 #[test]
 fn rmap_words_that_are_no_entries_are_refused() {
     use std::num::NonZeroU64;
-    let (rmap, mut writer) = Rmap::<NonZeroU64>::new();
+    let (rmap, mut writer) = Rmap::<NonZeroU64>::new().unwrap();
     let (mut cache, parents) = (rmap.cache(), rmap.parents().unwrap());
     for word in [1, 2, 4, 7, 9, u64::MAX] {
         let entry = NonZeroU64::new(word).unwrap();
@@ -408,8 +408,8 @@ fn rmap_words_that_are_no_entries_are_refused() {
 
 #[test]
 fn rmap_lists_of_another_map_are_refused() {
-    let (rmap, mut writer) = Rmap::<Entry>::new();
-    let (other, mut other_writer) = Rmap::<Entry>::new();
+    let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
+    let (other, mut other_writer) = Rmap::<Entry>::new().unwrap();
     let (here, there) = (rmap.parents().unwrap(), other.parents().unwrap());
     let (mut cache, mut other_cache) = (rmap.cache(), other.cache());
     cache.reserve(1).unwrap();

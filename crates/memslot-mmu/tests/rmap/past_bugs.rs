@@ -18,7 +18,7 @@ fn range(start: u64, len: u64) -> GfnRange {
 /// frames; its entries were removed under the new gfn, and stayed filed under the old one after the slot was gone.
 #[test]
 fn row_29_the_gfn_changes_between_add_and_remove() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let slot = rmap.slot(range(0, 0x2000), Level::K4).unwrap();
     let (mut cache, book) = (rmap.cache(), Book::default());
     cache.reserve(1).unwrap();
@@ -43,7 +43,7 @@ fn row_29_the_gfn_changes_between_add_and_remove() {
 /// CVE-2026-53359: a shadow page was used for another role, and its entries removed as if they were of that role.
 #[test]
 fn row_30_the_role_changes_between_add_and_remove() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let slot = rmap.slot(range(0, 0x1000), Level::M2).unwrap();
     let (mut cache, book) = (rmap.cache(), Book::default());
     let child = rmap.parents().unwrap();
@@ -63,7 +63,7 @@ fn row_30_the_role_changes_between_add_and_remove() {
 /// A slot goes with entries still filed: their records lead nowhere, also when the memory is another slot's.
 #[test]
 fn row_29_records_outlive_their_slot() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let (mut cache, book) = (rmap.cache(), Book::default());
     let (gfn, entry) = (Gfn::new(5), |number| Entry { list: 0, number });
     let slot = rmap.slot(range(0, 0x200), Level::K4).unwrap();
@@ -100,7 +100,7 @@ fn row_29_records_outlive_their_slot() {
 /// Row 32: a large page that begins before its slot, or ends behind it, has no list, and no index out of bounds.
 #[test]
 fn rows_32_33_large_pages_that_are_not_all_in_the_slot() {
-    let (rmap, _writer) = Rmap::<Entry>::new();
+    let (rmap, _writer) = Rmap::<Entry>::new().unwrap();
     // 2 MiB pages at 0x400 and 0x600 are in it; those at 0x200 and 0x800 in part.
     let slot = rmap.slot(range(0x3ff, 0x402), Level::G1).unwrap();
     for (level, gfn, inside) in [
@@ -141,7 +141,7 @@ fn rows_32_33_large_pages_that_are_not_all_in_the_slot() {
 /// Row 43, and the proposal of 2013: the count was that after adding in one place and that before in another.
 #[test]
 fn row_43_add_returns_the_count_before() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
     cache.reserve(80).unwrap();
     for number in 0..1002 {
@@ -161,7 +161,7 @@ fn row_43_a_walker_misses_no_entry_that_moves() {
     for size in [2usize, 3, 13, 14, 15, 16, 28, 29, 30] {
         for stop in 0..size {
             for victim in 0..size as u32 {
-                let (rmap, mut writer) = Rmap::new();
+                let (rmap, mut writer) = Rmap::new().unwrap();
                 let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
                 cache.reserve(8).unwrap();
                 let list = parents.list();
@@ -219,7 +219,7 @@ fn row_43_walking_upwards_misses_what_moves() {
 /// Row 43: the last entry; and a list that has two again and again.
 #[test]
 fn row_43_lists_fold_back_into_their_word() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
     let entry = |number| Entry { list: 0, number };
     book.add(&mut writer, parents.list(), entry(0), &mut cache);
@@ -238,7 +238,7 @@ fn row_43_lists_fold_back_into_their_word() {
 /// Row 44: what is done under the lock does not depend on how long a list is. Counted in records that change: two at most.
 #[test]
 fn row_44_changes_are_bounded() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let (mut cache, parents) = (rmap.cache(), rmap.parents().unwrap());
     cache.reserve(400).unwrap();
     let mut records = std::collections::HashMap::new();
@@ -270,7 +270,7 @@ fn row_44_changes_are_bounded() {
 /// The record of the oldest of 14 is told once, when a 15th comes: not again, and not if another is in its place by then.
 #[test]
 fn row_44_the_oldest_hears_once() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let (mut cache, parents) = (rmap.cache(), rmap.parents().unwrap());
     cache.reserve(10).unwrap();
     let book = Book::default();
@@ -304,7 +304,7 @@ fn row_44_the_oldest_hears_once() {
 /// Row 46: what a walk goes through is replaced, and freed, only when no walk is in it.
 #[test]
 fn row_46_a_walker_keeps_what_it_walks() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
     let other = rmap.parents().unwrap();
     cache.reserve(10).unwrap();
@@ -333,7 +333,7 @@ fn row_46_a_walker_keeps_what_it_walks() {
 #[test]
 fn a_bounded_list_lets_go_of_the_oldest() {
     const LIMIT: usize = 1000;
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
     for number in 0..10_000 {
         cache.reserve(1).unwrap();
@@ -355,7 +355,7 @@ fn a_bounded_list_lets_go_of_the_oldest() {
 /// A list that was never too long has no turn, whatever its descriptors were used for before: the oldest go first.
 #[test]
 fn a_bounded_list_begins_with_the_oldest() {
-    let (rmap, mut writer) = Rmap::new();
+    let (rmap, mut writer) = Rmap::new().unwrap();
     let (mut cache, book) = (rmap.cache(), Book::default());
     cache.reserve(400).unwrap();
     for list in 0..20 {
@@ -389,7 +389,7 @@ fn a_bounded_list_begins_with_the_oldest() {
 #[test]
 fn a_list_that_is_too_long_always_has_a_surplus() {
     for size in 2..60 {
-        let (rmap, mut writer) = Rmap::new();
+        let (rmap, mut writer) = Rmap::new().unwrap();
         let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
         cache.reserve(8).unwrap();
         let entry = |number| Entry { list: 0, number };

@@ -48,7 +48,7 @@ struct Model {
 
 impl Model {
     fn new() -> Self {
-        let (rmap, writer) = Rmap::new();
+        let (rmap, writer) = Rmap::new().unwrap();
         let (cache, space) = (rmap.cache(), rmap.space().unwrap());
         let (book, slots, entries) = (Book::default(), BTreeMap::new(), BTreeMap::new());
         Self { rmap, writer, cache, space, book, slots, old: vec![], entries, next: 0 }
@@ -234,7 +234,7 @@ proptest! {
 /// A chunk is there as long as any slot has a part of it, and no longer.
 #[test]
 fn rmap_a_chunk_goes_with_the_last_slot_that_has_a_part_of_it() {
-    let (rmap, mut writer) = Rmap::<Entry>::new();
+    let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
     let space = rmap.space().unwrap();
     let slots =
         [(0, 10), (10, 0x280), (0x280, 0x300)].map(|(a, b)| space.slot(range(a, b), Level::K4).unwrap());
@@ -261,7 +261,7 @@ fn rmap_a_chunk_goes_with_the_last_slot_that_has_a_part_of_it() {
 /// Two address spaces have nothing in common.
 #[test]
 fn rmap_each_space_has_its_own_lists() {
-    let (rmap, mut writer) = Rmap::<Entry>::new();
+    let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
     let slots = [(); 2].map(|()| rmap.space().unwrap().slot(range(0, 10), Level::K4).unwrap());
     let (book, mut cache, entry) = (Book::default(), rmap.cache(), Entry { list: 0, number: 0 });
     book.add(&mut writer, slots[0].reserve(Level::K4, Gfn::new(5)).unwrap(), entry, &mut cache);
@@ -280,7 +280,7 @@ fn rmap_each_space_has_its_own_lists() {
 #[test]
 fn rmap_stress_walks_beside_slots_that_change() {
     let rounds = if cfg!(miri) { 20 } else { 20_000 };
-    let (rmap, mut writer) = Rmap::<Entry>::new();
+    let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
     let space = rmap.space().unwrap();
     let (book, mut cache) = (Book::default(), rmap.cache());
     let whole = || space.slot(range(0, 0x400), Level::K4).unwrap();

@@ -152,7 +152,7 @@ fn walk(lists: &Lists, mut walker: Walker<Entry>, wanted: u64) -> (u64, u64, u64
 fn stress(sizes: &[usize], share: u64) {
     let wanted = std::env::var("MEMSLOT_RMAP_CHECKS").ok().and_then(|text| text.parse().ok());
     let wanted: u64 = wanted.unwrap_or(if cfg!(miri) { 2_000 } else { 4_000_000 });
-    let (rmap, writer) = Rmap::<Entry>::starting_at(u64::MAX - 10);
+    let (rmap, writer) = Rmap::<Entry>::starting_at(u64::MAX - 10).unwrap();
     let lists = Lists {
         parents: sizes.iter().map(|_| rmap.parents().unwrap()).collect(),
         states: sizes.iter().map(|&size| (0..size).map(|_| AtomicU64::new(0)).collect()).collect(),

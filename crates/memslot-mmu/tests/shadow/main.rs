@@ -6,6 +6,7 @@ mod collapse;
 mod kept;
 mod memory;
 mod naive;
+mod nothing;
 mod past_bugs;
 mod programs;
 mod regressions;

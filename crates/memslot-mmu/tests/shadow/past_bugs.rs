@@ -29,7 +29,7 @@ pub const USER_WRITE: Want = Want { user: true, ..WRITE };
 
 /// Where the tables of these tests are. Entry 0 of the root leads to them.
 const ROOT: u64 = 1;
-const PDPT: u64 = 5;
+pub const PDPT: u64 = 5;
 pub const PD: u64 = 9;
 pub const PT: u64 = 13;
 

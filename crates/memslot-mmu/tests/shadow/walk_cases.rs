@@ -3,8 +3,8 @@
 use memslot::{Gfn, Gpa};
 use memslot_mmu::Level;
 use memslot_mmu::shadow::guest::{
-    BadPdpte, EntrySize, ErrorCode, GuestAccess, GuestPaging, Mode, Processor, Registers, Rights, Walk,
-    WalkError, walk,
+    BadPdpte, EntrySize, ErrorCode, GuestAccess, GuestPaging, Mode, NoPage, PageFault, Processor, Registers,
+    Rights, Walk, WalkError, walk,
 };
 
 use crate::memory::Memory;
@@ -86,7 +86,8 @@ impl Guest {
                 assert!(walk.steps().iter().zip(after).all(|(step, after)| step.entry == *after));
                 assert_eq!(walk.is_current(&memory), Ok(true));
             }
-            (Err(fault), Err(code)) => {
+            (Err(why), Err(code)) => {
+                let NoPage::Fault(fault) = why else { panic!("all tables are in memory: {why:?}") };
                 assert_eq!(fault.error_code.bits(), code, "{fault}");
                 assert_eq!(fault.address, self.address);
                 let before = self.memory(entries);
@@ -451,13 +452,26 @@ fn modes_from_registers() {
 }
 
 #[test]
-fn an_entry_outside_all_slots_is_not_present() {
+fn a_table_outside_all_slots_is_told_from_an_entry_that_is_not_present() {
     let guest = Guest::level4(CR0, 0, NXE);
     for level in 0..4 {
         let mut memory = guest.memory(&[0x2007, 0x3007, 0x4007, 0x9007]);
         memory.holes.insert(guest.at[level] >> 12);
-        let fault = walk(&memory, &guest.paging, guest.address, USER | WRITE).unwrap().unwrap_err();
-        assert_eq!(fault.error_code, ErrorCode::USER | ErrorCode::WRITE);
+        let why = walk(&memory, &guest.paging, guest.address, USER | WRITE).unwrap().unwrap_err();
+        let entry = Gpa::new(guest.at[level]);
+        let fault = PageFault { address: guest.address, error_code: ErrorCode::USER | ErrorCode::WRITE };
+        assert_eq!(why, NoPage::NoTable { entry, fault });
+        assert_eq!(why.fault(), fault);
+        // What ends the walk before comes first.
+        for (entries, code) in
+            [(0x2006, ErrorCode::empty()), (0x2087, ErrorCode::PRESENT | ErrorCode::RESERVED)]
+        {
+            if level > 0 {
+                memory.set(guest.at[0], EntrySize::Eight, entries);
+                let why = walk(&memory, &guest.paging, guest.address, READ).unwrap().unwrap_err();
+                assert_eq!(why, NoPage::Fault(PageFault { address: guest.address, error_code: code }));
+            }
+        }
     }
     // Where the page itself is does not matter to the walk.
     let mut memory = guest.memory(&[0x2007, 0x3007, 0x4007, 0x9007]);
@@ -491,7 +505,7 @@ fn an_entry_that_changes_meanwhile_is_walked_again() {
     // It takes the right to write away: the walk that is done anew faults.
     let memory = guest.memory(&[0x2007, 0x3007, 0x4007, 0x9007]);
     memory.races.borrow_mut().insert(0x4020, (2, 1));
-    let fault = walk(&memory, &guest.paging, guest.address, WRITE).unwrap().unwrap_err();
+    let fault = walk(&memory, &guest.paging, guest.address, WRITE).unwrap().unwrap_err().fault();
     assert_eq!(fault.error_code, ErrorCode::PRESENT | ErrorCode::WRITE);
     assert_eq!(memory.get(0x4020, EntrySize::Eight), 0x9005);
     // It never stops: the walk does.
@@ -526,7 +540,7 @@ fn error_codes_make_accesses() {
     let access = |code| GuestAccess::from_error_code(code, false);
     assert_eq!(access(0), READ);
     assert_eq!(access(1), READ, "the processor found the shadow's entry present");
-    assert_eq!(access(0xb), WRITE);
-    assert_eq!(access(0x1f), WRITE | USER | FETCH);
+    assert_eq!(access(0xb), WRITE | GuestAccess::RESERVED, "what the shadow's entry remembers");
+    assert_eq!(access(0x1f), WRITE | USER | FETCH | GuestAccess::RESERVED);
     assert_eq!(access(0xffff_ffe0), READ, "bits that we do not know");
 }

@@ -3,6 +3,7 @@
 use core::fmt;
 
 use bitflags::bitflags;
+use memslot::Gpa;
 
 bitflags! {
     /// What the guest wants to do with an address. The bits are those of a page fault's error code, and that of
@@ -20,6 +21,9 @@ bitflags! {
         const FETCH = 1 << 4;
         /// An explicit supervisor's access while `RFLAGS.AC` is set: SMAP does not apply. Means nothing for users.
         const AC = 1 << 18;
+        /// The processor has met a reserved bit in its tables. Shadow tables have such entries where they remember that there is
+        /// [no memory](crate::shadow::ShadowConfig::physical_address_bits). For a walk of the guest's tables it means nothing.
+        const RESERVED = 1 << 3;
     }
 }
 
@@ -40,7 +44,7 @@ impl GuestAccess {
     #[inline]
     #[must_use]
     pub const fn from_error_code(error_code: u32, ac: bool) -> Self {
-        let bits = Self::WRITE.bits() | Self::USER.bits() | Self::FETCH.bits();
+        let bits = Self::WRITE.bits() | Self::USER.bits() | Self::FETCH.bits() | Self::RESERVED.bits();
         Self::from_bits_truncate(error_code & bits | if ac { Self::AC.bits() } else { 0 })
     }
 }
@@ -89,5 +93,31 @@ pub struct PageFault {
 impl fmt::Display for PageFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "page fault at {:#x}, error code {:#x}", self.address, self.error_code.bits())
+    }
+}
+
+/// Why a walk has found no page.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum NoPage {
+    /// The entries do not allow it: the processor raises this fault.
+    Fault(PageFault),
+    /// The walk came to a table that lies in no memory. A processor would read what nobody drives on its bus; KVM gives the
+    /// guest `fault`, as for an entry that is not present.
+    NoTable {
+        /// The entry that would have been next.
+        entry: Gpa,
+        /// What the guest can be given.
+        fault: PageFault,
+    },
+}
+
+impl NoPage {
+    /// What the guest gets, or can be given.
+    #[inline]
+    #[must_use]
+    pub const fn fault(&self) -> PageFault {
+        match *self {
+            Self::Fault(fault) | Self::NoTable { fault, .. } => fault,
+        }
     }
 }

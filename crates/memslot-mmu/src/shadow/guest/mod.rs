@@ -21,8 +21,8 @@
 //!
 //! # What the guest's memory slots mean for its tables
 //!
-//! * An entry that lies in no slot cannot be read. The walk treats it as one that is not present. (A processor would
-//!   read what nobody drives on its bus.)
+//! * An entry that lies in no slot cannot be read. The walk ends there and says so ([`NoPage::NoTable`]), with the fault that KVM
+//!   gives the guest then: that of an entry that is not present. (A processor would read what nobody drives on its bus.)
 //! * An entry in a read-only slot keeps its accessed and dirty bits as they are: a processor's write to it would be
 //!   lost. The walk succeeds.
 //! * An entry's accessed and dirty bits are written through [`GuestTables::exchange`], which marks the page in the dirty
@@ -45,7 +45,7 @@ mod paging;
 mod tables;
 mod walk;
 
-pub use access::{ErrorCode, GuestAccess, PageFault, Rights};
+pub use access::{ErrorCode, GuestAccess, NoPage, PageFault, Rights};
 pub use entry::{Entry, EntrySize};
 pub use paging::{BadPdpte, GuestPaging, Mode, Processor, Registers};
 pub use tables::{Exchange, GuestTables};

@@ -296,7 +296,12 @@ impl GuestPaging {
     }
 
     /// The page fault that `access` to `address` raises; `why` is of `PRESENT` and `RESERVED`.
-    pub(super) fn page_fault(&self, address: u64, access: GuestAccess, why: ErrorCode) -> PageFault {
+    pub(in crate::shadow) fn page_fault(
+        &self,
+        address: u64,
+        access: GuestAccess,
+        why: ErrorCode,
+    ) -> PageFault {
         let mut error_code = why;
         error_code.set(ErrorCode::WRITE, access.contains(GuestAccess::WRITE));
         error_code.set(ErrorCode::USER, access.contains(GuestAccess::USER));

@@ -2,7 +2,7 @@
 
 use memslot::{Gfn, GfnRange, Gpa};
 
-use super::access::{ErrorCode, GuestAccess, PageFault, Rights};
+use super::access::{ErrorCode, GuestAccess, NoPage, Rights};
 use super::entry::{ACCESSED, DIRTY, Entry, EntrySize, GLOBAL, PRESENT};
 use super::paging::{GuestPaging, Mode};
 use super::tables::{Exchange, GuestTables};
@@ -109,7 +109,7 @@ pub enum WalkError<E> {
 
 /// Walks the guest's tables for `address` as its processor does for this access.
 ///
-/// The inner result is the guest's: the page, with accessed and dirty bits set, or the fault to give it.
+/// The inner result is the guest's: the page, with accessed and dirty bits set, or why there is none.
 ///
 /// # Errors
 /// See [`WalkError`]; the guest notices nothing of it, except that accessed bits may be set.
@@ -118,12 +118,12 @@ pub fn walk<T: GuestTables + ?Sized>(
     paging: &GuestPaging,
     address: u64,
     access: GuestAccess,
-) -> Result<Result<Walk, PageFault>, WalkError<T::Error>> {
+) -> Result<Result<Walk, NoPage>, WalkError<T::Error>> {
     let mut changed = Gpa::new(0);
     for _ in 0..TRIES {
         let mut walk = match look(tables, paging, address, access)? {
             Ok(walk) => walk,
-            Err(why) => return Ok(Err(paging.page_fault(address, access, why))),
+            Err(why) => return Ok(Err(why)),
         };
         match mark(tables, &mut walk, access)? {
             None => return Ok(Ok(walk)),
@@ -139,7 +139,9 @@ fn look<T: GuestTables + ?Sized>(
     paging: &GuestPaging,
     address: u64,
     access: GuestAccess,
-) -> Result<Result<Walk, ErrorCode>, T::Error> {
+) -> Result<Result<Walk, NoPage>, T::Error> {
+    let fault = |why| paging.page_fault(address, access, why);
+    let forbids = |why| Ok(Err(NoPage::Fault(fault(why))));
     let long = matches!(paging.mode(), Mode::Level4 | Mode::Level5);
     let va = if long { address } else { address & 0xffff_ffff };
     let size = paging.entry_size();
@@ -161,7 +163,7 @@ fn look<T: GuestTables + ?Sized>(
     if paging.mode() == Mode::Pae {
         let pdpte = paging.pdptes()[usize::try_from(va >> 30).unwrap_or(0) & 3];
         if pdpte & PRESENT == 0 {
-            return Ok(Err(ErrorCode::empty()));
+            return forbids(ErrorCode::empty());
         }
         table = Gfn::new((pdpte & super::entry::ADDRESS) >> PAGE_SHIFT);
     }
@@ -169,18 +171,20 @@ fn look<T: GuestTables + ?Sized>(
         let shift = PAGE_SHIFT + size.index_bits() * (u32::from(level.get()) - 1);
         let index = va >> shift & (size.entries() - 1);
         let gpa = Gpa::new((table.get() << PAGE_SHIFT) + index * size.bytes());
-        let Some(entry) = tables.read(gpa, size)? else { return Ok(Err(ErrorCode::empty())) };
+        let Some(entry) = tables.read(gpa, size)? else {
+            return Ok(Err(NoPage::NoTable { entry: gpa, fault: fault(ErrorCode::empty()) }));
+        };
         walk.rights &= paging.rights_of(entry);
         let step = Step { level, table, gpa, entry, rights: walk.rights };
         walk.steps[usize::from(walk.count)] = step;
         walk.count += 1;
         match paging.entry(level, entry) {
-            Entry::NotPresent => return Ok(Err(ErrorCode::empty())),
-            Entry::Reserved => return Ok(Err(ErrorCode::PRESENT | ErrorCode::RESERVED)),
+            Entry::NotPresent => return forbids(ErrorCode::empty()),
+            Entry::Reserved => return forbids(ErrorCode::PRESENT | ErrorCode::RESERVED),
             Entry::Table(next) => (table, level) = (next, level.down()),
             Entry::Page(page) => {
                 if !paging.permits(walk.rights, access) {
-                    return Ok(Err(ErrorCode::PRESENT));
+                    return forbids(ErrorCode::PRESENT);
                 }
                 let offset = va & ((page.len() << PAGE_SHIFT) - 1);
                 walk.gpa = Gpa::new((page.start().get() << PAGE_SHIFT) + offset);

@@ -56,14 +56,9 @@ impl World {
     }
 
     fn check_one(&self, cpu: &Cpu, address: u64, pfn: u64, rights: Hardware, what: &str) {
-        let pasts = if cpu.paging.mode() == Mode::Off {
-            assert!(address < 1 << 32, "{what}: {address:#x} has more than 32 bits");
-            vec![identity(address)]
-        } else {
-            let (registers, pdptes) = (cpu.registers(), cpu.paging.pdptes());
-            let at = (cpu.space.get(), cpu.horizon_of(address));
-            all_pasts(&self.history, at, registers, cpu.processor(), pdptes, address)
-        };
+        let is_wide = cpu.paging.mode() == Mode::Off && address >> 32 != 0;
+        assert!(!is_wide, "{what}: {address:#x} has more than 32 bits");
+        let pasts = self.pasts_of(cpu, address);
         for kind in 0..12 {
             let (user, ac) = (kind & 1 != 0, kind & 2 != 0);
             let (write, fetch) = (kind / 4 == 1, kind / 4 == 2);
@@ -94,6 +89,36 @@ impl World {
         }
     }
 
+    /// What the guest's tables have said since a processor was told to forget an address.
+    fn pasts_of(&self, cpu: &Cpu, address: u64) -> Vec<Found> {
+        if cpu.paging.mode() == Mode::Off {
+            return vec![identity(address)];
+        }
+        let (registers, pdptes) = (cpu.registers(), cpu.paging.pdptes());
+        let at = (cpu.space.get(), cpu.horizon_of(address));
+        all_pasts(&self.history, at, registers, cpu.processor(), pdptes, address)
+    }
+
+    pub fn pasts(&self, cpu: usize, address: u64) -> Vec<Found> {
+        self.pasts_of(&self.cpus[cpu], address)
+    }
+
+    /// Whether the guest's tables have led there and permitted that, with the bits set that a processor would have set.
+    pub fn was_marked(&self, cpu: usize, past: &Found, gpa: u64, want: Want) -> bool {
+        let cpu = &self.cpus[cpu];
+        let is_permitted = cpu.paging.mode() == Mode::Off || past.allows(cpu.registers(), want);
+        past.gpa == gpa && is_permitted && self.is_marked(cpu, past, want)
+    }
+
+    fn is_marked(&self, cpu: &Cpu, past: &Found, want: Want) -> bool {
+        past.entries.iter().all(|(gpa, entry)| {
+            // A table in a read-only slot is walked without its bits being set; what was mapped so may stay when the slot is writable.
+            let cannot = self.unmarked.contains(&(cpu.space, gpa >> 12));
+            let needed = if want.write && *gpa == past.dirty_at { 0x60 } else { 0x20 };
+            cannot || entry & needed == needed
+        })
+    }
+
     fn past_allows(&self, cpu: &Cpu, past: &Found, pfn: u64, want: Want) -> bool {
         let registers = cpu.registers();
         // What a supervisor has written with CR0.WP clear is a supervisor's page for the processor: SMAP is not told any more whether
@@ -105,12 +130,7 @@ impl World {
         let Some((slot, found)) = self.resolve(cpu.space, gfn) else { return false };
         let hva = slot.hva_of(Gfn::new(gfn)).unwrap().get();
         let is_writable = !slot.flags().contains(SlotFlags::READONLY) && !self.host.is_read_only(hva);
-        let marked = past.entries.iter().all(|(gpa, entry)| {
-            // A table in a read-only slot is walked without its bits being set; what was mapped so may stay when the slot is writable.
-            let cannot = self.unmarked.contains(&(cpu.space, gpa >> 12));
-            let needed = if want.write && *gpa == past.dirty_at { 0x60 } else { 0x20 };
-            cannot || entry & needed == needed
-        });
+        let marked = self.is_marked(cpu, past, want);
         is_permitted && found == pfn && (!want.write || is_writable) && marked
     }
 }

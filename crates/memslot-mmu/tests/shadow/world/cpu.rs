@@ -91,9 +91,18 @@ fn levels(root: ShadowRoot) -> u32 {
     }
 }
 
-/// Reads one entry: `None` if it is not present; whether it leads to a table; what the three rights are.
+/// How wide the processor's physical addresses are.
+pub const PHYSICAL_ADDRESS_BITS: u8 = 48;
+
+/// Whether a reserved bit is set in an entry that is present: an access through it faults and says so.
+fn is_reserved(value: u64) -> bool {
+    value & 1 != 0 && value >> PHYSICAL_ADDRESS_BITS & 0xf != 0
+}
+
+/// Reads one entry: `None` if it is not present, or broken; whether it leads to a table; what the three rights are.
 fn read(value: u64, level: u32, kind: RootKind) -> Option<(bool, Hardware)> {
-    if value & 1 == 0 {
+    if value & 1 == 0 || is_reserved(value) {
+        assert!(value & 1 == 0 || level == 1, "reserved bits at level {level}: {value:#x}");
         return None;
     }
     if kind == RootKind::Pae && level == 3 {
@@ -114,14 +123,14 @@ fn both(a: Hardware, b: Hardware) -> Hardware {
 
 const ALL: Hardware = Hardware { write: true, user: true, execute: true };
 
-/// The processor's walk. Where what it finds is `allowed`, it sets the accessed bit, and the dirty bit for a `write`.
+/// The processor's walk: `Err` where nothing is present, and whether that is so because of a reserved bit. Where what it finds is `allowed`, it sets the accessed bit, and the dirty bit for a `write`.
 pub fn hardware_walk(
     host: &TestHost,
     root: ShadowRoot,
     address: u64,
     write: bool,
     allowed: impl Fn(Hardware) -> bool,
-) -> Option<HardwareLeaf> {
+) -> Result<HardwareLeaf, bool> {
     let mut level = levels(root);
     let mut table = root.pfn.get();
     let mut rights = ALL;
@@ -130,7 +139,7 @@ pub fn hardware_walk(
         let index = address >> shift & if level == 3 && root.kind == RootKind::Pae { 3 } else { 511 };
         let entry = entry(host, table, index);
         let value = entry.load(Ordering::SeqCst);
-        let (is_table, own) = read(value, level, root.kind)?;
+        let (is_table, own) = read(value, level, root.kind).ok_or_else(|| is_reserved(value))?;
         rights = both(rights, own);
         if !is_table {
             let bytes = 1u64 << shift;
@@ -140,7 +149,7 @@ pub fn hardware_walk(
             let base = value & ADDRESS;
             assert_eq!(base & (bytes - 1), 0, "{value:#x} is not aligned at level {level}");
             let pfn = (base + (address & (bytes - 1))) >> 12;
-            return Some(HardwareLeaf { address: address & !0xfff, bytes: 4096, pfn, rights });
+            return Ok(HardwareLeaf { address: address & !0xfff, bytes: 4096, pfn, rights });
         }
         table = (value & ADDRESS) >> 12;
         level -= 1;

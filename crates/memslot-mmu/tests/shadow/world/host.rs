@@ -145,6 +145,15 @@ impl TestHost {
         );
     }
 
+    /// The page is a device's from now on, or memory again.
+    pub fn set_mmio(&self, hva: u64, on: bool) {
+        self.with(|state| if on { state.mmio.insert(hva >> 12) } else { state.mmio.remove(&(hva >> 12)) });
+    }
+
+    pub fn is_mmio(&self, hva: u64) -> bool {
+        self.with(|state| state.mmio.contains(&(hva >> 12)))
+    }
+
     pub fn is_read_only(&self, hva: u64) -> bool {
         self.with(|state| state.read_only.contains(&(hva >> 12)))
     }

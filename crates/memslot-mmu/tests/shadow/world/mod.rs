@@ -36,6 +36,8 @@ pub enum Touched {
     Done(u64),
     /// The guest got a page fault with this error code.
     Fault(u32),
+    /// One of its tables is in no memory; it may have a page fault with this error code.
+    NoTable(u32),
     /// It is no memory, or read-only.
     Mmio(u64),
     /// The host has refused it.
@@ -72,7 +74,10 @@ pub struct Now<'a> {
 
 impl Source for Now<'_> {
     fn entry(&self, gpa: u64, size: EntrySize) -> Option<u64> {
-        let (_, pfn) = self.world.resolve(self.space, gpa >> 12)?;
+        let (slot, pfn) = self.world.resolve(self.space, gpa >> 12)?;
+        if self.world.host.is_mmio(slot.hva_of(Gfn::new(gpa >> 12))?.get()) {
+            return None;
+        }
         let word = self.world.host.read(pfn, usize::try_from(gpa % 4096 / 8).unwrap());
         Some(match size {
             EntrySize::Eight => word,
@@ -133,7 +138,8 @@ impl World {
         let log = DirtyLog::attach(&mut table).unwrap();
         let consumer = log.consumer().unwrap();
         let host = TestHost::default();
-        let config = ShadowConfig { log: Some(log.clone()), ..config };
+        let physical_address_bits = cpu::PHYSICAL_ADDRESS_BITS;
+        let config = ShadowConfig { log: Some(log.clone()), physical_address_bits, ..config };
         let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
         let none = SlotFlags::empty();
         table.create(slot(RAM, 0, range(0, SMALL), 0, none)).unwrap();
@@ -284,15 +290,20 @@ impl World {
                 self.cpus[cpu].vcpu.reload().unwrap();
                 self.host.forget_all(self.cpus[cpu].tlb);
             }
-            if let Some(pfn) = self.translate(cpu, address, want) {
-                if want.write {
-                    self.wrote_frame(self.cpus[cpu].space, pfn);
+            let is_reserved = match self.translate(cpu, address, want) {
+                Ok(pfn) => {
+                    if want.write {
+                        self.wrote_frame(self.cpus[cpu].space, pfn);
+                    }
+                    return Touched::Done(pfn);
                 }
-                return Touched::Done(pfn);
-            }
+                Err(is_reserved) => is_reserved,
+            };
             let expected = self.naive(cpu, address, want);
             let space = self.cpus[cpu].space;
-            let fault = self.cpus[cpu].vcpu.fault(address, access(want)).unwrap();
+            let mut access = access(want);
+            access.set(GuestAccess::RESERVED, is_reserved);
+            let fault = self.cpus[cpu].vcpu.fault(address, access).unwrap();
             // Accessed and dirty bits are writes of the guest's.
             for pfn in self.history.note_memory(&self.host, self.now) {
                 self.wrote_frame(space, pfn);
@@ -305,11 +316,32 @@ impl World {
                     assert_eq!(Err(fault.error_code.bits()), expected, "{fault}");
                     return Touched::Fault(fault.error_code.bits());
                 }
+                ShadowFault::NoTable { entry, fault } => {
+                    assert_eq!(fault.address, address);
+                    assert_eq!(Err(fault.error_code.bits()), expected, "{fault}");
+                    let what = self.resolve(space, entry.get() >> 12);
+                    let is_there = what.is_some_and(|(slot, _)| {
+                        !self.host.is_mmio(slot.hva_of(Gfn::new(entry.get() >> 12)).unwrap().get())
+                    });
+                    assert!(!is_there, "there is a table at {entry}");
+                    return Touched::NoTable(fault.error_code.bits());
+                }
                 ShadowFault::Mmio(gpa) => {
-                    let found = expected.expect("it is mapped somewhere");
-                    assert_eq!(gpa.get(), found.gpa);
-                    let slot = self.table.view().slot_at(space, Gfn::new(gpa.get() >> 12));
-                    let is_memory = |slot: &Slot| !want.write || !slot.flags().contains(SlotFlags::READONLY);
+                    let is_now = expected.as_ref().is_ok_and(|found| found.gpa == gpa.get());
+                    let was = || {
+                        is_reserved
+                            && self
+                                .pasts(cpu, address)
+                                .iter()
+                                .any(|past| self.was_marked(cpu, past, gpa.get(), want))
+                    };
+                    assert!(is_now || was(), "{gpa}, and the guest's tables say {expected:x?}");
+                    let gfn = Gfn::new(gpa.get() >> 12);
+                    let slot = self.table.view().slot_at(space, gfn);
+                    let is_memory = |slot: &Slot| {
+                        let is_read_only = slot.flags().contains(SlotFlags::READONLY);
+                        !(want.write && is_read_only || self.host.is_mmio(slot.hva_of(gfn).unwrap().get()))
+                    };
                     assert!(!slot.is_some_and(is_memory), "{gpa} is memory");
                     return Touched::Mmio(gpa.get());
                 }
@@ -338,20 +370,24 @@ impl World {
     }
 
     /// What the processor does by itself: from what it has cached, or through the tables.
-    fn translate(&mut self, cpu: usize, address: u64, want: Want) -> Option<u64> {
+    /// Otherwise: whether the tables have a reserved bit there.
+    fn translate(&mut self, cpu: usize, address: u64, want: Want) -> Result<u64, bool> {
         let this = &self.cpus[cpu];
         if let Some(cached) = self.host.cached(this.tlb, address >> 12) {
             if this.allows(cached.rights, want) {
-                return Some(cached.pfn);
+                return Ok(cached.pfn);
             }
             self.host.forget(this.tlb, address >> 12);
         }
         let allowed = |rights| this.allows(rights, want);
         let found = hardware_walk(&self.host, this.vcpu.root().unwrap(), address, want.write, allowed);
-        let leaf = found.filter(|leaf| allowed(leaf.rights))?;
+        let leaf = found?;
+        if !allowed(leaf.rights) {
+            return Err(false);
+        }
         let gfns = [RAM, SMM].iter().flat_map(|space| self.gfns_of(*space, leaf.pfn)).collect();
         self.host.cache(this.tlb, address >> 12, Cached { pfn: leaf.pfn, rights: leaf.rights, gfns });
-        Some(leaf.pfn)
+        Ok(leaf.pfn)
     }
 
     /// The guest's kernel writes an entry of a table through its map.
