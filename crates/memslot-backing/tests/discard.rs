@@ -59,7 +59,7 @@ fn shared_file_from_an_offset_on() {
     source.sync_all().unwrap();
     let before = stored(&source);
     if let Err(MemoryError::Unsupported { instead, .. }) = memory.discard(MIB..2 * MIB) {
-        return common::skipped(&format!("discard of a shared file: {instead}"));
+        return memslot_testing::skipped(&format!("discard of a shared file: {instead}"));
     }
     source.sync_all().unwrap();
     assert_eq!(before - stored(&source), MIB, "blocks are freed");
@@ -129,7 +129,7 @@ fn pages_of_a_pool() {
                 says.contains("4 huge pages of 2 MiB are wanted") && says.contains("nr_hugepages"),
                 "{says}"
             );
-            return common::skipped(&format!("memory in huge pages of a pool: {error}"));
+            return memslot_testing::skipped(&format!("memory in huge pages of a pool: {error}"));
         }
         Err(error) => panic!("{error}"),
     };

@@ -6,10 +6,11 @@ mod common;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use common::{MIB, PAGE, all, fill, signal_of_write, skipped};
+use common::{MIB, PAGE, all, fill, signal_of_write};
 use kvm_ioctls::{Kvm, VmFd};
 use memslot::*;
 use memslot_backing::{Backings, GuestMemfd, GuestMemfdError, GuestMemfdFlags, Memory, MemoryKind};
+use memslot_testing::skipped;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 

@@ -472,7 +472,9 @@ fn memory_at_the_place_of_one_that_is_gone() {
     let small = [0x1010, 0x1030].map(|page| at(page, 4).hva());
     let large = at(0x1000, 0x40);
     if small.iter().any(|&hva| !large.hvas().contains(hva)) {
-        return common::skipped("memory at the place of one that is gone: the kernel puts it elsewhere");
+        return memslot_testing::skipped(
+            "memory at the place of one that is gone: the kernel puts it elsewhere",
+        );
     }
     let whole = backings.spec(id(0), gfn(0), &large, ..).unwrap();
     table.create(whole).unwrap();

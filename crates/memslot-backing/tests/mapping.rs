@@ -98,7 +98,9 @@ fn aligned_memory_gets_huge_pages() {
     if aligned == 0 {
         let path = "/sys/kernel/mm/transparent_hugepage/enabled";
         let enabled = std::fs::read_to_string(path).unwrap_or_default();
-        return common::skipped(&format!("transparent huge pages: none were given; {path} is {enabled:?}"));
+        return memslot_testing::skipped(&format!(
+            "transparent huge pages: none were given; {path} is {enabled:?}"
+        ));
     }
     assert_eq!(aligned, 6 * MIB);
     assert_eq!(huge(Memory::anonymous(6 * MIB).congruent_to(Gpa::new(PAGE))), 4 * MIB);

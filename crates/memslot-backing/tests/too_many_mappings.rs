@@ -4,8 +4,9 @@
 
 mod common;
 
-use common::{PAGE, get, is_mapped, set, skipped};
+use common::{PAGE, get, is_mapped, set};
 use memslot_backing::{Memory, MemoryError, Sharing};
+use memslot_testing::skipped;
 
 #[test]
 fn nothing_is_lost_when_there_are_too_many() {

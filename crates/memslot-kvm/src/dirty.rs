@@ -27,9 +27,10 @@ use memslot::{AddressSpaceId, GfnRange, SlotTable};
 
 use crate::error::DirtyError;
 use crate::kernel::Kernel;
-use crate::programmed::KvmSlot;
+use crate::kvm_slot::KvmSlot;
+use crate::marks::Marks;
 use crate::slots::KvmSlots;
-use crate::steps::{Marks, State};
+use crate::steps::State;
 
 impl<K: Kernel + 'static> KvmSlots<K> {
     /// Gives the table a dirty log that the kernel's bits flow into; the same one each time.

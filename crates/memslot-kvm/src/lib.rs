@@ -100,6 +100,10 @@ mod ids;
 #[cfg(target_os = "linux")]
 mod kernel;
 #[cfg(target_os = "linux")]
+mod kvm_slot;
+#[cfg(target_os = "linux")]
+mod marks;
+#[cfg(target_os = "linux")]
 mod options;
 #[cfg(target_os = "linux")]
 mod plan;
@@ -112,6 +116,8 @@ mod single;
 #[cfg(target_os = "linux")]
 mod slots;
 #[cfg(target_os = "linux")]
+mod step;
+#[cfg(target_os = "linux")]
 mod steps;
 #[cfg(target_os = "linux")]
 mod vm;
@@ -122,8 +128,8 @@ pub use crate::{
     error::{AttachError, DirtyError, KvmError},
     ids::SlotIds,
     kernel::Kernel,
+    kvm_slot::KvmSlot,
     options::{NotRunning, Options, Vcpus},
-    programmed::KvmSlot,
     slots::KvmSlots,
     vm::Vm,
 };

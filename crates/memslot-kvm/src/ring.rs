@@ -13,8 +13,8 @@ use memslot::{AddressSpaceId, GfnRange};
 
 use crate::error::DirtyError;
 use crate::kernel::Kernel;
+use crate::marks::Marks;
 use crate::programmed::Programmed;
-use crate::steps::Marks;
 
 /// So often the kernel is asked to reset what was read, before that counts as an error. Once is enough where no signal
 /// comes.

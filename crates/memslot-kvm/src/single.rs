@@ -7,9 +7,11 @@
 
 use memslot::{Backing, Slot, SlotChange, SlotFlags};
 
+use crate::kvm_slot::KvmSlot;
 use crate::options::Options;
-use crate::plan::{Plan, Step, cut, take};
-use crate::programmed::{KvmSlot, Programmed};
+use crate::plan::{Plan, cut, take};
+use crate::programmed::Programmed;
+use crate::step::Step;
 
 /// Adds the step to an empty plan, if there is one that does it all. The kernel is in step with the version before.
 pub(crate) fn single(

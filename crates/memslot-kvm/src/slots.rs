@@ -13,10 +13,12 @@ use memslot::{
 use crate::error::{AttachError, KvmError};
 use crate::ids::SlotIds;
 use crate::kernel::Kernel;
+use crate::kvm_slot::KvmSlot;
 use crate::options::{Options, Vcpus};
-use crate::plan::{Place, Plan, Step, plan};
-use crate::programmed::{KvmSlot, Programmed};
+use crate::plan::{Plan, plan};
+use crate::programmed::Programmed;
 use crate::single::single;
+use crate::step::{Place, Step};
 use crate::steps::State;
 use crate::vm::Vm;
 

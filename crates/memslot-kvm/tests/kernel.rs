@@ -20,7 +20,7 @@ use memslot::*;
 use memslot_kvm::{Kernel, KvmSlots, NotRunning, Options, Vm};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use crate::common::{PAGE, RAM, Random, gfns, random_op, skipped, spec};
+use crate::common::{PAGE, RAM, Random, gfns, random_op, spec};
 
 const FRAMES: u64 = 320;
 const MSR_KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
@@ -64,7 +64,7 @@ fn kvm() -> Option<Kvm> {
     match Kvm::new() {
         Ok(kvm) => Some(kvm),
         Err(error) => {
-            skipped(&format!("slots in the real kernel: no /dev/kvm ({error})"));
+            memslot_testing::skipped(&format!("slots in the real kernel: no /dev/kvm ({error})"));
             None
         }
     }

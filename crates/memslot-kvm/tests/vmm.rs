@@ -15,7 +15,7 @@ mod vmm;
 #[test]
 fn the_guest_and_the_dirty_log_agree() {
     if let Err(error) = kvm_ioctls::Kvm::new() {
-        return common::skipped(&format!("the example VMM: no /dev/kvm ({error})"));
+        return memslot_testing::skipped(&format!("the example VMM: no /dev/kvm ({error})"));
     }
     vmm::run().unwrap();
 }

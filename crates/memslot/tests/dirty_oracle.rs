@@ -4,12 +4,10 @@
 //! of the caller's choice, through the slots, and marks what it wrote. Needs /dev/kvm; elsewhere it says `skipped`.
 //! `MEMSLOT_ORACLE_OPS` and `MEMSLOT_SEED` are as in `oracle.rs`.
 
-mod common;
-
 #[cfg(not(target_os = "linux"))]
 #[test]
 fn the_kernel_marks_and_clears_the_same_pages() {
-    common::skipped("comparison of dirty logs with the kernel: not Linux");
+    memslot_testing::skipped("comparison of dirty logs with the kernel: not Linux");
 }
 
 #[cfg(target_os = "linux")]
@@ -22,8 +20,7 @@ mod linux {
     use memslot::dirty::{DirtyLog, SoftwareOnly};
     use memslot::rules::{Rules, UserMemoryRegion};
     use memslot::{AddressSpaceId, Gpa, Limits, PageSize, SlotFlags, SlotId, SlotTable};
-
-    use crate::common::{self, Random};
+    use memslot_testing::{Random, skipped};
 
     const PAGE: u64 = 4096;
     /// Guest pages that anything happens in; as many are mapped in the host.
@@ -237,10 +234,10 @@ mod linux {
     fn the_kernel_marks_and_clears_the_same_pages() {
         let kvm = match Kvm::new() {
             Ok(kvm) if !cfg!(miri) && cfg!(target_arch = "x86_64") => kvm,
-            Ok(_) => return common::skipped("comparison of dirty logs with the kernel: Miri, or not x86-64"),
+            Ok(_) => return skipped("comparison of dirty logs with the kernel: Miri, or not x86-64"),
             Err(error) => {
                 let why = format!("comparison of dirty logs with the kernel: no /dev/kvm ({error})");
-                return common::skipped(&why);
+                return skipped(&why);
             }
         };
         let number = |name, default| std::env::var(name).map_or(default, |text| text.parse().unwrap());

@@ -1,16 +1,14 @@
 //! What listeners hear: the exact pieces, in an order that never overlaps, and every failure taken back.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use common::Random;
 use memslot::{
     AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, Listener, ListenerError, PieceKind, Reason, Slot,
     SlotFlags, SlotId, SlotSpec, SlotTable, Update, View,
 };
+use memslot_testing::Random;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 

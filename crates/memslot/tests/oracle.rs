@@ -3,12 +3,10 @@
 //! Needs /dev/kvm; elsewhere it says `skipped`. `MEMSLOT_ORACLE_OPS` sets the number of calls (some thousands by
 //! default, a million and more in the full run), `MEMSLOT_SEED` the seed.
 
-mod common;
-
 #[cfg(not(target_os = "linux"))]
 #[test]
 fn the_kernel_agrees() {
-    common::skipped("comparison with the kernel: not Linux");
+    memslot_testing::skipped("comparison with the kernel: not Linux");
 }
 
 #[cfg(target_os = "linux")]
@@ -17,8 +15,7 @@ mod linux {
     use kvm_ioctls::{Cap, Kvm, VmFd};
     use memslot::rules::{HostLimits, Rules, UserMemoryRegion};
     use memslot::{AddressSpaceId, Limits, SlotTable};
-
-    use crate::common::{self, Random};
+    use memslot_testing::{Random, skipped};
 
     const PAGE: u64 = 4096;
     const USER_END: u64 = 0x7fff_ffff_f000;
@@ -138,9 +135,9 @@ mod linux {
     fn the_kernel_agrees() {
         let kvm = match Kvm::new() {
             Ok(kvm) if !cfg!(miri) => kvm,
-            Ok(_) => return common::skipped("comparison with the kernel: Miri"),
+            Ok(_) => return skipped("comparison with the kernel: Miri"),
             Err(error) => {
-                return common::skipped(&format!("comparison with the kernel: no /dev/kvm ({error})"));
+                return skipped(&format!("comparison with the kernel: no /dev/kvm ({error})"));
             }
         };
         let number = |name, default| std::env::var(name).map_or(default, |text| text.parse().unwrap());

@@ -10,7 +10,7 @@
 //! | 14 | a cycle of locks | the core takes no lock: there is one writer, by `&mut` |
 //! | 15 | leaks and early frees when an allocation fails | `allocation_failure.rs`, and `table/tests.rs` node by node |
 //! | 18 | a page reference leaked | no pages are referenced: a slot names memory, it does not hold it |
-//! | 19-28 | the dirty log and the dirty ring | `dirty_rules.rs`, `dirty_late.rs`, `dirty_ring/` |
+//! | 19-28 | the dirty log and the dirty ring | `dirty_log/`, `dirty_ring/` |
 
 mod common;
 
@@ -23,8 +23,7 @@ mod past_bugs {
         AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, Listener, ListenerError, Piece, PieceKind,
         Slot, SlotFlags, SlotId, SlotSpec, SlotTable, Update,
     };
-
-    use crate::common::Random;
+    use memslot_testing::Random;
 
     const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
     const HVA: u64 = 0x7f00_0000_0000;

@@ -8,18 +8,6 @@ use memslot_backing::Memory;
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
 
-/// Says why a test does nothing here, also to whoever collects such lines.
-pub fn skipped(why: &str) {
-    let line = format!("skipped: {why}");
-    println!("{line}");
-    if let Some(file) = std::env::var_os("MEMSLOT_SKIPPED_FILE") {
-        use std::io::Write;
-        if let Ok(mut file) = std::fs::OpenOptions::new().append(true).create(true).open(file) {
-            let _ = writeln!(file, "{line}");
-        }
-    }
-}
-
 /// A byte of a memory.
 pub fn get(memory: &Memory, offset: u64) -> u8 {
     assert!(offset < memory.bytes());

@@ -1,11 +1,11 @@
 //! What the tests of `record` share: the program, the library and the little VMM, and the trace as data.
 
 use std::fs::OpenOptions;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
+pub(crate) use memslot_testing::skipped;
 use serde_json::Value;
 
 /// What the preload crate builds.
@@ -86,15 +86,4 @@ pub(crate) fn has_kvm() -> bool {
         skipped("no /dev/kvm to record");
     }
     there
-}
-
-/// Says why a test does nothing here, also to whoever collects such lines.
-pub(crate) fn skipped(why: &str) {
-    let line = format!("skipped: {why}");
-    println!("{line}");
-    if let Some(file) = std::env::var_os("MEMSLOT_SKIPPED_FILE") {
-        if let Ok(mut file) = OpenOptions::new().append(true).create(true).open(file) {
-            _ = writeln!(file, "{line}");
-        }
-    }
 }

@@ -2,39 +2,12 @@
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses a part of it")]
 
 use memslot::*;
+pub use memslot_testing::Random;
 
 pub const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 pub const PAGE: u64 = 4096;
 /// Where the model of the kernel has memory.
 pub const MODEL_HVA: u64 = 0x7000_0000_0000;
-
-/// xorshift: the same numbers for the same seed.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
-    }
-
-    pub fn pick<T: Copy>(&mut self, items: &[T]) -> T {
-        items[usize::try_from(self.below(items.len() as u64)).unwrap()]
-    }
-
-    pub fn once_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-}
 
 pub fn gfns(start: u64, len: u64) -> GfnRange {
     GfnRange::with_len(Gfn::new(start), len).unwrap()
@@ -104,17 +77,5 @@ pub fn random_op(
             high.map_or(Ok(()), |high| tx.merge(RAM, slot.id(), high))
         }
         _ => Ok(()),
-    }
-}
-
-/// Says why a test does nothing here, also to whoever collects such lines.
-pub fn skipped(why: &str) {
-    let line = format!("skipped: {why}");
-    println!("{line}");
-    if let Some(file) = std::env::var_os("MEMSLOT_SKIPPED_FILE") {
-        use std::io::Write;
-        if let Ok(mut file) = std::fs::OpenOptions::new().append(true).create(true).open(file) {
-            let _ = writeln!(file, "{line}");
-        }
     }
 }

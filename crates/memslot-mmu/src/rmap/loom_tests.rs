@@ -290,3 +290,64 @@ fn loom_rmap_first_use() {
         ));
     });
 }
+
+fn frames(first: u64, end: u64) -> GfnRange {
+    GfnRange::new(Gfn::new(first), Gfn::new(end)).unwrap()
+}
+
+/// A slot is split and what was split is merged, while somebody walks one of its lists through the slot that it was.
+#[test]
+fn loom_rmap_slots_change_beside_a_walk() {
+    loom::model(|| {
+        let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
+        let (space, mut cache, mut walker) = (rmap.space().unwrap(), rmap.cache(), rmap.walker().unwrap());
+        cache.reserve(2).unwrap();
+        let old = std::sync::Arc::new(space.slot(frames(0, 4), Level::K4).unwrap());
+        let gfn = Gfn::new(1);
+        let mut record = None;
+        let list = old.reserve(Level::K4, gfn).unwrap();
+        writer.add(list, entry(1), &mut cache, |_, filed| record = Some(filed)).unwrap();
+        let held = old.clone();
+        let walking = thread::spawn(move || {
+            let inside = walker.enter();
+            let list = held.list(Level::K4, gfn).unwrap();
+            let seen: Vec<u64> = inside.entries(list).map(|entry| entry.get() >> 3).collect();
+            assert!(seen.contains(&1) && seen.iter().all(|number| [1, 2].contains(number)), "{seen:?}");
+        });
+        let [low, high] =
+            [(0, 1), (1, 4)].map(|(first, end)| space.slot(frames(first, end), Level::K4).unwrap());
+        drop(old);
+        writer.add(high.list(Level::K4, gfn).unwrap(), entry(2), &mut cache, |_, _| ()).unwrap();
+        let whole = space.slot(frames(0, 4), Level::K4).unwrap();
+        drop((low, high));
+        writer.reclaim(9);
+        walking.join().unwrap();
+        assert_eq!(writer.count(whole.list(Level::K4, gfn).unwrap()), 2);
+        assert_eq!(writer.remove(record.unwrap(), entry(1), |_, _| ()), Ok(1));
+        drop(whole);
+        writer.reclaim(9);
+    });
+}
+
+/// Room for a list is made through a slot that is being replaced: the new one has it.
+#[test]
+fn loom_rmap_room_is_made_beside_a_new_slot() {
+    loom::model(|| {
+        let (rmap, mut writer) = Rmap::<Entry>::new().unwrap();
+        let space = rmap.space().unwrap();
+        let old = space.slot(frames(0, 4), Level::K4).unwrap();
+        let gfn = Gfn::new(1);
+        let reserving = thread::spawn(move || {
+            let list = old.reserve(Level::K4, gfn).unwrap();
+            (list.number_and_home().0, old)
+        });
+        let new = space.slot(frames(1, 4), Level::K4).unwrap();
+        let own = new.reserve(Level::K4, gfn).unwrap().number_and_home().0;
+        let (number, old) = reserving.join().unwrap();
+        assert_eq!(number, own, "one list for each frame");
+        drop(old);
+        writer.reclaim(9);
+        let list = new.list(Level::K4, gfn).unwrap();
+        assert_eq!(list.number_and_home().0, number);
+    });
+}

@@ -5,4 +5,5 @@
 mod common;
 mod model;
 mod past_bugs;
+mod space;
 mod stress;

@@ -2,7 +2,9 @@
 #![cfg(not(loom))]
 #![allow(missing_docs, unreachable_pub, reason = "a test program")]
 
+mod collapse;
 mod holds;
+mod kept;
 mod memory;
 mod naive;
 mod nothing;

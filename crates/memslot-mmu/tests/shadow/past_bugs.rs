@@ -18,7 +18,7 @@ use crate::world::layout::{END, LARGE};
 use crate::world::{RAM, READ, SMM, Touched, WRITE, World, access, range, slot};
 
 pub const NONE: SlotFlags = SlotFlags::empty();
-const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
+pub const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
 pub const READONLY: SlotFlags = SlotFlags::READONLY;
 
 /// Present, writable, a user's, accessed, dirty.
@@ -158,7 +158,7 @@ impl Guest {
 }
 
 /// A slot becomes read-only, or writable, and what else these flags say.
-fn set_flags(guest: &mut Guest, id: u32, flags: SlotFlags) {
+pub fn set_flags(guest: &mut Guest, id: u32, flags: SlotFlags) {
     guest.change(|world| {
         let set = |tx: &mut memslot::Transaction<'_>| {
             tx.set_read_only(RAM, SlotId::new(id), flags.contains(READONLY))?;

@@ -40,7 +40,7 @@ fn map(bytes: usize, flags: i32, fd: i32, offset: usize) -> Option<*mut u8> {
 #[test]
 fn a_ring_of_the_kernels_is_read() {
     if let Err(why) = read_the_kernels_ring() {
-        common::skipped(&format!("dirty ring of the kernel: {why}"));
+        memslot_testing::skipped(&format!("dirty ring of the kernel: {why}"));
     }
 }
 

@@ -29,9 +29,8 @@ use memslot::{
     AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, Listener, ListenerError, PageSize, PieceKind, Slot,
     SlotFlags, SlotId, SlotSpec, SlotTable, Update,
 };
+use memslot_testing::Random;
 use proptest::prelude::*;
-
-use crate::common::Random;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
@@ -142,5 +141,5 @@ fn gfns(pages: &[u64]) -> BTreeSet<u64> {
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 #[test]
 fn a_ring_of_the_kernels_is_read() {
-    common::skipped("dirty ring of the kernel: not Linux on x86-64");
+    memslot_testing::skipped("dirty ring of the kernel: not Linux on x86-64");
 }

@@ -3,8 +3,8 @@
 use memslot::{
     AddressSpaceId, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, Reader, Slot, SlotId, Translation, View,
 };
+use memslot_testing::Random;
 
-use crate::common::Random;
 use crate::naive::{Known, Slots, range};
 
 pub fn known(slot: &Slot) -> Known {

@@ -11,12 +11,13 @@ mod compare;
 mod naive;
 mod program;
 
-use common::{Random, cases};
+use common::cases;
 use compare::{check_reader, compare, known};
 use memslot::{
     AddressSpaceId, Backing, Hva, Limits, PageSize, Reader, Reason, SlotFlags, SlotId, SlotSpec, SlotTable,
     Snapshot, TransactionError,
 };
+use memslot_testing::Random;
 use naive::{Model, Op, Slots, range};
 use program::random_op;
 use proptest::prelude::*;

@@ -1,8 +1,8 @@
 //! Random operations: mostly sensible ones, near each other, with every edge now and then.
 
 use memslot::{AddressSpaceId, Backing, Gfn, Hva, PageSize, SlotFlags, SlotId, SlotSpec};
+use memslot_testing::Random;
 
-use crate::common::Random;
 use crate::naive::{Known, Model, Op, range};
 
 const FLAGS: [SlotFlags; 4] =

@@ -75,6 +75,26 @@ pub enum Op {
         low: u32,
         high: u32,
     },
+    /// It grows or shrinks at its end.
+    ResizeSlot {
+        smm: bool,
+        id: u32,
+        pages: u64,
+    },
+    /// The same slot has another id.
+    RenameSlot {
+        smm: bool,
+        id: u32,
+        new: u32,
+    },
+    /// In one transaction: a slot is split in three, and the middle piece gets flags or goes.
+    CutSlot {
+        smm: bool,
+        id: u32,
+        at: u64,
+        pages: u64,
+        flags: Option<u32>,
+    },
     Harvest,
     /// Host memory moves to another frame; with something going on meanwhile.
     MoveMemory {
@@ -121,10 +141,16 @@ impl Op {
             192..=203 => Self::CreateSlot { smm, id: id(a), shape: bytes[3], flags },
             204..=207 => Self::DeleteSlot { smm, id: id(a) },
             208..=210 => Self::MoveSlot { smm, id: id(a), to: c | d << 8 },
-            211..=218 => Self::SlotFlags { smm, id: id(a), flags },
+            211..=215 => Self::SlotFlags { smm, id: id(a), flags },
+            216 => Self::RenameSlot { smm, id: id(a), new: id(a + 1 + d % 3) },
+            217..=218 => Self::ResizeSlot { smm, id: id(a), pages: 1 + (c | d << 8) % 1100 },
             219..=221 => Self::SplitSlot { smm, id: id(a), at: page(c), new: id(a + 1 + d % 3) },
             222..=223 => Self::MergeSlots { smm, low: id(a), high: id(d) },
-            224..=231 => Self::Harvest,
+            224..=230 => Self::Harvest,
+            231 => {
+                let flags = (d % 5 < 4).then_some(flags);
+                Self::CutSlot { smm, id: id(a), at: page(c), pages: 1 + e % 40, flags }
+            }
             232..=237 => Self::MoveMemory { page: page(c), meanwhile: a | b << 8, unreachable: d % 2 == 1 },
             238..=240 => Self::HostReadOnly { page: page(c), on: a % 2 == 1 },
             241..=245 => Self::ZapRange { smm, first: page(c), pages: 1 + d },

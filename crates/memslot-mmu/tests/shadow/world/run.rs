@@ -58,6 +58,30 @@ impl World {
         ((spec.table() << 12) + index * size, spec.value(size))
     }
 
+    /// Whether the operation takes no frame's backing away: what small pages map must stay.
+    fn must_keep(op: &Op) -> bool {
+        matches!(op, Op::SplitSlot { .. } | Op::MergeSlots { .. } | Op::RenameSlot { .. })
+            || matches!(op, Op::SlotFlags { .. } | Op::CutSlot { flags: Some(_), .. })
+    }
+
+    /// A change of the slots.
+    fn change(&mut self, op: &Op) {
+        let is_small = self.shadow.config().largest == Level::K4;
+        let before = self.shadow.stats().leaves;
+        let pages = self.total_pages();
+        self.change_slots(op);
+        self.slots_changed();
+        let grows = matches!(op, Op::ResizeSlot { .. }) && self.total_pages() >= pages;
+        if is_small && (grows || Self::must_keep(op)) {
+            assert_eq!(self.shadow.stats().leaves, before, "{op:?} has not kept what is mapped");
+        }
+    }
+
+    fn total_pages(&self) -> u64 {
+        let view = self.table.view();
+        [RAM, SMM].into_iter().flat_map(|space| view.slots(space)).map(memslot::Slot::pages).sum()
+    }
+
     fn apply(&mut self, op: &Op) {
         match *op {
             Op::Touch { cpu, address, how } => {
@@ -105,10 +129,7 @@ impl World {
             Op::Age => {
                 self.shadow.ager().unwrap().age(RAM, range(0, END));
             }
-            _ => {
-                self.change_slots(op);
-                self.slots_changed();
-            }
+            _ => self.change(op),
         }
     }
 
@@ -187,6 +208,42 @@ impl World {
             }
             Op::MergeSlots { smm, low, high } => {
                 self.table.transaction(|tx| tx.merge(space(smm), id(low), id(high)))
+            }
+            Op::ResizeSlot { smm, id: number, pages } => {
+                let Some(slot) = self.table.view().slot(space(smm), id(number)) else { return };
+                let (first, had) = (slot.base_gfn().get(), slot.pages());
+                let pages = pages.min(if first < SMALL { SMALL } else { END } - first);
+                let hva = slot.hva_of(slot.base_gfn()).unwrap();
+                if let Some(more @ 1..) = pages.checked_sub(had) {
+                    let hva = Hva::new(hva.get() + (had << 12));
+                    if self.would_be_aliased(smm, (first + had, more), hva) {
+                        return;
+                    }
+                }
+                self.table.transaction(|tx| tx.resize(space(smm), id(number), pages))
+            }
+            Op::RenameSlot { smm, id: number, new } => {
+                let Some(slot) = self.table.view().slot(space(smm), id(number)) else { return };
+                let spec = memslot::SlotSpec { id: id(new), ..slot.spec() };
+                self.table.transaction(|tx| {
+                    tx.delete(space(smm), id(number))?;
+                    tx.create(spec)
+                })
+            }
+            Op::CutSlot { smm, id: number, at, pages, flags: bits } => {
+                let (space, middle, right) = (space(smm), id(2), id(300));
+                self.table.transaction(|tx| {
+                    tx.split(space, id(number), Gfn::new(at), middle)?;
+                    tx.split(space, middle, Gfn::new(at + pages), right)?;
+                    match bits {
+                        Some(bits) => {
+                            let is_read_only = flags(bits).contains(SlotFlags::READONLY);
+                            tx.set_read_only(space, middle, is_read_only)?;
+                            tx.set_flags(space, middle, flags(bits))
+                        }
+                        None => tx.delete(space, middle),
+                    }
+                })
             }
             _ => unreachable!("{op:?} is about slots"),
         };

@@ -5,32 +5,11 @@ use std::sync::{Arc, Mutex, mpsc};
 
 use memslot::dirty::{Consumer, DirtyLog, Rearm, SoftwareOnly};
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, Listener, ListenerError, Reader, SlotFlags, SlotId,
-    SlotSpec, SlotTable, Update,
+    AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, Listener, ListenerError, Reader, SlotId, SlotSpec,
+    SlotTable, Update,
 };
 
-const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
-
-fn gfns(first: u64, pages: u64) -> GfnRange {
-    GfnRange::with_len(Gfn::new(first), pages).unwrap()
-}
-
-fn slot(id: u32, first: u64, pages: u64) -> SlotSpec {
-    SlotSpec {
-        address_space: RAM,
-        id: SlotId::new(id),
-        gfns: gfns(first, pages),
-        backing: Backing::Host { hva: Hva::new(0x7000_0000_0000 + (u64::from(id) << 32)) },
-        flags: SlotFlags::LOG_DIRTY_PAGES,
-    }
-}
-
-fn take(consumer: &Consumer) -> Vec<(u64, u64)> {
-    let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
-    let runs = harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect();
-    harvest.commit();
-    runs
-}
+use crate::{RAM, gfns, slot, take};
 
 /// Looks at the log at every call, and writes to pages that have just been re-armed.
 struct Watching {

@@ -4,28 +4,14 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use memslot::dirty::kvm::{ClearDirtyLog, KvmDirtyLog};
-use memslot::dirty::{BitmapError, Consumer, DirtyLog, Harvest, Rearm, SoftwareOnly};
+use memslot::dirty::{BitmapError, Consumer, DirtyLog, Rearm, SoftwareOnly};
 use memslot::rules::Errno;
 use memslot::{
     AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, Listener, ListenerError, PageSize, SlotFlags,
     SlotId, SlotSpec, SlotTable, Update,
 };
 
-const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
-
-fn gfns(first: u64, pages: u64) -> GfnRange {
-    GfnRange::with_len(Gfn::new(first), pages).unwrap()
-}
-
-fn slot(id: u32, first: u64, pages: u64) -> SlotSpec {
-    SlotSpec {
-        address_space: RAM,
-        id: SlotId::new(id),
-        gfns: gfns(first, pages),
-        backing: Backing::Host { hva: Hva::new(0x7000_0000_0000 + (first << 16)) },
-        flags: SlotFlags::LOG_DIRTY_PAGES,
-    }
-}
+use crate::{RAM, gfns, runs, slot, take};
 
 fn guest(slots: &[SlotSpec]) -> (SlotTable, DirtyLog, Consumer) {
     let mut table = SlotTable::new(Limits::default()).unwrap();
@@ -35,17 +21,6 @@ fn guest(slots: &[SlotSpec]) -> (SlotTable, DirtyLog, Consumer) {
         table.create(*slot).unwrap();
     }
     (table, log, consumer)
-}
-
-fn runs(harvest: &Harvest<'_>) -> Vec<(u64, u64)> {
-    harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect()
-}
-
-fn take(consumer: &Consumer) -> Vec<(u64, u64)> {
-    let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
-    let runs = runs(&harvest);
-    harvest.commit();
-    runs
 }
 
 /// Row 19: every edge of `KVM_CLEAR_DIRTY_LOG`'s first page and number of pages, against the rule in its own words.

@@ -4,31 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use memslot::dirty::kvm::KvmDirtyLog;
-use memslot::dirty::{Consumer, DirtyLog, FenceRefused, HeavyFence, Rearm, SoftwareOnly};
-use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable};
+use memslot::dirty::{DirtyLog, FenceRefused, HeavyFence, Rearm};
+use memslot::{AddressSpaceId, Gfn, GfnRange, Limits, SlotId, SlotTable};
 
-const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
-
-fn gfns(first: u64, pages: u64) -> GfnRange {
-    GfnRange::with_len(Gfn::new(first), pages).unwrap()
-}
-
-fn slot(id: u32, first: u64, pages: u64) -> SlotSpec {
-    SlotSpec {
-        address_space: RAM,
-        id: SlotId::new(id),
-        gfns: gfns(first, pages),
-        backing: Backing::Host { hva: Hva::new(0x7000_0000_0000 + (u64::from(id) << 32)) },
-        flags: SlotFlags::LOG_DIRTY_PAGES,
-    }
-}
-
-fn take(consumer: &Consumer) -> Vec<(u64, u64)> {
-    let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
-    let runs = harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect();
-    harvest.commit();
-    runs
-}
+use crate::{RAM, gfns, slot, take};
 
 /// What happened, in order.
 #[derive(Clone, Default)]
