@@ -32,6 +32,12 @@ use crate::pool;
 pub(crate) const SPACE: AddressSpaceId = AddressSpaceId::NORMAL;
 /// Where high memory begins: 4 GiB, as a frame.
 const HIGH: u64 = 1 << 20;
+/// Frames below it are mapped one by one: among them is the page by which Linux starts its other processors, whose first use is
+/// waited for.
+const FIRST_AROUND: u64 = 0x100;
+/// Where a page of 4 KiB is mapped, those beside it are, in groups of so many: that costs some microseconds, their own faults a
+/// hundred each.
+const AROUND: u64 = 16;
 /// Ids of RAM slots are below this one.
 pub(crate) const WINDOWS: u32 = 16;
 
@@ -46,6 +52,8 @@ pub(crate) struct Ram {
 #[derive(Clone, Copy, Default)]
 pub(crate) struct FaultCounts {
     pub(crate) mapped: [u64; 3],
+    /// Pages of 4 KiB that were mapped beside one that was used.
+    pub(crate) around: u64,
     pub(crate) already_mapped: u64,
     pub(crate) retry: u64,
     pub(crate) mmio: u64,
@@ -264,7 +272,12 @@ impl Faults {
     pub(crate) fn resolve(&mut self, gpa: Gpa, access: Access) -> Result<Resolved, &'static str> {
         let counts = &mut self.counts;
         match self.walker.fault(gpa, access) {
-            Ok(Fault::Mapped(level)) => counts.mapped[usize::from(level.get()) - 1] += 1,
+            Ok(Fault::Mapped(level)) => {
+                counts.mapped[usize::from(level.get()) - 1] += 1;
+                if level == Level::K4 {
+                    self.map_around(gpa);
+                }
+            }
             Ok(Fault::AlreadyMapped) => counts.already_mapped += 1,
             Ok(Fault::Retry) => {
                 counts.retry += 1;
@@ -281,6 +294,24 @@ impl Faults {
             Err(_) => return Err("no memory for a page table"),
         }
         Ok(Resolved::Yes)
+    }
+}
+
+impl Faults {
+    /// Maps the pages beside one that was mapped just now, as far as there is memory. What cannot be had is its own fault's matter.
+    fn map_around(&mut self, gpa: Gpa) {
+        let first = (gpa.get() >> 12) / AROUND * AROUND;
+        if first < FIRST_AROUND {
+            return;
+        }
+        for gfn in first..first + AROUND {
+            let one = GfnRange::with_len(Gfn::new(gfn), 1).unwrap_or_default();
+            match self.walker.prefault(one, 1).map(|done| done.last) {
+                Ok(Fault::Mapped(_)) => self.counts.around += 1,
+                Ok(Fault::AlreadyMapped) => {}
+                _ => return,
+            }
+        }
     }
 }
 

@@ -198,6 +198,26 @@ fn each_allocation_fails_once() {
             |_| shadow.check().unwrap(),
         );
         assert!(failed > 0);
+        // With an id for which the pages' sets of slots need memory. What is mapped stays, whether it works or not.
+        let leaves = shadow.stats().leaves;
+        assert!(leaves > 0);
+        for (at, new) in [(36, 100), (34, 200), (33, 300)] {
+            let (_, failed) = until_it_works(
+                &mut table,
+                |table| table.transaction(|tx| tx.split(RAM, SlotId::new(0), Gfn::new(at), SlotId::new(new))),
+                |_| shadow.check().unwrap(),
+            );
+            assert!(failed > 0);
+            assert_eq!(shadow.stats().leaves, leaves);
+        }
+        for new in [300, 200, 100] {
+            until_it_works(
+                &mut table,
+                |table| table.transaction(|tx| tx.merge(RAM, SlotId::new(0), SlotId::new(new))),
+                |_| shadow.check().unwrap(),
+            );
+            assert_eq!(shadow.stats().leaves, leaves);
+        }
         until_it_works(
             &mut table,
             |table| table.delete(RAM, SlotId::new(1)),

@@ -165,12 +165,7 @@ fn page(hva: Hva) -> HvaRange {
 
 impl Scenario for Storm {
     fn ticks(&self) -> u64 {
-        match self.maps {
-            Maps::Nested(_) => 1,
-            // A change of a slot's borders takes away all that shadow tables map of it: the guest needs time in between to get
-            // anywhere.
-            Maps::Shadow(_) => 25,
-        }
+        1
     }
 
     fn round(&mut self, turn: &mut Turn<'_>) -> Result<(), String> {

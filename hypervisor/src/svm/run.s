@@ -3,7 +3,7 @@
  *
  * VMRUN switches rax, rsp, rip, flags, control registers and visible segments. The rest is done here.
  */
-.text
+.section .text.svm_run, "ax"
 .global svm_run
 svm_run:
     push rbx

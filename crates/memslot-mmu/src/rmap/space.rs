@@ -250,8 +250,7 @@ impl Directory {
 
     #[inline(always)]
     fn place(&self, list: u64) -> &AtomicPtr<Chunk> {
-        let place = (list >> CHUNK_BITS) as usize % DIRECTORY;
-        &self.chunks[place]
+        &self.chunks[(list >> CHUNK_BITS) as usize % DIRECTORY]
     }
 
     /// Makes this the chunk that has the list, if there is none yet. Returns whether there was none.

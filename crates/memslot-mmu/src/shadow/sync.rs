@@ -23,8 +23,9 @@
 //!
 //! # When to write-protect again
 //!
-//! Comparing costs a look at 512 entries, write-protecting costs a fault for each table that is written again. A table that had changed when it
-//! was compared last is likely to change again and stays writable; one that had not is write-protected, compared, and in sync.
+//! Comparing costs a look at 512 entries, write-protecting costs a flush, and a fault for each table that is written again. A table stays
+//! writable until it had not changed some times in a row; then it is write-protected, compared, and in sync. (Once is not enough: a kernel
+//! that patches its code through a page table of its own, as Linux does, loads CR3 twice for each time it writes there.)
 
 use super::ShadowHost;
 use super::guest::{Entry, Rights};
@@ -39,12 +40,12 @@ use crate::sync::Ordering;
 /// At most so many pages are compared under one hold of the lock.
 const STEP: usize = if cfg!(loom) { 2 } else { 16 };
 
-/// [`ShadowPage::quiet`]: had changed when it was compared last, or was not yet.
+/// [`ShadowPage::quiet`]: how often it was compared, one time after the other, and had not changed.
 const BUSY: usize = 0;
-/// Had not.
-const QUIET: usize = 1;
+/// So often is enough: a comparison is cheaper than a fault and a flush, by about this factor.
+const QUIET: usize = 4;
 /// Was write-protected again, and is to be compared for the last time.
-const PROTECTED: usize = 2;
+const PROTECTED: usize = usize::MAX;
 
 impl<'g, H: ShadowHost> Locked<'g, H> {
     /// The guest may write to the page's table from now on.
@@ -107,12 +108,13 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             self.flush_now();
         }
         for page in found {
-            let is_protected = page.quiet.load(Ordering::Relaxed) == PROTECTED;
+            let quiet = page.quiet.load(Ordering::Relaxed);
+            let is_protected = quiet == PROTECTED;
             let changed = self.sync_page(page);
             if is_protected {
                 page.set_unsync(false);
             }
-            let next = if changed == 0 && !is_protected { QUIET } else { BUSY };
+            let next = if changed == 0 && !is_protected { (quiet + 1).min(QUIET) } else { BUSY };
             page.quiet.store(next, Ordering::Relaxed);
             page.synced.store(sync, Ordering::Relaxed);
         }

@@ -132,15 +132,14 @@ impl Model {
                 // Merged with the next, or grown over the gap there, or to the end.
                 if let Some(gfns) = self.slot_at(gfn).map(SlotRmap::gfns) {
                     let (start, end) = (gfns.start().get(), gfns.end().get());
-                    let next =
-                        self.slots.range(end..).next().map(|(base, slot)| (*base, slot.gfns().end().get()));
-                    match next {
-                        Some((base, end)) if base == gfns.end().get() => {
-                            self.replace(&[start, end], keeps_old)
-                        }
-                        Some((base, _)) => self.replace(&[start, base], keeps_old),
-                        None if end < END => self.replace(&[start, END], keeps_old),
-                        None => {}
+                    let next = self.slots.range(end..).next();
+                    let new_end = match next {
+                        Some((&base, slot)) if base == end => slot.gfns().end().get(),
+                        Some((&base, _)) => base,
+                        None => END,
+                    };
+                    if new_end > end {
+                        self.replace(&[start, new_end], keeps_old);
                     }
                 }
             }

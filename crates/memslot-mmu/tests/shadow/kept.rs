@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use memslot::{Gfn, Listener, ListenerError, SlotId, SlotSpec, Transaction, TransactionError, Update};
 use memslot_mmu::Level;
-use memslot_mmu::shadow::ShadowConfig;
+use memslot_mmu::shadow::guest::GuestAccess;
+use memslot_mmu::shadow::{ShadowConfig, ShadowFault, ShadowVcpu};
 
 use crate::naive::Want;
 use crate::past_bugs::{
     ALL, Guest, LOG, NONE, PAGE_SIZE, PD, PT, READONLY, USER, USER_WRITE, in_pd, set_flags,
 };
+use crate::world::host::TestHost;
 use crate::world::layout::{END, LARGE};
 use crate::world::{RAM, Touched, range, slot};
 
@@ -27,7 +29,7 @@ const fn id(number: u32) -> SlotId {
 }
 
 /// How many pages of [`guest`] are mapped on each side of [`MIDDLE`].
-const SIDE: u64 = 64;
+const SIDE: u64 = HALF.unsigned_abs() as u64;
 const MIDDLE: u64 = LARGE + 104;
 
 /// A guest with small pages of [`SLOT`] on both sides of [`MIDDLE`], in pieces of a large page of its own, written and accessed; and the
@@ -82,7 +84,8 @@ fn split(guest: &mut Guest, at: u64, new: u32) {
     transaction(guest, |tx| tx.split(RAM, id(SLOT), Gfn::new(at), id(new)));
 }
 
-const HALF: isize = SIDE as isize;
+/// The same, as a difference.
+const HALF: isize = 64;
 const ALL_OF_THEM: isize = 2 * HALF;
 
 #[test]
@@ -270,10 +273,10 @@ fn the_dirty_log_finds_what_was_kept() {
     use_all(&mut guest);
     split(&mut guest, MIDDLE, FAR);
     let dirty = guest.step(crate::world::World::harvest);
-    assert_eq!(dirty.iter().filter(|(_, gfn)| *gfn >= LARGE).count(), 2 * SIDE as usize);
+    assert_eq!(dirty.iter().filter(|(_, gfn)| *gfn >= LARGE).count() as u64, 2 * SIDE);
     // What was kept has lost W: each write is noticed again.
     assert_eq!(faults_to_use(&mut guest, frames()), 2 * SIDE);
-    assert_eq!(guest.step(crate::world::World::harvest).len(), 2 * SIDE as usize);
+    assert_eq!(guest.step(crate::world::World::harvest).len() as u64, 2 * SIDE);
     guest.delete(FAR);
     guest.delete(SLOT);
 }
@@ -410,4 +413,60 @@ fn pieces_of_a_large_page_stay_in_both_halves() {
     use_all(&mut guest);
     assert_eq!(gained(&mut guest, |guest| split(guest, MIDDLE, NEAR)), 0);
     assert_eq!(faults_to_use(&mut guest, frames()), 0);
+}
+
+/// Uses two addresses while a change is prepared and committed, and lets it fail, or not.
+struct Uses {
+    vcpu: ShadowVcpu<TestHost>,
+    addresses: [u64; 2],
+    fails: bool,
+}
+
+impl Uses {
+    fn fault(&mut self, address: u64) {
+        let fault = self.vcpu.fault(address, GuestAccess::WRITE | GuestAccess::USER).unwrap();
+        assert_eq!(fault, ShadowFault::Mapped(Level::K4));
+    }
+}
+
+impl Listener for Uses {
+    fn name(&self) -> &str {
+        "one that uses memory meanwhile"
+    }
+
+    fn prepare(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        self.fault(self.addresses[0]);
+        Ok(())
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        self.fault(self.addresses[1]);
+        if self.fails { Err("not now".into()) } else { Ok(()) }
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
+}
+
+/// Shadow pages that are made while a slot is split know both of its ids, whichever it comes to be.
+#[test]
+fn what_is_mapped_meanwhile_is_kept() {
+    for (new, fails) in [(NEAR, false), (NEAR, true), (FAR, false), (FAR, true)] {
+        let mut guest = Guest::small();
+        // Through tables of different rights, so that each has a page of its own.
+        for (index, rights) in [(0, ALL), (1, ALL | 1 << 63)] {
+            guest.put(PD, index, LARGE << 12 | rights | PAGE_SIZE);
+        }
+        let mut vcpu = guest.world.shadow.vcpu().unwrap();
+        vcpu.load(guest.world.cpus[0].paging, RAM).unwrap();
+        let addresses = [(MIDDLE + 9 - LARGE) << 12, in_pd(1) | (MIDDLE + 9 - LARGE) << 12];
+        guest.world.table.add_listener(Box::new(Uses { vcpu, addresses, fails })).unwrap();
+        guest.change(|world| {
+            let split = world.table.transaction(|tx| tx.split(RAM, id(SLOT), Gfn::new(MIDDLE), id(new)));
+            assert_eq!(split.is_err(), fails);
+        });
+        for address in addresses {
+            guest.leads(0, address, USER_WRITE, MIDDLE + 9);
+        }
+        assert!(guest.leaves() >= 2);
+    }
 }
