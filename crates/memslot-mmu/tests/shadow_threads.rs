@@ -141,6 +141,55 @@ fn address(random: &mut Random) -> u64 {
     random.next(2) << 39 | random.next(2) << 30 | random.next(3) << 21 | random.next(20) << 12
 }
 
+/// The slots that have the data: one, or what has become of it.
+const DATA: [u32; 3] = [1, 2, 300];
+
+/// The data is one slot again, wherever it was cut, shrunk or renamed.
+fn make_one(table: &mut SlotTable, host: &TestHost, flags: SlotFlags) {
+    let change = table.transaction(|tx| {
+        for id in DATA.map(SlotId::new) {
+            if tx.slot(RAM, id).is_some() {
+                tx.delete(RAM, id)?;
+            }
+        }
+        tx.create(slot(1, (TABLES, PAGES - TABLES), host, flags))
+    });
+    change.unwrap();
+}
+
+/// The slot of the data is split, cut, shrunk, renamed, or made one again; what stays keeps what is mapped.
+fn change_borders(table: &mut SlotTable, host: &TestHost, random: &mut Random) {
+    let Some(slot) = table.view().slot(RAM, SlotId::new(1)).copied() else {
+        return make_one(table, host, SlotFlags::LOG_DIRTY_PAGES);
+    };
+    let ids = DATA.map(SlotId::new);
+    let new = ids[1 + usize::from(random.next(2) == 1)];
+    let at = TABLES + 1 + random.next(PAGES - TABLES - 2);
+    let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(4)).unwrap());
+    // Where that cannot be, as it is split already, nothing changes.
+    let change = match random.next(6) {
+        0 => table.transaction(|tx| {
+            tx.split(RAM, ids[0], Gfn::new(at), new)?;
+            tx.set_flags(RAM, new, flags)
+        }),
+        1 => table.transaction(|tx| {
+            tx.split(RAM, ids[0], Gfn::new(at), ids[1])?;
+            tx.split(RAM, ids[1], Gfn::new(at + 1 + random.next(600)), ids[2])?;
+            if flags.is_empty() { tx.delete(RAM, ids[1]) } else { tx.set_flags(RAM, ids[1], flags) }
+        }),
+        2 => table.transaction(|tx| tx.resize(RAM, ids[0], at - TABLES)),
+        3 => table.transaction(|tx| {
+            tx.delete(RAM, ids[0])?;
+            tx.create(SlotSpec { id: new, ..slot.spec() })
+        }),
+        _ => {
+            make_one(table, host, slot.flags());
+            return;
+        }
+    };
+    drop(change);
+}
+
 fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
     let host = TestHost::new();
     let mut table = SlotTable::new(Limits::default()).unwrap();
@@ -210,7 +259,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
                 while !done.load(Ordering::SeqCst) {
                     let _working = quiet.read().unwrap();
                     let gfns = GfnRange::with_len(Gfn::new(random.next(PAGES)), 1 + random.next(64)).unwrap();
-                    match random.next(24) {
+                    match random.next(32) {
                         0..=5 => rearm.harvest(&consumer).unwrap().commit(),
                         6..=9 => _ = ager.age(RAM, gfns),
                         10..=12 => shadow.zap_gfn_range(RAM, gfns),
@@ -221,6 +270,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
                         }
                         16 => shadow.zap_all(),
                         17 | 18 => {
+                            make_one(table, host, SlotFlags::LOG_DIRTY_PAGES);
                             table.delete(RAM, SlotId::new(1)).unwrap();
                             let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(4)).unwrap());
                             table.create(slot(1, (TABLES, PAGES - TABLES), host, flags)).unwrap();
@@ -229,10 +279,11 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
                             table.delete(RAM, SlotId::new(0)).unwrap();
                             table.create(slot(0, (0, TABLES), host, SlotFlags::empty())).unwrap();
                         }
-                        _ => {
+                        20..=23 => {
                             let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(2)).unwrap());
                             table.set_flags(RAM, SlotId::new(1), flags).ok();
                         }
+                        _ => change_borders(table, host, &mut random),
                     }
                 }
             });

@@ -94,6 +94,17 @@ fn nothing<C>(_: &mut C) -> Result<(), Infallible> {
     Ok(())
 }
 
+/// So many ids were looked for in a page. Whether others are to get the lock.
+fn pause(looked: &mut usize, ids: usize) -> Visit {
+    const STEP: usize = 1 << 12;
+    *looked += ids;
+    if *looked < STEP {
+        return Visit::Done;
+    }
+    *looked = 0;
+    Visit::DoneForNow
+}
+
 impl<H: ShadowHost> Shared<H> {
     /// Frames are about to get slots with other ids.
     pub(super) fn begin_renaming(
@@ -105,8 +116,6 @@ impl<H: ShadowHost> Shared<H> {
             return Ok(());
         }
         self.with(|locked| core::mem::swap(&mut locked.state.renamed, &mut renamed));
-        /// So many ids are looked for before others get the lock.
-        const STEP: usize = 1 << 12;
         let mut looked = 0;
         let more = |nodes: &mut SlotSetCache| nodes.top_up(SlotSetCache::CAPACITY);
         let result = self.visit_all(nodes, more, |nodes, locked, page| {
@@ -115,12 +124,7 @@ impl<H: ShadowHost> Shared<H> {
                 // There is room for more next time; what was put in stays, so it ends.
                 return Visit::Again;
             }
-            looked += renamed.len();
-            if looked < STEP {
-                return Visit::Done;
-            }
-            looked = 0;
-            Visit::DoneForNow
+            pause(&mut looked, renamed.len())
         });
         if result.is_err() {
             self.end_renaming();
@@ -135,16 +139,17 @@ impl<H: ShadowHost> Shared<H> {
 
     /// No slot has these ids any more.
     pub(super) fn forget_slots(&self, gone: &(impl Iterator<Item = (AddressSpaceId, SlotId)> + Clone)) {
-        if gone.clone().next().is_none() {
+        let count = gone.clone().count();
+        if count == 0 {
             return;
         }
-        let Ok(()) = self.visit_all(&mut (), nothing, |(), locked, page| {
+        let Ok(()) = self.visit_all(&mut 0, nothing, |looked, locked, page| {
             let space = page.key.role.address_space;
             let mut slots = page.slots.lock();
             for (_, id) in gone.clone().filter(|(other, _)| *other == space) {
                 slots.remove(id, &mut locked.state.nodes);
             }
-            Visit::Done
+            pause(looked, count)
         });
     }
 

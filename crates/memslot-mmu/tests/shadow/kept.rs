@@ -29,7 +29,7 @@ const fn id(number: u32) -> SlotId {
 }
 
 /// How many pages of [`guest`] are mapped on each side of [`MIDDLE`].
-const SIDE: u64 = HALF.unsigned_abs() as u64;
+const SIDE: u64 = HALF.unsigned_abs();
 const MIDDLE: u64 = LARGE + 104;
 
 /// A guest with small pages of [`SLOT`] on both sides of [`MIDDLE`], in pieces of a large page of its own, written and accessed; and the
@@ -74,10 +74,11 @@ fn transaction(guest: &mut Guest, work: impl FnOnce(&mut Transaction<'_>) -> Res
 }
 
 /// How many leaves more than before there are when the work is done.
-fn gained(guest: &mut Guest, work: impl FnOnce(&mut Guest)) -> isize {
-    let before = guest.leaves().cast_signed();
+fn gained(guest: &mut Guest, work: impl FnOnce(&mut Guest)) -> i64 {
+    let leaves = |guest: &Guest| i64::try_from(guest.leaves()).unwrap();
+    let before = leaves(guest);
     work(guest);
-    guest.leaves().cast_signed() - before
+    leaves(guest) - before
 }
 
 fn split(guest: &mut Guest, at: u64, new: u32) {
@@ -85,8 +86,8 @@ fn split(guest: &mut Guest, at: u64, new: u32) {
 }
 
 /// The same, as a difference.
-const HALF: isize = 64;
-const ALL_OF_THEM: isize = 2 * HALF;
+const HALF: i64 = 64;
+const ALL_OF_THEM: i64 = 2 * HALF;
 
 #[test]
 fn split_keeps_what_is_mapped() {
@@ -214,10 +215,9 @@ fn a_piece_that_is_cut_out_leaves_the_rest() {
         let spec = spec.unwrap();
         let put_back = |guest: &mut Guest| {
             transaction(guest, |tx| {
-                if what == 0 {
-                    tx.create(spec)?
-                } else {
-                    tx.set_flags(RAM, id(NEAR), NONE)?
+                match what {
+                    0 => tx.create(spec)?,
+                    _ => tx.set_flags(RAM, id(NEAR), NONE)?,
                 }
                 tx.merge(RAM, id(SLOT), id(NEAR))?;
                 tx.merge(RAM, id(SLOT), id(FAR))
@@ -241,11 +241,7 @@ fn large_pages_stay_where_no_border_cuts_them() {
         guest.leads(0, in_pd(1), USER_WRITE, LARGE + 512);
         let flushes = guest.world.shadow.stats().flushes;
         assert_eq!(gained(&mut guest, |guest| split(guest, at, NEAR)), cut);
-        assert_eq!(
-            guest.world.shadow.stats().flushes,
-            flushes + cut.unsigned_abs() as u64,
-            "one flush, if any"
-        );
+        assert_eq!(guest.world.shadow.stats().flushes, flushes + cut.unsigned_abs(), "one flush, if any");
         guest.leads(0, 0x5000, USER_WRITE, LARGE + 5);
         guest.leads(0, in_pd(1), USER_WRITE, LARGE + 512);
         guest.delete(NEAR);
