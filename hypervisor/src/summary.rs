@@ -20,7 +20,7 @@ pub(crate) fn report(guest: &Guest, counted: &[(usize, Counted)]) {
     for (level, size) in ["4k", "2m", "1g"].iter().enumerate() {
         report!("faults.mapped_{size} {}", sum(&|(_, faults)| faults.mapped[level]));
     }
-    report!("pages.around {}", sum(&|(_, faults)| faults.around));
+    report!("faults.mapped_around {}", sum(&|(_, faults)| faults.around));
     report!("faults.already_mapped {}", sum(&|(_, faults)| faults.already_mapped));
     report!("faults.retry {}", sum(&|(_, faults)| faults.retry));
     report!("faults.mmio {}", sum(&|(_, faults)| faults.mmio));

@@ -46,13 +46,21 @@ impl Cache {
         shared: &Shared<F, H>,
         needed: usize,
     ) -> Result<(), TableError> {
+        self.fill(shared, needed, CAPACITY)
+    }
+
+    /// Makes sure that there are `needed` tables, and has up to `welcome` if that is easy.
+    pub(crate) fn fill<F: Format, H: Host>(
+        &mut self,
+        shared: &Shared<F, H>,
+        needed: usize,
+        welcome: usize,
+    ) -> Result<(), TableError> {
         debug_assert!(needed <= CAPACITY);
-        while self.len < CAPACITY {
-            match shared.allocate_table() {
-                Ok(table) => {
-                    self.tables[self.len] = table;
-                    self.len += 1;
-                }
+        let welcome = welcome.clamp(needed, CAPACITY);
+        while self.len < welcome {
+            match shared.allocate_tables(&mut self.tables[self.len..welcome]) {
+                Ok(tables) => self.len += tables,
                 Err(_) if self.len >= needed => break,
                 Err(error) => return Err(error),
             }

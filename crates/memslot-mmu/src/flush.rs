@@ -6,7 +6,7 @@ use crate::format::Format;
 use crate::host::{Context, Host};
 use crate::nested::graves::Chain;
 use crate::nested::shared::hull;
-use crate::nested::{DirtyMode, Mmu};
+use crate::nested::{DirtyMode, Mmu, Shared};
 use crate::sync::Ordering;
 
 /// An obligation: one flush, and the tables that were taken out.
@@ -36,6 +36,16 @@ pub(crate) struct Owed {
 
 impl Owed {
     pub(crate) const NOTHING: Self = Self { gfns: None, count: 0, tables: Chain::EMPTY };
+
+    /// Takes over what `other` stands for, of the same tables; it is nothing any more.
+    pub(crate) fn add<F: Format, H: Host>(&mut self, shared: &Shared<F, H>, other: &Self) {
+        let &Self { gfns, count, tables } = other;
+        self.gfns = gfns.map(|gfns| hull(self.gfns, gfns)).or(self.gfns);
+        self.count += count;
+        if !tables.is_empty() {
+            shared.lock().graves.append(&mut self.tables, tables);
+        }
+    }
 }
 
 /// How many tables a discharge frees at most, of those that wait.
@@ -49,6 +59,15 @@ impl<F: Format, H: Host> Mmu<F, H> {
 }
 
 impl<'m, F: Format, H: Host> Flush<'m, F, H> {
+    pub(crate) fn of(mmu: &'m Mmu<F, H>, owed: Owed) -> Self {
+        Self { mmu, owed }
+    }
+
+    /// For whoever outlives the tables' borrow and makes a flush [of](Self::of) it again.
+    pub(crate) fn into_owed(mut self) -> Owed {
+        core::mem::replace(&mut self.owed, Owed::NOTHING)
+    }
+
     /// The frames whose translations must go; `None` if nothing has changed.
     #[must_use]
     pub fn gfns(&self) -> Option<GfnRange> {
@@ -74,11 +93,7 @@ impl<'m, F: Format, H: Host> Flush<'m, F, H> {
     pub fn merge(&mut self, mut other: Self) {
         assert!(core::ptr::eq(&*self.mmu.shared, &*other.mmu.shared), "flushes of different tables");
         let owed = core::mem::replace(&mut other.owed, Owed::NOTHING);
-        self.owed.gfns = owed.gfns.map(|gfns| hull(self.owed.gfns, gfns)).or(self.owed.gfns);
-        self.owed.count += owed.count;
-        if !owed.tables.is_empty() {
-            self.mmu.shared.lock().graves.append(&mut self.owed.tables, owed.tables);
-        }
+        self.owed.add(&self.mmu.shared, &owed);
     }
 
     /// Flushes once what has changed, if anything has, and lets go of the tables that were taken out.

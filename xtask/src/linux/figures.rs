@@ -41,7 +41,7 @@ impl Run {
 
     /// How many times as long as without the hypervisor; and the same of the processor time, which says more on a machine that
     /// does something else as well.
-    fn ratios(&self) -> Option<(f64, Option<f64>)> {
+    pub(crate) fn ratios(&self) -> Option<(f64, Option<f64>)> {
         let (ended, plain) = (&self.ended, self.plain.as_ref()?);
         let ratio = |one: Duration, other: Duration| one.as_secs_f64() / other.as_secs_f64();
         let processor = ended.processor.zip(plain.processor).map(|(one, other)| ratio(one, other));
@@ -97,7 +97,7 @@ impl Run {
     /// One JSON object.
     pub(crate) fn json(&self) -> String {
         let mut fields: Vec<String> =
-            self.what.iter().map(|(name, value)| format!("{}: {}", quoted(name), quoted(value))).collect();
+            self.what.iter().map(|(name, value)| format!("{}: {}", quoted(name), word(value))).collect();
         let verdict = self.verdict().err().unwrap_or_else(|| "PASS".to_owned());
         fields.push(format!("\"verdict\": {}", quoted(&verdict)));
         let mut times = |name: &str, ended: &Ended| {
@@ -113,9 +113,12 @@ impl Run {
         if let Some(plain) = &self.plain {
             times("plain", plain);
         }
+        if let Some((wall, processor)) = self.ratios() {
+            fields.push(format!("\"ratio\": {wall:.3}"));
+            fields.extend(processor.map(|ratio| format!("\"processor_ratio\": {ratio:.3}")));
+        }
         for (name, value) in self.ended.figures.iter().filter(|(name, _)| *name != "result") {
-            let value = if value.parse::<u64>().is_ok() { value.clone() } else { quoted(value) };
-            fields.push(format!("{}: {value}", quoted(name)));
+            fields.push(format!("{}: {}", quoted(name), word(value)));
         }
         format!("{{{}}}", fields.join(", "))
     }
@@ -260,6 +263,31 @@ impl Figures<'_> {
     }
 }
 
+/// The smallest, the median and the largest of several runs' ratios.
+pub(crate) fn spread(ratios: &[(f64, Option<f64>)]) -> String {
+    let one = |mut all: Vec<f64>, what: &str| {
+        all.sort_by(f64::total_cmp);
+        let (Some(first), Some(last)) = (all.first(), all.last()) else { return String::new() };
+        let median = f64::midpoint(all[(all.len() - 1) / 2], all[all.len() / 2]);
+        format!("{first:.2} to {last:.2} times {what}, median {median:.2}")
+    };
+    let wall = one(ratios.iter().map(|(wall, _)| *wall).collect(), "as long");
+    let processor =
+        one(ratios.iter().filter_map(|(_, processor)| *processor).collect(), "the processor time");
+    [wall, processor]
+        .iter()
+        .filter(|text| !text.is_empty())
+        .map(String::as_str)
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+/// A word as JSON: numbers and truth values are themselves.
+fn word(text: &str) -> String {
+    let is_itself = text.parse::<u64>().is_ok() || matches!(text, "true" | "false");
+    if is_itself { text.to_owned() } else { quoted(text) }
+}
+
 /// A duration for people.
 pub(crate) fn seconds(time: Duration) -> String {
     format!("{:.1} s", time.as_secs_f64())
@@ -373,6 +401,11 @@ mod tests {
         assert!(text.contains("10.0 % of the time, faults 6.0 %, ticks 4.0 %\n"), "{text}");
         let processors = "0: 12 345 faults, brought out 0 times; 1: 7 faults, brought out 1 times";
         assert!(text.contains(processors), "{text}");
+        assert_eq!(
+            spread(&[(2.0, Some(1.5)), (1.0, None), (1.5, Some(2.5))]),
+            "1.00 to 2.00 times as long, median 1.50; 1.50 to 2.50 times the processor time, median 2.00"
+        );
+        assert_eq!((word("12"), word("true"), word("4k")), ("12".into(), "true".into(), "\"4k\"".into()));
         let json = run.json();
         assert!(
             json.contains("\"verdict\": \"a \\\"b\\\"\"") && json.contains("\"exits.faults\": 1234567"),

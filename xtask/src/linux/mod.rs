@@ -71,6 +71,9 @@ pub(crate) struct Args {
     /// Run the same work in QEMU without the hypervisor first, and compare the times
     #[arg(long)]
     plain: bool,
+    /// Do it so many times, each with QEMU alone beside it, and say the smallest, the median and the largest ratio
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "plain", value_parser = clap::value_parser!(u32).range(1..=100))]
+    times: u32,
     /// Let the machine's time follow its instructions (QEMU's -icount), so that runs are the same to the byte
     #[arg(long)]
     icount: bool,
@@ -137,7 +140,8 @@ enum Rearm {
 impl Args {
     /// What a run is of, in words.
     fn heading(&self, scenario: Scenario) -> String {
-        let mut text = format!("{} MiB, pages {}", self.memory >> 20, word(&self.pages));
+        let mut text =
+            format!("{} paging, {} MiB, pages {}", word(&self.paging), self.memory >> 20, word(&self.pages));
         if scenario == Scenario::Dirty {
             text += match self.rearm {
                 Rearm::Protect => ", write protection",
@@ -148,6 +152,39 @@ impl Args {
             text += &format!(", {} processors", self.smp);
         }
         text
+    }
+
+    /// Whether the options go together, before anything is built.
+    fn check(&self) -> Result<()> {
+        if self.icount && self.smp > 1 {
+            bail!(
+                "--icount is for one processor: QEMU then runs several in long turns, and they wait for each other"
+            );
+        }
+        if self.no_shootdown && self.smp == 1 {
+            bail!("--no-shootdown makes no difference with one processor: add --smp 2");
+        }
+        if self.paging == Paging::Nested {
+            return Ok(());
+        }
+        if self.smp > 1 {
+            bail!(
+                "--paging shadow is for one processor here: the hypervisor starts Linux's other processors on nested tables \
+                 only. Leave out --smp {}, or --paging shadow",
+                self.smp
+            );
+        }
+        if self.scenario.contains(&Scenario::Shootdown) {
+            bail!(
+                "--scenario shootdown is about nested tables and has no shadow tables: leave out --paging shadow"
+            );
+        }
+        if self.rearm == Rearm::Bits {
+            bail!(
+                "--rearm bits is for nested tables: with --paging shadow the log works by write protection"
+            );
+        }
+        Ok(())
     }
 
     /// The processor. Without nested paging and with the same in QEMU alone, Linux has four levels of tables.
@@ -175,14 +212,7 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    if args.icount && args.smp > 1 {
-        bail!(
-            "--icount is for one processor: QEMU then runs several in long turns, and they wait for each other"
-        );
-    }
-    if args.no_shootdown && args.smp == 1 {
-        bail!("--no-shootdown makes no difference with one processor: add --smp 2");
-    }
+    args.check()?;
     let mut report = Report::new()?;
     let kernel = match kernel(args) {
         Ok(kernel) => kernel,
@@ -211,17 +241,27 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let files = Files::pack(&kernel)?;
     let mut rows = Vec::new();
     for &scenario in &args.scenario {
-        let name = format!("linux {}", word(&scenario));
-        let started = Instant::now();
-        say(&format!("\n== {name}: {}", args.heading(scenario)));
-        let run = one(args, scenario, &files)?;
-        let verdict = run.verdict();
-        if args.quiet && verdict.is_err() {
-            say(&run.ended.console);
+        let mut ratios = Vec::new();
+        for time in 1..=args.times {
+            let mut name = format!("linux {}", word(&scenario));
+            if args.times > 1 {
+                name += &format!(", {time} of {}", args.times);
+            }
+            let started = Instant::now();
+            say(&format!("\n== {name}: {}", args.heading(scenario)));
+            let run = one(args, scenario, &files)?;
+            let verdict = run.verdict();
+            if args.quiet && verdict.is_err() {
+                say(&run.ended.console);
+            }
+            say(&format!("\n{}", run.text()));
+            report.record(&name, verdict, started.elapsed());
+            ratios.extend(run.ratios());
+            rows.push(run.json());
         }
-        say(&format!("\n{}", run.text()));
-        report.record(&name, verdict, started.elapsed());
-        rows.push(run.json());
+        if args.times > 1 {
+            say(&format!("\n== {}: {}", word(&scenario), figures::spread(&ratios)));
+        }
     }
     if let Some(file) = &args.json {
         let text = format!("[\n{}\n]\n", rows.join(",\n"));
@@ -288,9 +328,6 @@ fn write(file: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
-    if args.paging == Paging::Shadow && (args.smp > 1 || scenario == Scenario::Shootdown) {
-        bail!("shadow paging is for one processor here");
-    }
     let mut common =
         format!("console=ttyS0 panic=-1 MEMSLOT_ROUNDS={} MEMSLOT_PERCENT={}", args.rounds, args.percent);
     if args.pti {
@@ -299,7 +336,17 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
     if args.no_kaslr {
         common += " nokaslr";
     }
-    let plain = if args.plain { Some(plain(args, files, &common)?) } else { None };
+    let progress = |what: &str| {
+        if args.plain || args.twice {
+            say(&format!("-- {what}"));
+        }
+    };
+    let plain = if args.plain {
+        progress("in QEMU alone");
+        Some(plain(args, files, &common)?)
+    } else {
+        None
+    };
     let hotplug = if scenario == Scenario::Hotplug { 3 * args.rounds } else { 0 };
     let container = files.container(&format!("{common} MEMSLOT_HYPERVISOR=1 MEMSLOT_HOTPLUG={hotplug}"))?;
     let words = format!(
@@ -329,14 +376,23 @@ fn one(args: &Args, scenario: Scenario, files: &Files) -> Result<Run> {
     qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-append", &words]);
     qemu.arg("-kernel").arg(&files.hypervisor).arg("-initrd").arg(&container);
     let limit = Duration::from_secs(args.time_limit);
+    progress("on the hypervisor");
     let ended = machine::run(&mut qemu, &figures, limit, !args.quiet)?;
-    let again = if args.twice { Some(machine::run(&mut qemu, &figures, limit, false)?) } else { None };
+    let again = if args.twice {
+        progress("on the hypervisor again");
+        Some(machine::run(&mut qemu, &figures, limit, false)?)
+    } else {
+        None
+    };
     let what = vec![
         ("scenario", word(&scenario)),
         ("paging", word(&args.paging)),
         ("pages", word(&args.pages)),
         ("rearm", word(&args.rearm)),
         ("memory", (args.memory >> 20).to_string()),
+        ("processors", args.smp.to_string()),
+        ("rounds", args.rounds.to_string()),
+        ("percent", args.percent.to_string()),
         ("icount", args.icount.to_string()),
         ("pti", args.pti.to_string()),
         ("kaslr", (!args.no_kaslr).to_string()),

@@ -4,29 +4,28 @@
 //! holes, but whose pages are right for a large one, is zapped, so that the next fault can make one. The host is not
 //! asked: this runs with the lock held, and the host may be waiting for an invalidation.
 
-use memslot::{AddressSpaceId, Gfn, GfnRange, SlotFlags, View};
+use memslot::{Gfn, GfnRange, SlotFlags, View};
 
+use super::Shared;
 use super::cursor::{At, Next, Visit};
 use super::graves::{Chain, Graves};
 use super::shared::hull;
 use super::zap::bury;
 use crate::format::Format;
+use crate::host::Host;
 use crate::invalidate::range;
 use crate::level::{Level, Table};
 use crate::sync::Ordering;
-use core::marker::PhantomData;
 
 /// See the [module documentation](self).
-pub(crate) struct Collapse<'a, F: Format> {
+pub(crate) struct Collapse<'a, F: Format, H: Host> {
+    pub(crate) shared: &'a Shared<F, H>,
     pub(crate) graves: &'a mut Graves,
     pub(crate) tables: &'a mut Chain,
     /// The current version of the slots; no other is published meanwhile.
     pub(crate) view: &'a View,
-    pub(crate) space: AddressSpaceId,
-    pub(crate) largest: Level,
     pub(crate) nonce: u64,
     pub(crate) changed: Option<GfnRange>,
-    pub(crate) format: PhantomData<F>,
 }
 
 /// What a table could become.
@@ -36,11 +35,11 @@ enum Becomes {
     Itself,
 }
 
-impl<F: Format> Collapse<'_, F> {
+impl<F: Format, H: Host> Collapse<'_, F, H> {
     /// Whether the slot allows one page for what the entry covers.
     fn is_allowed(&self, at: &At<'_>) -> bool {
-        at.level <= self.largest
-            && self.view.slot_at(self.space, Gfn::new(at.base)).is_some_and(|slot| {
+        at.level <= self.shared.config.largest.min(F::LARGEST)
+            && self.view.slot_at(self.shared.space(), Gfn::new(at.base)).is_some_and(|slot| {
                 let is_logged = slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES);
                 !is_logged && slot.gfns().contains_range(&range(at.base, at.end()))
             })
@@ -91,14 +90,14 @@ impl<F: Format> Collapse<'_, F> {
         };
         let is_replaced = at.replace(new);
         if is_replaced {
-            bury::<F>(self.graves, self.tables, at);
+            bury(self.shared, self.graves, self.tables, at);
             self.changed = Some(hull(self.changed, range(at.base, at.end())));
         }
         is_replaced
     }
 }
 
-impl<F: Format> Visit for Collapse<'_, F> {
+impl<F: Format, H: Host> Visit for Collapse<'_, F, H> {
     fn leaf(&mut self, _: &At<'_>) -> Next {
         Next::Done
     }

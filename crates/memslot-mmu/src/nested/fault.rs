@@ -2,7 +2,8 @@
 
 use memslot::{Gfn, GfnRange, HvaRange, OutOfMemory, Slot, SlotFlags};
 
-use super::install::{Leaves, Path, exchange, fill_split};
+use super::install::{Leaves, Path, fill_split};
+use super::last_table::{LastTable, Place};
 use super::{Pin, Published, Shared, TableError};
 use crate::cache::Cache;
 use crate::format::{Access, Format};
@@ -66,17 +67,23 @@ pub(crate) enum Attempt {
     Tables(usize),
 }
 
+/// Where the last fault was.
+pub(crate) struct Last {
+    slot: LastSlot,
+    table: LastTable,
+}
+
+impl Last {
+    pub(crate) const NONE: Self = Self { slot: LastSlot { serial: 0, slot: None }, table: LastTable::NONE };
+}
+
 /// The slot that the last fault was in.
-pub(crate) struct LastSlot {
+struct LastSlot {
     serial: u64,
     slot: Option<Slot>,
 }
 
 impl LastSlot {
-    pub(crate) const fn new() -> Self {
-        Self { serial: 0, slot: None }
-    }
-
     #[inline]
     fn find<F: Format, H: Host>(
         &mut self,
@@ -114,44 +121,10 @@ pub(crate) struct Wish {
     pub(crate) prefault: bool,
 }
 
-/// The entry that a walk ended at.
-struct Place<'t> {
-    entry: &'t AtomicU64,
-    seen: u64,
-    level: Level,
-}
-
-impl Place<'_> {
-    fn replace(&self, new: u64) -> bool {
-        exchange(self.entry, self.seen, new)
-    }
-}
-
 impl<F: Format, H: Host> Pin<'_, F, H> {
-    /// The entry that maps `gfn`, or that is in the way.
-    #[inline]
-    fn place(&self, gfn: u64) -> Place<'_> {
-        let mut table = self.root(gfn);
-        let mut level = const {
-            match Level::new(F::LEVELS) {
-                Some(level) => level,
-                None => panic!("tables have 1 to 5 levels"),
-            }
-        };
-        loop {
-            let entry = table.entry(level, gfn);
-            let seen = entry.load(Ordering::SeqCst);
-            if !F::is_table(seen, level) {
-                return Place { entry, seen, level };
-            }
-            table = self.below(seen, level);
-            level = level.down();
-        }
-    }
-
     /// What maps `gfn`: the entry, and its level.
     pub(crate) fn leaf(&self, gfn: u64) -> Option<(u64, Level)> {
-        let place = self.place(gfn);
+        let place = self.place_down_to(gfn, Level::K4);
         F::is_present(place.seen).then_some((place.seen, place.level))
     }
 
@@ -160,11 +133,11 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
     pub(crate) fn fault(
         &self,
         cache: &mut Cache,
-        last_slot: &mut LastSlot,
+        last: &mut Last,
         wish: &Wish,
     ) -> Result<Attempt, FaultError<H::Error>> {
         for _ in 0..ATTEMPTS {
-            if let Some(done) = self.attempt(cache, last_slot, wish)? {
+            if let Some(done) = self.attempt(cache, last, wish)? {
                 return Ok(done);
             }
         }
@@ -176,20 +149,25 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
     fn attempt(
         &self,
         cache: &mut Cache,
-        last_slot: &mut LastSlot,
+        last: &mut Last,
         wish: &Wish,
     ) -> Result<Option<Attempt>, FaultError<H::Error>> {
         let shared = self.shared;
         let done = |fault| Ok(Some(Attempt::Done(fault, 1)));
         // First the entry, then the slots, then the frame: whoever changes them does so in the opposite order.
-        let place = self.place(wish.gfn);
+        let place = self.place_near(&mut last.table, wish.gfn);
         let is_present = F::is_present(place.seen);
         if is_present && F::access(place.seen).contains(wish.access) {
+            if !place.from_root {
+                // Mapped in a table that is going, maybe.
+                last.table.forget();
+                return Ok(None);
+            }
             let rest = place.level.pages() - (wish.gfn & (place.level.pages() - 1));
             return Ok(Some(Attempt::Done(Fault::AlreadyMapped, rest)));
         }
         let published = self.published();
-        let Some(slot) = last_slot.find(shared, published, wish.gfn) else { return done(Fault::Mmio) };
+        let Some(slot) = last.slot.find(shared, published, wish.gfn) else { return done(Fault::Mmio) };
         let is_read_only = slot.flags().contains(SlotFlags::READONLY);
         if is_read_only && wish.access.contains(Access::WRITE) {
             return done(Fault::Mmio);
@@ -296,28 +274,37 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
             leaf |= F::DIRTY;
         }
         let pages = if tables == 0 {
-            if !place.replace(leaf) {
-                return Ok(None);
-            }
-            level.pages() - within
+            place.replace(leaf).then(|| level.pages() - within)
         } else {
-            let count = if limit.neighbours && wish.end - wish.gfn > 1 {
-                Self::count(wish, level, backed(slot, frame))
-            } else {
-                1
-            };
-            let leaves = Leaves { first: leaf, level, gfn: wish.gfn, count };
-            let path = Path::build(shared, cache, place.level, leaves);
-            if !path.link(shared, cache, place.entry, place.seen) {
-                return Ok(None);
-            }
-            count as u64 * level.pages() - within
+            let neighbours = if limit.neighbours { backed(slot, frame) } else { GfnRange::default() };
+            self.install_path(cache, place, wish, leaf, level, neighbours)
         };
+        let Some(pages) = pages else { return Ok(None) };
         if writable {
             let first = wish.gfn - within;
             self.granted(published, is_logged && is_write, range(first, first + within + pages));
         }
         Ok(Some(Attempt::Done(Fault::Mapped(level), pages)))
+    }
+
+    /// Puts a path of tables into an empty entry, whose last has `leaf` and maybe some of its `neighbours`. Returns how many
+    /// frames are mapped from the one asked for on; `None` where somebody was quicker.
+    #[inline(never)]
+    fn install_path(
+        &self,
+        cache: &mut Cache,
+        place: &Place<'_>,
+        wish: &Wish,
+        leaf: u64,
+        level: Level,
+        neighbours: GfnRange,
+    ) -> Option<u64> {
+        let is_wished = wish.end - wish.gfn > 1 && !neighbours.is_empty();
+        let count = if is_wished { Self::count(wish, level, neighbours) } else { 1 };
+        let leaves = Leaves { first: leaf, level, gfn: wish.gfn, count };
+        let path = Path::build(self.shared, cache, place.level, leaves);
+        let is_linked = path.link(self.shared, cache, place.entry, place.seen);
+        is_linked.then(|| count as u64 * level.pages() - (wish.gfn & (level.pages() - 1)))
     }
 
     /// How many pages of this size a new table gets at once: those wished for that are backed contiguously.
@@ -328,6 +315,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
     }
 
     /// Lets the processor write to a page that it may write to.
+    #[inline(never)]
     fn allow_writing(
         &self,
         cache: &mut Cache,

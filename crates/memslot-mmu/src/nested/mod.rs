@@ -5,7 +5,7 @@
 //! | who | what | takes a lock |
 //! |---|---|---|
 //! | [`Walker`] (one per virtual processor) | faults, prefaults, ages, translates | no |
-//! | [`Rearm`](crate::DirtyRearm) of the dirty log | write-protects pages, or clears their dirty bits | no |
+//! | [`Rearm`](crate::DirtyRearm) of the dirty log | write-protects pages, or clears their dirty bits | only for whole tables |
 //! | the slot table, as its listener | follows changes of slots | one, in bounded steps |
 //! | range operations, invalidations | zap, write-protect, split, collapse … | the same |
 //!
@@ -59,6 +59,7 @@ pub(crate) mod fault;
 pub(crate) mod follow;
 pub(crate) mod graves;
 pub(crate) mod install;
+pub(crate) mod last_table;
 pub(crate) mod operation;
 pub(crate) mod protect;
 pub(crate) mod rearm;

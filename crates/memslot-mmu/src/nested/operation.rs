@@ -15,7 +15,6 @@ use crate::format::Format;
 use crate::host::Host;
 use crate::invalidate::{ends, range};
 use crate::level::Level;
-use core::marker::PhantomData;
 
 /// What is done with a range of frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -187,7 +186,9 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
         }
         if self.task == Task::Protect(Take::Writing) && self.copies > 0 && self.spare.cache.len() == 0 {
             // Without tables it works, too.
-            let _ = self.spare.cache.top_up(&self.mmu.shared, 0);
+            let tables =
+                usize::try_from((self.end - self.at).div_ceil(Level::M2.pages())).unwrap_or(usize::MAX);
+            let _ = self.spare.cache.fill(&self.mmu.shared, 0, tables);
             self.copies = if self.spare.cache.len() == 0 {
                 0
             } else {
@@ -258,16 +259,7 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
                 return cut.zap.changed;
             }
             Task::Collapse => {
-                let mut collapse = Collapse::<F> {
-                    graves,
-                    tables,
-                    view,
-                    space: shared.space(),
-                    largest: shared.config.largest.min(F::LARGEST),
-                    nonce,
-                    changed: None,
-                    format: PhantomData,
-                };
+                let mut collapse = Collapse { shared, graves, tables, view, nonce, changed: None };
                 self.at = cursor.run(self.at, &mut collapse);
                 return collapse.changed;
             }

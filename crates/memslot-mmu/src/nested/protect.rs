@@ -62,6 +62,32 @@ impl<F: Format, const EMPTIES: bool> Protect<F, EMPTIES> {
     }
 }
 
+impl<F: Format> Protect<F, false> {
+    /// The 4 KiB pages from `from` to `end` of one table.
+    #[inline]
+    pub(crate) fn small_pages(&mut self, table: &Table, from: u64, end: u64) {
+        let mask = self.mask(Level::K4);
+        let (mut first, mut last) = (None, from);
+        for gfn in from..end {
+            let entry = table.entry(Level::K4, gfn);
+            let mut seen = entry.load(Ordering::SeqCst);
+            while F::is_present(seen) && seen & mask != 0 {
+                match entry.compare_exchange(seen, seen & !mask, Ordering::SeqCst, Ordering::SeqCst) {
+                    Ok(_) => {
+                        first = first.or(Some(gfn));
+                        last = gfn;
+                        break;
+                    }
+                    Err(other) => seen = other,
+                }
+            }
+        }
+        if let Some(first) = first {
+            self.changed = Some(hull(self.changed, range(first, last + 1)));
+        }
+    }
+}
+
 impl<F: Format, const EMPTIES: bool> Visit for Protect<F, EMPTIES> {
     const EMPTIES: bool = EMPTIES;
 
@@ -102,8 +128,17 @@ const WORTH_A_COPY: usize = ENTRIES / 32;
 
 impl<F: Format, H: Host> ProtectByCopy<'_, F, H> {
     /// Whether the table could be copied: a table that is linked in it must not be in two.
+    #[inline]
     fn copy(&self, table: &Table, level: Level, frame: Pfn) -> bool {
         let copy = self.cache.table(self.shared, frame);
+        if level == Level::K4 {
+            for (from, to) in table.0.iter().zip(&copy.0) {
+                let entry = from.load(Ordering::SeqCst);
+                let taken = if F::is_present(entry) { F::WRITE } else { 0 };
+                to.store(entry & !taken, Ordering::Relaxed);
+            }
+            return true;
+        }
         for (from, to) in table.0.iter().zip(&copy.0) {
             let entry = from.load(Ordering::SeqCst);
             if F::is_table(entry, level) {
@@ -148,7 +183,7 @@ impl<F: Format, H: Host> Visit for ProtectByCopy<'_, F, H> {
             return Next::Again;
         }
         self.cache.take(1);
-        bury::<F>(self.graves, self.tables, at);
+        bury(self.shared, self.graves, self.tables, at);
         self.entries.changed = Some(hull(self.entries.changed, range(at.base, at.end())));
         Next::Done
     }

@@ -8,16 +8,20 @@ use memslot::{AddressSpaceId, GfnRange, OutOfMemory};
 
 use super::cursor::{At, Cursor, Next, Visit};
 use super::epoch::Cell;
+use super::operation::Task;
 use super::protect::{Protect, Take};
 use super::shared::hull;
 use super::{Mmu, Pin, Shared};
 use crate::counted::Counted;
+use crate::flush::{Flush, Owed};
 use crate::format::Format;
 use crate::host::Host;
 use crate::invalidate::{ends, range};
+use crate::level::Level;
 
-/// Re-arms pages for a [`Consumer`]: by write protection, or by clearing the processor's dirty bits. It takes no lock
-/// while it does, and asks for one flush a harvest.
+/// Re-arms pages for a [`Consumer`]: by write protection, or by clearing the processor's dirty bits, and asks for one flush
+/// a harvest. It takes the lock of the [range operations](crate::Operation) where all pages of tables are write-protected, as they
+/// do, in bounded steps; else only once a harvest, to say that it owes a flush.
 ///
 /// ```
 /// use memslot::dirty::DirtyLog;
@@ -49,6 +53,8 @@ use crate::invalidate::{ends, range};
 pub struct DirtyRearm<F: Format, H: Host> {
     mmu: Mmu<F, H>,
     cell: Counted<Cell>,
+    /// What copies of tables owe, see [`Rearm::rearm`] below.
+    copied: Owed,
     /// What was re-armed since the last flush.
     armed: Option<GfnRange>,
     /// What of it processors must hear of. As long as there is any, a flush is owed, for all that operations know: if
@@ -63,7 +69,7 @@ impl<F: Format, H: Host> Mmu<F, H> {
     /// [`OutOfMemory`].
     pub fn dirty_rearm(&self) -> Result<DirtyRearm<F, H>, OutOfMemory> {
         let cell = self.shared.add_cell()?;
-        Ok(DirtyRearm { mmu: self.clone(), cell, armed: None, changed: None })
+        Ok(DirtyRearm { mmu: self.clone(), cell, copied: Owed::NOTHING, armed: None, changed: None })
     }
 }
 
@@ -131,11 +137,30 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
         if space != shared.space() {
             return Ok(());
         }
-        let pin = shared.pin(&self.cell);
         let take = if shared.uses_dirty_bits() { Take::DirtyOrLarge } else { Take::Writing };
         let mut protect = Protect::<F, false>::new(take, 0);
         let (start, end) = ends(gfns);
-        Cursor::new(&pin, start, end, usize::MAX).run(start, &mut protect);
+        let end = end.min(Shared::<F, H>::END);
+        let whole = Level::M2.align_down(end);
+        let mut at = start;
+        while at < end {
+            if take == Take::Writing && Level::M2.is_aligned(at) && at < whole {
+                // All pages of tables: copies are quicker, and are made with the lock held, in steps.
+                let flush = self.mmu.start(Task::Protect(take), range(at, whole)).run();
+                self.copied.add(shared, &flush.into_owed());
+                at = whole;
+                continue;
+            }
+            let pin = shared.pin(&self.cell);
+            let stop = end.min(Level::M2.align_down(at) + Level::M2.pages());
+            match pin.leaf_table(at) {
+                Some(table) => protect.small_pages(table, at, stop),
+                None => {
+                    Cursor::new(&pin, at, stop, usize::MAX).run(at, &mut protect);
+                }
+            }
+            at = stop;
+        }
         self.armed = Some(hull(self.armed, gfns));
         if let Some(gfns) = protect.changed {
             if self.changed.is_none() {
@@ -151,16 +176,18 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
         let shared = &*self.mmu.shared;
         let Some(armed) = self.armed.take() else { return Ok(()) };
         let mut changed = self.changed.take();
-        let own = usize::from(changed.is_some());
+        let mut owed = core::mem::replace(&mut self.copied, Owed::NOTHING);
+        owed.count += usize::from(changed.is_some());
+        let own = owed.count;
         // Whoever has protected or zapped such a page before may not have flushed yet.
         if shared.lock().is_owed_beside(own, armed) {
             changed = Some(hull(changed, armed));
         }
-        if let Some(gfns) = changed {
-            shared.flush(gfns);
-        }
         if own > 0 {
-            shared.lock().discharged(own);
+            owed.gfns = changed.map(|gfns| hull(owed.gfns, gfns)).or(owed.gfns);
+            Flush::of(&self.mmu, owed).discharge();
+        } else if let Some(gfns) = changed {
+            shared.flush(gfns);
         }
         Ok(())
     }

@@ -44,6 +44,9 @@ pub(crate) struct Shared<F: Format, H: Host> {
     flushes: AtomicU64,
     flushed_frames: AtomicU64,
     pub(crate) forgotten: AtomicU64,
+    /// How many tables were taken out: changed with the lock held, before the table owes its flush. Whoever remembers
+    /// a table remembers this number with it, see [`LastTable`](super::last_table::LastTable).
+    pub(crate) taken_out: AtomicU64,
     state: Mutex<State>,
     format: PhantomData<F>,
 }
@@ -109,6 +112,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             flushes: AtomicU64::new(0),
             flushed_frames: AtomicU64::new(0),
             forgotten: AtomicU64::new(0),
+            taken_out: AtomicU64::new(counters),
             state: Mutex::new(state),
             format: PhantomData,
         })
@@ -168,26 +172,37 @@ impl<F: Format, H: Host> Shared<F, H> {
         self.lock().view().view.clone()
     }
 
-    /// A table for a cache.
+    /// Tables for a cache, as many as there are places, at least one. Returns how many.
     ///
-    /// Every call frees up to two tables that wait, so that no more of them wait than are in use.
-    pub(crate) fn allocate_table(&self) -> Result<Pfn, TableError> {
+    /// Every call frees twice as many that wait, so that no more of them wait than are in use.
+    pub(crate) fn allocate_tables(&self, places: &mut [Pfn]) -> Result<usize, TableError> {
         let limit = self.config.tables;
-        for budget in [2, usize::MAX] {
+        for budget in [2 * places.len(), usize::MAX] {
             let mut locked = self.lock();
             locked.reclaim(budget);
-            if locked.tables >= limit {
+            let mut count = places.len().min(limit.saturating_sub(locked.tables));
+            if count == 0 {
                 continue;
             }
-            let tables = locked.tables + 1;
-            locked.graves.reserve(tables)?;
-            locked.tables = tables;
-            drop(locked);
-            let table = self.host.allocate(1);
-            if table.is_some() {
-                return table.ok_or(TableError::OutOfMemory);
+            let tables = locked.tables;
+            if locked.graves.reserve(tables + count).is_err() {
+                count = 1;
+                locked.graves.reserve(tables + count)?;
             }
-            self.lock().tables -= 1;
+            locked.tables += count;
+            drop(locked);
+            let mut allocated = 0;
+            for place in &mut places[..count] {
+                let Some(table) = self.host.allocate(1) else { break };
+                *place = table;
+                allocated += 1;
+            }
+            if allocated < count {
+                self.lock().tables -= count - allocated;
+            }
+            if allocated > 0 {
+                return Ok(allocated);
+            }
         }
         if self.lock().tables >= limit {
             Err(TableError::Limit { limit })
@@ -197,7 +212,7 @@ impl<F: Format, H: Host> Shared<F, H> {
     }
 
     /// # Safety
-    /// From [`allocate_table`](Self::allocate_table), and never linked, or taken out, flushed and left by every
+    /// From [`allocate_tables`](Self::allocate_tables), and never linked, or taken out, flushed and left by every
     /// walker.
     pub(crate) unsafe fn free_table(&self, table: Pfn) {
         self.lock().tables -= 1;
