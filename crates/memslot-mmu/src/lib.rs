@@ -12,7 +12,7 @@
 //!   flush.
 //!
 //! The protocol that makes all this safe is in [`nested`]. Shadow paging has its own part, [`shadow`], on top of the reverse map
-//! ([`rmap`]).
+//! ([`rmap`]). Which interleavings are run by a model checker says [`races`].
 //!
 //! # What it does not do
 //!
@@ -32,6 +32,8 @@ pub mod host;
 mod invalidate;
 mod level;
 pub mod nested;
+#[doc = include_str!("races.md")]
+pub mod races {}
 pub mod rmap;
 pub mod shadow;
 mod sync;

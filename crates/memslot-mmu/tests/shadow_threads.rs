@@ -448,7 +448,7 @@ fn a_fault_gets_in_while_a_large_slot_is_zapped() {
     });
     let stats = shadow.stats();
     assert!(stats.waits > 0 && faults.load(Ordering::SeqCst) > 0, "{stats:?}");
-    assert!(stats.longest_wait <= 2, "somebody was overtaken {} times", stats.longest_wait);
+    assert!(stats.longest_wait <= 3, "somebody was overtaken {} times", stats.longest_wait);
     shadow.check().unwrap();
 }
 

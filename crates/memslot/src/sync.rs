@@ -18,22 +18,24 @@ pub(crate) fn fence_for_loom() {
 /// Poison means nothing here: whoever holds the lock leaves the data whole at every step that can panic.
 pub(crate) struct Mutex<T>(Inner<T>);
 
-#[cfg(feature = "std")]
+#[cfg(loom)]
+type Inner<T> = loom::sync::Mutex<T>;
+#[cfg(all(feature = "std", not(loom)))]
 type Inner<T> = std::sync::Mutex<T>;
-#[cfg(not(feature = "std"))]
+#[cfg(all(not(feature = "std"), not(loom)))]
 type Inner<T> = spin::Mutex<T>;
 
 impl<T> Mutex<T> {
-    pub(crate) const fn new(value: T) -> Self {
+    pub(crate) fn new(value: T) -> Self {
         Self(Inner::new(value))
     }
 
-    #[cfg(feature = "std")]
+    #[cfg(any(feature = "std", loom))]
     pub(crate) fn lock(&self) -> impl core::ops::DerefMut<Target = T> {
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    #[cfg(not(feature = "std"))]
+    #[cfg(all(not(feature = "std"), not(loom)))]
     pub(crate) fn lock(&self) -> impl core::ops::DerefMut<Target = T> {
         self.0.lock()
     }

@@ -178,7 +178,29 @@ fn loom_a_fault_beside_a_delete_installs_nothing() {
     }
 }
 
-/// D2 and D3.
+/// D3: a slot is made while its memory is being invalidated, which found no slot when it began: it is covered all the same.
+#[test]
+fn loom_an_invalidation_beside_a_create() {
+    loom::model(|| {
+        let mut guest = Guest::new(false, Level::K4, SlotFlags::empty());
+        guest.table.delete(RAM, SlotId::new(0)).unwrap();
+        let mut vcpu = guest.vcpu();
+        let (mmu, host) = (guest.mmu.clone(), guest.host.clone());
+        let invalidating = thread::spawn(move || {
+            let hvas = HvaRange::with_len(Hva::new(HVA), 4096).unwrap();
+            let invalidation = mmu.invalidate_hva(hvas).unwrap();
+            host.0.offset.store(100, Ordering::Relaxed);
+            invalidation.end();
+        });
+        guest.create(SlotFlags::empty());
+        let _ = write(&mut vcpu, 0);
+        invalidating.join().unwrap();
+        assert!([None, Some((HVA >> 12) + 100)].contains(&guest.pfn(0)));
+        assert_eq!(guest.mmu.invalidations(), 0);
+    });
+}
+
+/// D2.
 #[test]
 fn loom_a_fault_beside_an_invalidation_never_maps_the_old_frame() {
     for has_table in [true, false] {

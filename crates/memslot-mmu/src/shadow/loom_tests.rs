@@ -11,7 +11,8 @@ use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 use memslot::dirty::{DirtyLog, Rearm};
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, Slot, SlotFlags, SlotId, SlotSpec, SlotTable,
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, Slot, SlotFlags, SlotId, SlotSpec,
+    SlotTable,
 };
 
 use super::guest::{GuestAccess, GuestPaging, Processor, Registers};
@@ -31,6 +32,8 @@ const FRAMES: u64 = 8;
 const PT: u64 = 4;
 const PAGE: u64 = 5;
 const OTHER: u64 = 6;
+/// The slot that the page is in where it has one of its own.
+const DATA: u32 = 1;
 /// What a present entry permits: everything, accessed and dirty.
 const ALL: u64 = 0x67;
 
@@ -44,6 +47,10 @@ struct Inner {
     processor: loom::sync::Mutex<()>,
     /// Whether the page is write-protected, and everybody was flushed.
     is_protected: AtomicUsize,
+    /// Added to every frame number behind guest memory.
+    offset: AtomicUsize,
+    /// What is in the page.
+    contents: AtomicUsize,
 }
 
 // SAFETY: passed on.
@@ -65,7 +72,8 @@ impl Frames for LoomHost {
     fn frame(&self, slot: &Slot, gfn: Gfn, _: Access) -> Result<Answer, Infallible> {
         // One frame is behind two pages, so that an entry of one looks as that of the other.
         let page = slot.hva_of(gfn).map_or(0, Hva::get) >> 12;
-        let pfn = Pfn::new(if page == OTHER { PAGE } else { page } + 0x1000);
+        let offset = self.0.offset.load(Ordering::Relaxed) as u64;
+        let pfn = Pfn::new(if page == OTHER { PAGE } else { page } + 0x1000 + offset);
         let run = range(gfn.get(), gfn.get() + 1);
         Ok(Answer::Frame(Frame { pfn, run, access: Access::all(), memory: MemoryType::WriteBack }))
     }
@@ -101,21 +109,38 @@ impl Guest {
             memory: (0..FRAMES).map(|_| zero()).collect(),
             processor: loom::sync::Mutex::new(()),
             is_protected: AtomicUsize::new(0),
+            offset: AtomicUsize::new(0),
+            contents: AtomicUsize::new(0),
         }));
         for frame in 1..=PT {
             host.entry(frame).store((frame + 1) << 12 | ALL, Order::SeqCst);
         }
-        let config = ShadowConfig { log: Some(log.clone()), ..ShadowConfig::default() };
+        let config =
+            ShadowConfig { log: Some(log.clone()), physical_address_bits: 48, ..ShadowConfig::default() };
         let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
+        let mut guest = Self { table, log, shadow, host };
+        guest.create(0, (0, FRAMES), flags);
+        guest
+    }
+
+    /// The same with the page in a slot of its own, whose number is [`DATA`].
+    fn with_two_slots(flags: SlotFlags) -> Self {
+        let mut guest = Self::new(flags);
+        guest.table.delete(RAM, SlotId::new(0)).unwrap();
+        guest.create(0, (0, PAGE), flags);
+        guest.create(DATA, (PAGE, FRAMES), flags);
+        guest
+    }
+
+    fn create(&mut self, id: u32, (first, end): (u64, u64), flags: SlotFlags) {
         let slot = SlotSpec {
             address_space: RAM,
-            id: SlotId::new(0),
-            gfns: range(0, FRAMES),
-            backing: Backing::Host { hva: Hva::new(0) },
+            id: SlotId::new(id),
+            gfns: range(first, end),
+            backing: Backing::Host { hva: Hva::new(first << 12) },
             flags,
         };
-        table.create(slot).unwrap();
-        Self { table, log, shadow, host }
+        self.table.create(slot).unwrap();
     }
 
     fn vcpu(&self) -> ShadowVcpu<LoomHost> {
@@ -130,6 +155,12 @@ impl LoomHost {
     /// The first entry of the guest's table in a frame.
     fn entry(&self, frame: u64) -> &AtomicU64 {
         &self.0.memory[usize::try_from(frame).unwrap()].0[0]
+    }
+
+    /// The frame that the processor finds for the address 0.
+    fn mapped(&self, root: Pfn) -> Option<u64> {
+        let entry = self.leaf(root)?.load(Order::SeqCst);
+        spte::is_present(entry).then(|| spte::pfn(entry).get())
     }
 
     /// The entry that the processor finds for the address 0.
@@ -231,6 +262,175 @@ fn loom_shadow_fast_path_marks_what_it_has_made_writable() {
             "writable and not marked"
         );
         reserve.drain(&guest.shadow.shared);
+        drop((vcpu, guest.table));
+    });
+}
+
+/// D1: a fault beside a delete of the slot that its page is in. Nothing is mapped when that returns, and ever after.
+#[test]
+fn loom_shadow_fault_beside_a_delete() {
+    model(|| {
+        let mut guest = Guest::with_two_slots(SlotFlags::empty());
+        let mut vcpu = guest.vcpu();
+        let root = vcpu.root().unwrap().pfn;
+        let faulting = thread::spawn(move || {
+            let _ = vcpu.fault(0, GuestAccess::WRITE).unwrap();
+            vcpu
+        });
+        guest.table.delete(RAM, SlotId::new(DATA)).unwrap();
+        assert!(guest.host.mapped(root).is_none(), "when the delete returns");
+        let vcpu = faulting.join().unwrap();
+        assert!(guest.host.mapped(root).is_none(), "and ever after");
+        guest.shadow.check().unwrap();
+        drop((vcpu, guest.table));
+    });
+}
+
+/// D1, as far as there is no memory: what a fault remembers of that while the slot is made is not believed afterwards.
+#[test]
+fn loom_shadow_no_memory_is_remembered_beside_a_create() {
+    model(|| {
+        let mut guest = Guest::with_two_slots(SlotFlags::empty());
+        guest.table.delete(RAM, SlotId::new(DATA)).unwrap();
+        let mut vcpu = guest.vcpu();
+        let access = GuestAccess::RESERVED;
+        let faulting = thread::spawn(move || {
+            for _ in 0..2 {
+                let _ = vcpu.fault(0, access).unwrap();
+            }
+            vcpu
+        });
+        guest.create(DATA, (PAGE, FRAMES), SlotFlags::empty());
+        let mut vcpu = faulting.join().unwrap();
+        let fault = vcpu.fault(0, access).unwrap();
+        assert!(matches!(fault, ShadowFault::Mapped(_) | ShadowFault::AlreadyMapped), "{fault:?}");
+        guest.shadow.check().unwrap();
+        drop((vcpu, guest.table));
+    });
+}
+
+/// D2: a fault beside an invalidation never maps what was there before.
+#[test]
+fn loom_shadow_fault_beside_an_invalidation() {
+    model(|| {
+        let guest = Guest::new(SlotFlags::empty());
+        let mut vcpu = guest.vcpu();
+        let root = vcpu.root().unwrap().pfn;
+        let faulting = thread::spawn(move || {
+            let _ = vcpu.fault(0, GuestAccess::WRITE).unwrap();
+            vcpu
+        });
+        let hvas = HvaRange::with_len(Hva::new(PAGE << 12), 4096).unwrap();
+        let invalidation = guest.shadow.invalidate_hva(hvas).unwrap();
+        assert_eq!(guest.host.mapped(root), None);
+        guest.host.0.offset.store(0x100, Ordering::Relaxed);
+        assert_eq!(guest.host.mapped(root), None);
+        invalidation.end();
+        let vcpu = faulting.join().unwrap();
+        assert!([None, Some(PAGE + 0x1100)].contains(&guest.host.mapped(root)));
+        drop((vcpu, guest.table));
+    });
+}
+
+/// D3: a slot is made while its memory is being invalidated, which found no slot when it began.
+#[test]
+fn loom_shadow_invalidation_beside_a_create() {
+    model(|| {
+        let mut guest = Guest::with_two_slots(SlotFlags::empty());
+        guest.table.delete(RAM, SlotId::new(DATA)).unwrap();
+        let mut vcpu = guest.vcpu();
+        let (shadow, host) = (guest.shadow.clone(), guest.host.clone());
+        let invalidating = thread::spawn(move || {
+            let hvas = HvaRange::with_len(Hva::new(PAGE << 12), 4096).unwrap();
+            let invalidation = shadow.invalidate_hva(hvas).unwrap();
+            host.0.offset.store(0x100, Ordering::Relaxed);
+            invalidation.end();
+        });
+        guest.create(DATA, (PAGE, FRAMES), SlotFlags::empty());
+        let _ = vcpu.fault(0, GuestAccess::WRITE).unwrap();
+        invalidating.join().unwrap();
+        let root = vcpu.root().unwrap().pfn;
+        assert!([None, Some(PAGE + 0x1100)].contains(&guest.host.mapped(root)));
+        assert_eq!(guest.shadow.invalidations(), 0);
+        drop((vcpu, guest.table));
+    });
+}
+
+/// D4: what is written beside a harvest is in it or in the next one.
+#[test]
+fn loom_shadow_write_beside_a_harvest() {
+    for is_mapped in [false, true] {
+        model(move || {
+            let guest = Guest::new(SlotFlags::LOG_DIRTY_PAGES);
+            let consumer = guest.log.consumer().unwrap();
+            let mut vcpu = guest.vcpu();
+            if is_mapped {
+                processor_writes(&mut vcpu, &guest.host, 1);
+            }
+            let host = guest.host.clone();
+            let writing = thread::spawn(move || {
+                processor_writes(&mut vcpu, &host, 2);
+                vcpu
+            });
+            let mut rearm = guest.shadow.dirty_rearm().unwrap();
+            let mut copy = || {
+                let harvest = rearm.harvest(&consumer).unwrap();
+                let is_dirty = harvest.runs().any(|run| run.gfns.contains(Gfn::new(PAGE)));
+                let copy = is_dirty.then(|| guest.host.0.contents.load(Ordering::Relaxed));
+                harvest.commit();
+                copy
+            };
+            let first = copy();
+            let vcpu = writing.join().unwrap();
+            let second = copy();
+            assert_eq!(second.or(first), Some(2), "first {first:?}, second {second:?}");
+            drop((rearm, vcpu, guest.table));
+        });
+    }
+}
+
+/// A processor that writes `value` to the page: by the tables, or after a fault.
+fn processor_writes(vcpu: &mut ShadowVcpu<LoomHost>, host: &LoomHost, value: usize) {
+    let root = vcpu.root().unwrap().pfn;
+    loop {
+        {
+            let _uses_translation = host.0.processor.lock().unwrap();
+            let entry = host.leaf(root).map_or(0, |entry| entry.load(Order::SeqCst));
+            if entry & spte::WRITE != 0 {
+                host.0.contents.store(value, Ordering::Relaxed);
+                return;
+            }
+        }
+        let _ = vcpu.fault(0, GuestAccess::WRITE).unwrap();
+    }
+}
+
+/// D10: an entry of the guest's is written by a device, or emulated, while its table is shadowed for the first time. Either whoever
+/// tells of the write finds the shadow page, or whoever makes it finds what was written.
+#[test]
+fn loom_shadow_write_beside_first_shadowing() {
+    model(|| {
+        let guest = Guest::new(SlotFlags::empty());
+        let mut vcpu = guest.vcpu();
+        let (shadow, host) = (guest.shadow.clone(), guest.host.clone());
+        let writing = thread::spawn(move || {
+            host.entry(PT).store(OTHER << 12 | ALL, Order::SeqCst);
+            shadow.wrote(RAM, Gpa::new(PT << 12), 8);
+        });
+        let _ = vcpu.fault(0, GuestAccess::READ).unwrap();
+        writing.join().unwrap();
+        let seen = guest.shadow.shared.with(|locked| {
+            let page = locked.pages_of(Gfn::new(PT)).next();
+            page.map_or(0, |page| {
+                assert!(!page.is_unsync(), "nothing maps the table writable");
+                page.gptes[0].load(Order::SeqCst)
+            })
+        });
+        assert!(
+            [0, OTHER << 12 | ALL].contains(&seen),
+            "made of {seen:#x}, which was written before it was told"
+        );
+        guest.shadow.check().unwrap();
         drop((vcpu, guest.table));
     });
 }

@@ -42,11 +42,15 @@
 //! | [`ShadowVcpu::fault`] | a write that needs nothing but W | no |
 //! | | one where an entry remembers that there is no memory | no |
 //! | | anything else | twice, for a bounded time; the host is asked in between, without it |
-//! | [`ShadowVcpu::load`], [`invlpg`](ShadowVcpu::invlpg), [`flush_guest`](ShadowVcpu::flush_guest) | find the root; compare what is unsync | once; the latter two not at all if nothing is |
+//! | [`ShadowVcpu::load`], [`invlpg`](ShadowVcpu::invlpg), [`flush_guest`](ShadowVcpu::flush_guest) | find the root; compare what is unsync | in steps, mostly one; the latter two not at all if nothing is |
 //! | [`ShadowVcpu::is_stale`] | before each entry of the guest | no |
 //! | [`ShadowRearm`], the dirty log's | write-protects through the reverse map | for the flush |
 //! | [`ShadowAger`] | clears accessed bits through the reverse map | no |
 //! | ranges, invalidations, the slot table's listener | zap and protect through the reverse map | in steps |
+//!
+//! A step is about [`ShadowConfig::hold`] entries, and before each those go who are waiting for the lock (`turns`). Nothing is without an end that a guest
+//! can make long: a page of its memory is mapped by 1000 entries at most, and as many lead to a table ([`LONGEST_LIST`]).
+//! [`ShadowStats::longest_hold`] says how long it was.
 //!
 //! # The protocol
 //!

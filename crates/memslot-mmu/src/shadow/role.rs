@@ -7,7 +7,7 @@
 
 use memslot::{AddressSpaceId, Gfn};
 
-use super::guest::{GuestPaging, Mode, Rights};
+use super::guest::{GuestPaging, Mode, Processor, Rights};
 use crate::level::Level;
 
 /// Everything besides its gfn that decides what a shadow page's entries mean. **Nothing that changes their meaning is missing.**
@@ -44,6 +44,8 @@ pub struct Reading {
     pub smap_without_write_protect: bool,
     /// `CR4.PSE`, which decides about large pages of 32-bit tables.
     pub page_size_extension: bool,
+    /// What the processor can do: which bits it reserves. Virtual processors need not all be told to be the same.
+    pub processor: Processor,
 }
 
 impl Reading {
@@ -60,6 +62,7 @@ impl Reading {
             smep_without_write_protect: has_tables && paging.smep() && !write_protect,
             smap_without_write_protect: has_tables && paging.smap() && !write_protect,
             page_size_extension: mode == Mode::Bits32 && paging.registers().cr4 & 1 << 4 != 0,
+            processor: if has_tables { paging.processor() } else { Processor::default() },
         }
     }
 }

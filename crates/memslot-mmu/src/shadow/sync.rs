@@ -167,17 +167,23 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         if page.is_unsync() {
             self.sync_page(page);
         }
+        self.state.walks = self.state.walks.wrapping_add(1);
         self.compare_below(page, &mut { STEP });
     }
 
     fn compare_below(&mut self, page: &'g ShadowPage, left: &mut usize) {
         for index in page.unsync_entries() {
             let Some(child) = self.child(page, index) else { continue };
+            let was_here = child.walked.load(Ordering::Relaxed) == self.state.walks;
+            if was_here {
+                continue;
+            }
             if *left == 0 {
                 self.drop_entry(page, index);
                 continue;
             }
             *left -= 1;
+            child.walked.store(self.state.walks, Ordering::Relaxed);
             if child.is_unsync() {
                 self.sync_page(child);
             }

@@ -411,6 +411,48 @@ impl World {
         }
     }
 
+    /// Somebody else writes bytes anywhere: marks them, writes them, and tells.
+    pub fn device_bytes(&mut self, space: AddressSpaceId, gpa: u64, bytes: &[u8]) {
+        for (at, &byte) in (gpa..).zip(bytes) {
+            self.log.mark(space, Gfn::new(at >> 12));
+            if let Some((_, pfn)) = self.resolve(space, at >> 12) {
+                self.write_byte(pfn, at, byte);
+            }
+        }
+        self.shadow.wrote(space, Gpa::new(gpa), bytes.len() as u64);
+    }
+
+    fn write_byte(&self, pfn: u64, gpa: u64, byte: u8) {
+        let word = usize::try_from(gpa % 4096 / 8).unwrap();
+        let mut value = self.host.read(pfn, word).to_le_bytes();
+        value[usize::try_from(gpa % 8).unwrap()] = byte;
+        self.host.write(pfn, word, u64::from_le_bytes(value));
+    }
+
+    /// The guest's kernel writes bytes through its map, which may be in two pages: both must be writable before any is written.
+    pub fn store_bytes(&mut self, cpu: usize, gpa: u64, bytes: &[u8]) {
+        let address = |this: &Self, gpa| {
+            if this.cpus[cpu].paging.mode() == Mode::Off { gpa } else { this.layout.kernel_address(gpa) }
+        };
+        let last = gpa + bytes.len() as u64 - 1;
+        let mut emulated = None;
+        for at in [gpa, last] {
+            match self.touch(cpu, address(self, at), WRITE) {
+                Touched::Done(_) => {}
+                Touched::Emulated(_) => emulated = Some(self.cpus[cpu].space),
+                _ => return,
+            }
+        }
+        if let Some(space) = emulated {
+            return self.device_bytes(space, gpa, bytes);
+        }
+        for (at, &byte) in (gpa..).zip(bytes) {
+            // As the processor would: where the other page's fault has taken this one away again, it is done anew.
+            let Touched::Done(pfn) = self.touch(cpu, address(self, at), WRITE) else { return };
+            self.write_byte(pfn, at, byte);
+        }
+    }
+
     /// Harvests the dirty log; everything that was written must be in it.
     pub fn harvest(&mut self) -> Vec<(AddressSpaceId, u64)> {
         let mut rearm = self.shadow.dirty_rearm().unwrap();

@@ -29,6 +29,14 @@ pub enum Op {
     Device {
         entry: EntrySpec,
     },
+    /// A few bytes of an entry, or of two, in one page or in two: of the guest's kernel, or of a device.
+    Bytes {
+        cpu: Option<usize>,
+        entry: EntrySpec,
+        /// Where they begin, in the entry, and how many.
+        offset: u64,
+        len: u64,
+    },
     Invlpg {
         cpu: usize,
         address: u64,
@@ -121,7 +129,7 @@ pub enum Op {
 impl Op {
     /// What the bytes say. The commonest operations have the most values of the first byte.
     pub fn from_bytes(bytes: [u8; BYTES]) -> Self {
-        let [_, a, b, c, d, e, f, _] = bytes.map(u64::from);
+        let [_, a, b, c, d, e, f, g] = bytes.map(u64::from);
         let cpu = usize::from(bytes[1] & 1);
         let smm = b % 8 == 7;
         let id = |value: u64| u32::try_from([0, 1, 2, 300][usize::try_from(value % 4).unwrap()]).unwrap();
@@ -131,10 +139,15 @@ impl Op {
             _ => value % 48,
         };
         let flags = u32::from(bytes[4] & 3);
+        let entry = EntrySpec { table: c, index: d, target: e, flags: f };
+        let (offset, len) = (g >> 2 & 7, 1 + (g >> 5));
         match bytes[0] {
+            80..=143 if g & 3 == 3 => {
+                Self::Bytes { cpu: (bytes[0] < 112).then_some(cpu), entry, offset, len }
+            }
             0..=79 => Self::Touch { cpu, address, how: bytes[4] },
-            80..=127 => Self::Store { cpu, entry: EntrySpec { table: c, index: d, target: e, flags: f } },
-            128..=143 => Self::Device { entry: EntrySpec { table: c, index: d, target: e, flags: f } },
+            80..=127 => Self::Store { cpu, entry },
+            128..=143 => Self::Device { entry },
             144..=163 => Self::Invlpg { cpu, address },
             164..=187 => Self::Load { cpu, root: c, flags: d & e, smm: b % 4 == 3, off: f % 16 == 15 },
             188..=191 => Self::FlushGuest { cpu },

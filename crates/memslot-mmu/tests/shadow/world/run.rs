@@ -105,6 +105,17 @@ impl World {
                 let (gpa, value) = self.entry(entry);
                 self.device_write(RAM, gpa, value);
             }
+            Op::Bytes { cpu, entry, offset, len } => {
+                let (gpa, value) = self.entry(entry);
+                // So that it lies over this entry and the next, where it is long enough.
+                let bytes = [value.to_le_bytes(), value.to_le_bytes()].concat();
+                let from = usize::try_from(offset).unwrap();
+                let bytes = &bytes[from..from + usize::try_from(len).unwrap()];
+                match cpu {
+                    Some(cpu) => self.store_bytes(cpu, gpa + offset, bytes),
+                    None => self.device_bytes(RAM, gpa + offset, bytes),
+                }
+            }
             Op::Invlpg { cpu, address } => self.invlpg(cpu, self.layout.address(address)),
             Op::Load { cpu, root, flags, smm, off } => {
                 self.load(cpu, root, flags, space(smm), off);
