@@ -43,6 +43,26 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             page.writes.store(0, Ordering::Relaxed);
             return Some(page);
         }
+        self.make_page(reserve, key, paging)
+    }
+
+    /// As [`page_for`](Self::page_for), for a root that the guest loads: whoever calls this goes on to
+    /// [`sync_below`](Self::sync_below), which compares what is unsync. (To compare it before would make it look as if the guest
+    /// had not changed it.)
+    pub(super) fn root_for(
+        &mut self,
+        reserve: &mut Reserve,
+        key: Key,
+        paging: &GuestPaging,
+    ) -> Option<&'g ShadowPage> {
+        if let Some(page) = self.find(&key) {
+            page.writes.store(0, Ordering::Relaxed);
+            return Some(page);
+        }
+        self.make_page(reserve, key, paging)
+    }
+
+    fn make_page(&mut self, reserve: &mut Reserve, key: Key, paging: &GuestPaging) -> Option<&'g ShadowPage> {
         let mut page = reserve.take()?;
         let generation = self.shared.generation.load(Ordering::SeqCst);
         page.become_page(key, *paging, generation, &mut reserve.nodes);

@@ -164,7 +164,7 @@ impl<H: ShadowHost> ShadowVcpu<H> {
             for (number, key) in root_keys(&paging, space).into_iter().enumerate() {
                 let Some(key) = key else { continue };
                 // There are enough in reserve: one for each.
-                let Some(page) = locked.page_for(reserve, key, &paging) else { continue };
+                let Some(page) = locked.root_for(reserve, key, &paging) else { continue };
                 Locked::<H>::add_root(page);
                 loaded.roots[number] = Some(NonNull::from(page));
                 locked.sync_below(page, Level::K4);
