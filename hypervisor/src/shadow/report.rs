@@ -16,7 +16,7 @@ impl Paging {
             report!("faults.mapped_{size} {count}");
         }
         report!("faults.already_mapped {}", counts.already_mapped);
-        report!("faults.the_guest's_own {}", counts.injected);
+        report!("faults.guest's_own {}", counts.injected);
         report!("faults.spurious {}", counts.spurious);
         report!("faults.double {}", counts.double_faults);
         report!("faults.mmio {}", counts.mmio);

@@ -55,6 +55,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             page.writes.store(0, Ordering::Relaxed);
             return Some(page);
         }
+        self.make_page(reserve, key, paging)
+    }
+
+    fn make_page(&mut self, reserve: &mut Reserve, key: Key, paging: &GuestPaging) -> Option<&'g ShadowPage> {
         let mut page = reserve.take()?;
         let generation = self.shared.generation.load(Ordering::SeqCst);
         page.become_page(key, *paging, generation, &mut reserve.nodes);
