@@ -43,29 +43,56 @@ pub(super) fn run(effort: Effort, report: &mut Report) -> anyhow::Result<()> {
         return Ok(());
     }
     line(rounds, report);
-    for (lists, size, target) in [
-        (1, 2, Some(5.0)),
-        (1, 14, Some(5.0)),
-        (1, 100, Some(5.0)),
-        (1, 1000, Some(5.0)),
-        (64, 14, Some(1.0)),
-        (64, 100, Some(1.0)),
+    for lines in [1, 2] {
+        let (words, cell) = ([const { Padded(AtomicU64::new(0)) }; 2], Padded::default());
+        let mut turn = 0;
+        let change = |_| {
+            turn += 1;
+            words[..lines].iter().for_each(|word| word.0.store(turn, Ordering::Release));
+        };
+        let walk = |_| {
+            cell.0.swap(1, Ordering::SeqCst);
+            words[..lines].iter().for_each(|word| _ = black_box(word.0.load(Ordering::SeqCst)));
+            cell.0.store(0, Ordering::Release);
+        };
+        let [step, ..] = round(length, 1, 1, change, walk);
+        alone(&format!("… in step, {lines} word(s) written and read"), step, report);
+    }
+    // How many lists, of what length; from which on they are changed, below which they are walked.
+    for (lists, size, changed, walked, target) in [
+        (1, 1, 0, 1, Some(5.0)),
+        (1, 2, 0, 1, Some(5.0)),
+        (1, 8, 0, 1, Some(5.0)),
+        (1, 14, 0, 1, Some(5.0)),
+        (1, 15, 0, 1, Some(5.0)),
+        (1, 100, 0, 1, Some(5.0)),
+        (1, 1000, 0, 1, Some(5.0)),
+        (64, 14, 0, 64, Some(1.0)),
+        (64, 100, 0, 64, Some(1.0)),
+        (64, 2, 32, 32, Some(1.0)),
+        (64, 14, 32, 32, Some(1.0)),
+        (64, 100, 32, 32, Some(1.0)),
     ] {
         let mut times = [const { Vec::new() }; 8];
         let (mut ours, mut theirs) = (Ours::new(lists, size)?, Theirs::new(lists, size));
+        let those = Those { lists, size, changed, walked };
         for turn in 0..rounds {
             for side in [turn % 2, 1 - turn % 2] {
                 let figures = if side == 0 {
-                    our_round(&mut ours, lists, size, length)?
+                    our_round(&mut ours, those, length)?
                 } else {
-                    their_round(&mut theirs, lists, size, length)
+                    their_round(&mut theirs, those, length)
                 };
                 times.iter_mut().skip(4 * side).zip(figures).for_each(|(times, figure)| times.push(figure));
             }
         }
         let [step, both, walk, change, their_step, their_both, their_walk, their_change] =
             times.map(|mut times| median(&mut times));
-        let at = if lists == 1 { size.to_string() } else { format!("{lists}x{size}") };
+        let at = match (lists, changed) {
+            (1, _) => size.to_string(),
+            (_, 0) => format!("{lists}x{size}"),
+            _ => format!("2x{walked}x{size}"),
+        };
         for (name, ours, theirs, target) in [
             ("walk beside a writer, in step", step, their_step, target),
             ("… until both are done", both, their_both, None),
@@ -76,6 +103,20 @@ pub(super) fn run(effort: Effort, report: &mut Report) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A row without a peer.
+fn alone(name: &str, ns: f64, report: &mut Report) {
+    let row = Row {
+        bench: name.to_owned(),
+        at: String::new(),
+        ours_ns: ns,
+        peer: String::new(),
+        peer_ns: None,
+        ratio: None,
+        target: None,
+    };
+    report.add(row, &nanoseconds(ns), "");
 }
 
 /// The time of a piece, of many: that which a fifth is below. Threads in step cannot be quicker than they are together, but
@@ -110,16 +151,7 @@ fn line(rounds: usize, report: &mut Report) {
         });
     });
     let ns = undisturbed(&mut times, 2 * TURNS);
-    let row = Row {
-        bench: "… a line from the other processor".to_owned(),
-        at: String::new(),
-        ours_ns: ns,
-        peer: String::new(),
-        peer_ns: None,
-        ratio: None,
-        target: None,
-    };
-    report.add(row, &nanoseconds(ns), "");
+    alone("… a line from the other processor", ns, report);
 }
 
 /// Counts of what was done, each written by one thread.
@@ -226,27 +258,52 @@ fn round(
     })
 }
 
-fn our_round(ours: &mut Ours, lists: usize, size: usize, length: Duration) -> anyhow::Result<[f64; 4]> {
+/// Lists of the same length, of which those from `changed` on are changed and those below `walked` are walked.
+#[derive(Clone, Copy)]
+struct Those {
+    lists: usize,
+    size: usize,
+    changed: usize,
+    walked: usize,
+}
+
+impl Those {
+    /// The entry, of those that are changed, and its list.
+    fn entry(self, number: usize) -> (usize, usize) {
+        let changed = self.lists - self.changed;
+        let list = self.changed + number % changed;
+        (number / changed * self.lists + list, list)
+    }
+
+    /// How many entries are changed.
+    fn entries(self) -> usize {
+        (self.lists - self.changed) * self.size
+    }
+}
+
+fn our_round(ours: &mut Ours, those: Those, length: Duration) -> anyhow::Result<[f64; 4]> {
     let mut walker = ours.rmap.walker()?;
     let Ours { slot, writer, cache, records, .. } = ours;
     let slot = &*slot;
-    let all: Vec<_> = (0..lists).filter_map(|list| slot.list(Level::K4, gfn(list))).collect();
+    let all: Vec<_> = (0..those.walked).filter_map(|list| slot.list(Level::K4, gfn(list))).collect();
     let all = &all;
     let change = |number: usize| {
+        let (number, list) = those.entry(number);
         super::remove(writer, number, records);
-        super::add(writer, slot, number, gfn(number % lists), cache, records);
+        super::add(writer, slot, number, gfn(list), cache, records);
     };
     let walk = |list: usize| _ = black_box(super::sum(walker.enter().entries(all[list])));
-    Ok(round(length, lists, lists * size, change, walk))
+    Ok(round(length, those.walked, those.entries(), change, walk))
 }
 
-fn their_round(theirs: &mut Theirs, lists: usize, size: usize, length: Duration) -> [f64; 4] {
+fn their_round(theirs: &mut Theirs, those: Those, length: Duration) -> [f64; 4] {
     let Theirs { slots, cache, gfns } = theirs;
     let slots = &*slots;
     let change = |number: usize| {
+        let (number, list) = those.entry(number);
         super::peer_remove(slots, number, cache, gfns);
-        super::peer_add(&slots.0, number, gfn(number % lists).get(), cache, gfns);
+        super::peer_add(&slots.0, number, gfn(list).get(), cache, gfns);
     };
     let walk = |list: usize| _ = black_box(super::peer_sum_locked(slots.0.list(0, list as u64)));
-    round(length, lists, lists * size, change, walk)
+    round(length, those.walked, those.entries(), change, walk)
 }

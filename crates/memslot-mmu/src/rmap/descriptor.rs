@@ -41,6 +41,20 @@ impl<'a> Head<'a> {
         }
     }
 
+    /// How many entries there are. For the writer.
+    ///
+    /// # Safety
+    /// As for [`new`](Self::new).
+    #[inline(always)]
+    pub(super) unsafe fn count(word: u64) -> usize {
+        if word & MANY == 0 {
+            return usize::from(word != 0);
+        }
+        // SAFETY: as in `new`.
+        let first: &Descriptor = unsafe { &*address(word) };
+        first.total() as usize
+    }
+
     /// The word that leads to a descriptor.
     #[inline(always)]
     pub(super) fn to(descriptor: &Descriptor) -> u64 {
@@ -160,6 +174,12 @@ impl Descriptor {
         unsafe { address(self.next.load(Ordering::Acquire)).as_ref() }
     }
 
+    /// Those behind this have left.
+    #[inline]
+    pub(super) fn end(&self) {
+        self.next.store(self.flags(), Ordering::Release);
+    }
+
     /// For the writer.
     #[inline(always)]
     pub(super) fn flags(&self) -> u64 {
@@ -209,6 +229,12 @@ impl Descriptor {
     #[inline(always)]
     pub(super) fn cover(&self, list: u32) {
         self.total.store(COVERED | list, Ordering::Release);
+    }
+
+    /// This has left a list in which others were in front of it. Those who have come here long ago, to count, still see that.
+    #[inline]
+    pub(super) fn leave(&self) {
+        self.cover(LISTS - 1);
     }
 
     /// This will be the first again, of so many entries.

@@ -137,6 +137,38 @@ fn loom_rmap_three_become_one_become_three() {
     beside(&[1, 2, 3], &[-1, -2, 4]);
 }
 
+/// The oldest leave together, from the end of the list, beside a walk and a count.
+#[test]
+fn loom_rmap_the_oldest_go() {
+    for newest in [5, 1] {
+        loom::model(move || {
+            let (rmap, writer) = Rmap::new().unwrap();
+            let mut side = Side::new(&rmap, writer);
+            (1..=5).for_each(|number| side.add(number));
+            let mut walker = rmap.walker().unwrap();
+            let parents = side.parents.clone();
+            let writing = thread::spawn(move || {
+                let mut old = Vec::new();
+                let list = side.parents.list();
+                let gone = side.writer.recycle(list, 4, entry(newest), |entry| old.push(entry.get() >> 3));
+                assert_eq!(gone, old.len());
+                assert_eq!(old, if newest == 5 { vec![1, 2] } else { vec![5] });
+                old.iter().for_each(|old| _ = side.records.remove(old).map(Filed::into_bits));
+                side.check();
+                // One of those that left is used again, if the walker is not inside.
+                side.writer.reclaim(1);
+                (6..=8).for_each(|number| side.add(number));
+            });
+            let seen = walk(&mut walker, &parents);
+            let stay = if newest == 5 { 3..=5 } else { 1..=4 };
+            assert!(stay.into_iter().all(|number| seen.contains(&number)), "{seen:?}");
+            assert!(seen.iter().all(|number| (1..=8).contains(number)), "{seen:?}");
+            assert!((3..=8).contains(&walker.enter().count(parents.list())));
+            writing.join().unwrap();
+        });
+    }
+}
+
 /// Counts beside changes are those of some moment, also when another descriptor comes in front of the one that has the count.
 #[test]
 fn loom_rmap_count() {

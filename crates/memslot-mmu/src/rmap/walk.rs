@@ -168,6 +168,9 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
         }
         while let Some(descriptor) = self.descriptor {
             let cells = &descriptor.cells;
+            // Early, as the next ones come from far away. What leaves meanwhile is seen, as it was there.
+            // SAFETY: as in `next`.
+            let next = unsafe { descriptor.next() };
             // Each cell where the compiler knows the place: most descriptors are full, and in the first one, to ask for each is
             // cheaper than to count.
             if self.left >= CELLS {
@@ -184,8 +187,7 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
                 }
                 result = down::<0, 4, B, E, F>(cells, self.left, result, &mut f);
             }
-            // SAFETY: as in `next`.
-            self.go_to(unsafe { descriptor.next() });
+            self.go_to(next);
         }
         result
     }

@@ -295,19 +295,98 @@ impl<E: RmapEntry> Writer<E> {
     #[must_use]
     pub fn count(&self, list: List<'_, E>) -> usize {
         // SAFETY: the list's own head.
-        match unsafe { Head::new(list.head.load(Ordering::Relaxed)) } {
-            Head::Empty => 0,
-            Head::One(_) => 1,
-            Head::Many(first) => first.total() as usize,
+        unsafe { Head::count(list.head.load(Ordering::Relaxed)) }
+    }
+
+    /// Lets the oldest entries of a list go that has more than `limit`: an eighth of them, or 14 if that is more (and up to 112), never
+    /// `newest`. How many went, which is 0 only if the list is short enough, or has none but the newest.
+    ///
+    /// Each is given to `zap`, which makes it not present and forgets its record; then they are removed, all at
+    /// once. Called after each [`add`](Self::add), it keeps lists, and so walks, short: KVM drops all entries at 1000; this lets
+    /// go of the oldest only.
+    ///
+    /// Age is that of a descriptor: where entries were removed otherwise, those that moved into the holes pass for as
+    /// old as their neighbours. (If `newest` is such a one, younger ones may go.)
+    ///
+    /// ```
+    /// # use std::{collections::HashMap, num::NonZeroU64};
+    /// # use memslot_mmu::rmap::{Filed, Rmap};
+    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
+    /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
+    /// # let list = parents.list();
+    /// # let mut records = HashMap::new();
+    /// const LIMIT: usize = 1000;
+    /// for number in 1..=3000 {
+    ///     # cache.reserve(1)?;
+    ///     let entry = NonZeroU64::new(number << 3).unwrap();
+    ///     writer.add(list, entry, &mut cache, |entry, filed: Filed| _ = records.insert(entry, filed))?;
+    ///     writer.recycle(list, LIMIT, entry, |old| {
+    ///         // … make it not present, and:
+    ///         records.remove(&old);
+    ///     });
+    ///     assert!(writer.count(list) <= LIMIT);
+    /// }
+    /// // Those that are left are the youngest.
+    /// assert!(writer.entries(list).all(|entry| entry.get() >> 3 > 3000 - 1000));
+    /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
+    /// ```
+    pub fn recycle(&mut self, list: List<'_, E>, limit: usize, newest: E, mut zap: impl FnMut(E)) -> usize {
+        let (shared, pool) = (&*self.shared, &mut self.pool);
+        let newest = newest.into_word().get();
+        // SAFETY: the list's own head.
+        let Head::Many(first) = (unsafe { Head::new(list.head.load(Ordering::Relaxed)) }) else { return 0 };
+        let total = first.total() as usize;
+        if total <= limit {
+            return 0;
         }
+        let behind = (total - first.place().cell()) / CELLS;
+        // After this one they go, or after that with the newest.
+        let mut last = first;
+        for _ in 0..behind.saturating_sub((behind / 8).clamp(1, 8)) {
+            // SAFETY: a descriptor of the list.
+            last = unsafe { last.next() }.unwrap_or(last);
+        }
+        // SAFETY: descriptors of the list.
+        let after =
+            |last: &Descriptor| core::iter::successors(unsafe { last.next() }, |at| unsafe { at.next() });
+        let has_newest =
+            |at: &&Descriptor| at.cells.iter().any(|cell| cell.load(Ordering::Relaxed) == newest);
+        last = after(last).filter(has_newest).last().unwrap_or(last);
+        let mut gone = after(last).map(|at| zap_all(at, newest, &mut zap)).sum::<usize>();
+        let left;
+        if gone > 0 {
+            let old = after(last);
+            last.end();
+            left = total - gone;
+            for at in old {
+                at.leave();
+                pool.take_out(shared, at.place().index());
+            }
+            first.set_filled(first.place(), count(left));
+        } else {
+            gone = zap_all(first, newest, &mut zap);
+            left = total - gone;
+            if behind > 0 {
+                take_front(shared, pool, list.head, first, count(left));
+                return gone;
+            }
+        }
+        if left <= 1 {
+            // It leaves as it is, and the one entry goes into the head.
+            let mut one = first.cells[..first.place().cell()].iter().map(|cell| cell.load(Ordering::Relaxed));
+            let one =
+                if gone + 1 == total && behind == 0 { one.find(|&word| word == newest) } else { one.next() };
+            list.head.store(if left == 0 { 0 } else { one.unwrap_or(0) }, Ordering::Release);
+            pool.take_out(shared, first.place().index());
+        }
+        gone
     }
 
     /// The oldest entries of a list that has more than `limit`, to be zapped: at most 14 at a time, never `newest`. None if
     /// the list is short enough.
     ///
     /// They are still filed. Each is to be made not present, *then* [removed](Self::remove), so that walkers miss
-    /// none that is in use. Called after each [`add`](Self::add), it keeps lists, and so walks, short: KVM drops all entries at
-    /// 1000; this lets go of the oldest only.
+    /// none that is in use. Where both can be done at once, [`recycle`](Self::recycle) takes a fraction of the time.
     ///
     /// Descriptors are handed back in turns, so age is that of a descriptor: where entries were removed otherwise,
     /// those that moved into the holes pass for as old as their neighbours.
@@ -371,6 +450,22 @@ impl<E: RmapEntry> Writer<E> {
             .for_each(|(place, word)| *place = word);
         surplus
     }
+}
+
+/// Zaps the entries of a descriptor, all but the newest; how many.
+#[inline]
+fn zap_all<E: RmapEntry>(at: &Descriptor, newest: u64, zap: &mut impl FnMut(E)) -> usize {
+    let words = at.cells[..at.place().cell()].iter().map(|cell| cell.load(Ordering::Relaxed));
+    words
+        .filter_map(NonZeroU64::new)
+        .filter(|word| word.get() != newest)
+        .map(|word| zap(E::from_word(word)))
+        .count()
+}
+
+/// A number of entries, of which no more than 31 bits can be filed.
+fn count(entries: usize) -> u32 {
+    u32::try_from(entries).unwrap_or(u32::MAX)
 }
 
 /// A second entry: both come into a descriptor; the result is where the second is.

@@ -62,6 +62,11 @@ enum Step {
         list: usize,
         limit: usize,
     },
+    Recycle {
+        list: usize,
+        limit: usize,
+        newest: usize,
+    },
     /// A walker comes, or goes.
     Enter,
     /// The slot goes, and comes again.
@@ -76,17 +81,19 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
             8 => list.clone().prop_map(|list| Step::Add { list }),
             2 => (list.clone(), 0..60usize).prop_map(|(list, count)| Step::AddMany { list, count }),
-            8 => (list.clone(), place).prop_map(|(list, place)| Step::Remove { list, place }),
-            2 => (list.clone(), place, 0..60usize)
+            8 => (list.clone(), place.clone()).prop_map(|(list, place)| Step::Remove { list, place }),
+            2 => (list.clone(), place.clone(), 0..60usize)
                 .prop_map(|(list, place, count)| Step::RemoveMany { list, place, count }),
-            1 => place.prop_map(|place| Step::RemoveAgain { place }),
-            1 => (list.clone(), place).prop_map(|(list, place)| Step::RemoveWrong { list, place }),
-            1 => (list.clone(), place, any::<u64>(), any::<bool>()).prop_map(|(list, place, bits, small)| {
+            1 => place.clone().prop_map(|place| Step::RemoveAgain { place }),
+            1 => (list.clone(), place.clone()).prop_map(|(list, place)| Step::RemoveWrong { list, place }),
+            1 => (list.clone(), place.clone(), any::<u64>(), any::<bool>()).prop_map(|(list, place, bits, small)| {
                 // Often one that could be a record.
                 let bits = if small { bits & 0x7_0000_00ff } else { bits };
                 Step::RemoveAny { list, place, bits }
             }),
-            2 => (list, 0..40usize).prop_map(|(list, limit)| Step::Bound { list, limit }),
+            2 => (list.clone(), 0..40usize).prop_map(|(list, limit)| Step::Bound { list, limit }),
+            2 => (list, 0..40usize, place)
+                .prop_map(|(list, limit, newest)| Step::Recycle { list, limit, newest }),
             2 => Just(Step::Enter),
             1 => Just(Step::Slot),
             1 => Just(Step::Reclaim),
@@ -229,6 +236,23 @@ impl World {
                     let place = self.model[list].iter().position(|&other| other == entry).unwrap();
                     self.remove(list, place);
                 }
+            }
+            Step::Recycle { list, limit, newest } => {
+                let Some(place) = list_of(&self.slot, &self.parents, list) else { return };
+                let before = self.model[list].len();
+                // Most of the time that which came last, as it is meant.
+                let newest = self.model[list].get(newest % (2 * before).max(1)).or(self.model[list].last());
+                let newest = newest.copied().unwrap_or(Entry { list: 0, number: 0 });
+                let (book, model, used) = (&self.book, &mut self.model[list], &mut self.used);
+                let gone = self.writer.recycle(place, limit, newest, |old| {
+                    assert_ne!(old, newest);
+                    let place = model.iter().position(|&other| other == old).unwrap();
+                    model.swap_remove(place);
+                    used.push((old, book.take(old).unwrap().into_bits()));
+                });
+                assert_eq!(gone, before - self.model[list].len());
+                assert_eq!(gone == 0, before <= limit.max(1), "{before} entries, limit {limit}");
+                assert!(gone <= 112);
             }
             Step::Enter => {}
             Step::Slot => {

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use memslot::{Gfn, GfnRange};
 use memslot_mmu::Level;
-use memslot_mmu::rmap::{Rmap, RmapError, Under};
+use memslot_mmu::rmap::{Rmap, RmapError, Under, Writer};
 
 use super::common::{Book, Entry, not_filed};
 
@@ -401,4 +401,62 @@ fn a_list_that_is_too_long_always_has_a_surplus() {
             assert!(old.next().is_some_and(|old| old != entry(kept)), "{size} entries, {kept} stays");
         }
     }
+}
+
+/// The oldest go together, with the descriptors that they are in, but for the one that is said to be the newest.
+#[test]
+fn what_is_recycled_is_the_oldest_but_for_the_newest() {
+    let (rmap, mut writer) = Rmap::new().unwrap();
+    let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
+    cache.reserve(90).unwrap();
+    let (entry, list) = (|number| Entry { list: 0, number }, parents.list());
+    let recycle = |writer: &mut Writer<Entry>, limit, newest| {
+        let mut old = Vec::new();
+        let gone = writer.recycle(list, limit, entry(newest), |entry| {
+            old.push((entry.number, book.take(entry).unwrap()));
+        });
+        assert_eq!(gone, old.len());
+        // Their records lead nowhere.
+        let check = |(number, filed)| {
+            assert!(writer.remove(filed, entry(number), book.keep()).is_err());
+            number
+        };
+        let mut old: Vec<_> = old.into_iter().map(check).collect();
+        old.sort_unstable();
+        let mut there: Vec<_> = writer.entries(list).collect();
+        there.sort_unstable();
+        book.check(writer, list, &there, Under::Parents);
+        old
+    };
+    for number in 0..45 {
+        book.add(&mut writer, list, entry(number), &mut cache);
+    }
+    assert_eq!(recycle(&mut writer, 45, 44), []);
+    assert_eq!(recycle(&mut writer, 44, 44), (0..14).collect::<Vec<_>>());
+    // 44 moves to where 20 is, among the oldest. Then those in front go.
+    assert_eq!(book.remove(&mut writer, entry(20)), 30);
+    assert_eq!(book.add(&mut writer, list, entry(50), &mut cache), 30);
+    assert_eq!(recycle(&mut writer, 10, 44), [42, 43, 50]);
+    assert_eq!(recycle(&mut writer, 10, 44), (28..42).collect::<Vec<_>>());
+    assert_eq!(recycle(&mut writer, 10, 44), (14..20).chain(21..28).collect::<Vec<_>>());
+    book.check(&writer, list, &[entry(44)], Under::Parents);
+    assert_eq!(recycle(&mut writer, 0, 44), []);
+    // One that is not there spares nothing.
+    book.add(&mut writer, list, entry(51), &mut cache);
+    assert_eq!(recycle(&mut writer, 1, 99), [44, 51]);
+    assert!(list.is_empty());
+    // One entry in the first, and those behind it go: it is in the head then.
+    for number in 100..115 {
+        book.add(&mut writer, list, entry(number), &mut cache);
+    }
+    assert_eq!(recycle(&mut writer, 14, 114), (100..114).collect::<Vec<_>>());
+    book.check(&writer, list, &[entry(114)], Under::Parents);
+    book.remove(&mut writer, entry(114));
+    // Long lists lose more at a time, but not without end.
+    for number in 0..1000 {
+        book.add(&mut writer, list, entry(number), &mut cache);
+    }
+    assert_eq!(recycle(&mut writer, 999, 999), (0..8 * 14).collect::<Vec<_>>());
+    assert_eq!(recycle(&mut writer, 800, 999), (8 * 14..15 * 14).collect::<Vec<_>>());
+    assert_eq!(writer.count(list), 1000 - 15 * 14);
 }

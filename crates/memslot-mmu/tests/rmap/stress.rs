@@ -76,6 +76,24 @@ impl Changer<'_> {
         }
     }
 
+    /// The same, all that are in one place at once.
+    fn recycle(&mut self, list: usize, limit: usize, newest: Entry) {
+        let (lists, mut old) = (self.lists, Vec::new());
+        let place = lists.list(list);
+        while self.writer.count(place) > limit {
+            let gone = self.writer.recycle(place, limit, newest, |entry| {
+                assert_eq!(lists.state(entry).fetch_add(1, Ordering::AcqRel) % 4, PRESENT);
+                let _ = self.book.take(entry).unwrap();
+                old.push(entry);
+            });
+            assert!(gone > 0 && gone == old.len() && !old.contains(&newest));
+            for entry in old.drain(..) {
+                lists.state(entry).fetch_add(1, Ordering::AcqRel);
+                self.changes += 1;
+            }
+        }
+    }
+
     /// Lets the oldest go, until the list is short enough.
     fn bound(&mut self, list: usize, limit: usize, newest: Entry) {
         let place = self.lists.list(list);
@@ -100,6 +118,7 @@ fn write(lists: &Lists, writer: Writer<Entry>, cache: Cache, stop: &AtomicBool) 
             1 => changer.flip_all(list, PRESENT, None),
             2 => changer.flip_all(list, AWAY, None),
             3 => changer.bound(list, 1 + size / 2, entry),
+            4 => changer.recycle(list, 1 + size / 2, entry),
             _ => changer.flip(entry),
         }
     }
