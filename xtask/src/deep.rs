@@ -242,6 +242,7 @@ fn mutants(report: &mut Report) {
         "--file",
         "crates/memslot-mmu/src/rmap/*.rs",
         "--exclude",
+        "**/loom_steps.rs",
         "**/loom_tests.rs",
         "--",
         "--test",

@@ -23,23 +23,23 @@ use crate::host::{Answer, Context, Frame, Frames, Pfn, TableMemory, TlbFlush};
 use crate::level::{Level, Table};
 use crate::user::UserHost;
 
-type Tables = Mmu<Npt<2>, LoomHost>;
-type Vcpu = Walker<Npt<2>, LoomHost>;
+pub(super) type Tables = Mmu<Npt<2>, LoomHost>;
+pub(super) type Vcpu = Walker<Npt<2>, LoomHost>;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 const HVA: u64 = 0x7000_0000;
 
 /// A host whose frames lie at a place that changes, and whose one guest page has contents.
 #[derive(Clone)]
-struct LoomHost(Arc<Inner>);
+pub(super) struct LoomHost(pub(super) Arc<Inner>);
 
-struct Inner {
+pub(super) struct Inner {
     user: UserHost,
     /// Added to every frame number.
     offset: AtomicUsize,
     /// Held by a processor while it writes by what it has found in the tables; a flush waits for that.
-    processor: loom::sync::Mutex<()>,
-    contents: AtomicUsize,
+    pub(super) processor: loom::sync::Mutex<()>,
+    pub(super) contents: AtomicUsize,
 }
 
 // SAFETY: passed on.
@@ -72,19 +72,19 @@ impl TlbFlush for LoomHost {
     }
 }
 
-struct Guest {
+pub(super) struct Guest {
     table: SlotTable,
-    log: Option<DirtyLog>,
-    mmu: Tables,
-    host: LoomHost,
+    pub(super) log: Option<DirtyLog>,
+    pub(super) mmu: Tables,
+    pub(super) host: LoomHost,
 }
 
 impl Guest {
-    fn new(has_log: bool, largest: Level, flags: SlotFlags) -> Self {
+    pub(super) fn new(has_log: bool, largest: Level, flags: SlotFlags) -> Self {
         Self::noticing(DirtyMode::WriteProtect, has_log, largest, flags)
     }
 
-    fn noticing(dirty: DirtyMode, has_log: bool, largest: Level, flags: SlotFlags) -> Self {
+    pub(super) fn noticing(dirty: DirtyMode, has_log: bool, largest: Level, flags: SlotFlags) -> Self {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = has_log.then(|| DirtyLog::attach(&mut table).unwrap());
         let host = LoomHost(Arc::new(Inner {
@@ -112,7 +112,7 @@ impl Guest {
             .unwrap();
     }
 
-    fn vcpu(&self) -> Vcpu {
+    pub(super) fn vcpu(&self) -> Vcpu {
         let mut vcpu = self.mmu.walker().unwrap();
         // A fault that starts again for want of tables is another model.
         vcpu.top_up();
@@ -124,15 +124,15 @@ impl Guest {
     }
 }
 
-fn range(first: u64, pages: u64) -> GfnRange {
+pub(super) fn range(first: u64, pages: u64) -> GfnRange {
     GfnRange::with_len(Gfn::new(first), pages).unwrap()
 }
 
-fn gpa(gfn: u64) -> Gpa {
+pub(super) fn gpa(gfn: u64) -> Gpa {
     Gpa::new(gfn << 12)
 }
 
-fn write(vcpu: &mut Vcpu, gfn: u64) -> Fault {
+pub(super) fn write(vcpu: &mut Vcpu, gfn: u64) -> Fault {
     vcpu.fault(gpa(gfn), Access::WRITE).unwrap()
 }
 
@@ -323,7 +323,7 @@ fn loom_read_only_starts_beside_a_fault() {
 }
 
 /// A processor that writes `value` to page 0: by the tables, or after a fault.
-fn processor_writes(vcpu: &mut Vcpu, host: &LoomHost, value: usize) {
+pub(super) fn processor_writes(vcpu: &mut Vcpu, host: &LoomHost, value: usize) {
     loop {
         {
             let _uses_translation = host.0.processor.lock().unwrap();

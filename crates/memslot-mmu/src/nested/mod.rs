@@ -71,6 +71,8 @@ pub(crate) mod zap;
 #[cfg(all(test, not(loom)))]
 mod counter_tests;
 #[cfg(all(test, loom))]
+mod loom_steps;
+#[cfg(all(test, loom))]
 mod loom_tests;
 
 use memslot::dirty::DirtyLog;
