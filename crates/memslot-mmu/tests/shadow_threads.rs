@@ -212,15 +212,19 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
     // Whoever changes something holds it for reading; who checks everything, for writing.
     let quiet = RwLock::new(());
     let done = AtomicBool::new(false);
-    let (mapped, finished) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (mapped, finished, changes) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
         for number in 0..3 {
             let (shadow, quiet, mapped, finished, host) = (&shadow, &quiet, &mapped, &finished, &host);
+            let changes = &changes;
             let mut random = Random(seed * 31 + number + 77);
             scope.spawn(move || {
                 let mut vcpu = shadow.vcpu().unwrap();
                 vcpu.load(paging(random.next(PDPT)), RAM).unwrap();
-                for _ in 0..steps {
+                let mut step = 0;
+                // However the threads' turns are: so many steps, beside so many changes.
+                while step < steps || changes.load(Ordering::Relaxed) < steps / 20 {
+                    step += 1;
                     let _working = quiet.read().unwrap();
                     if vcpu.is_stale() || random.next(40) == 0 {
                         vcpu.load(paging(random.next(PDPT)), RAM).unwrap();
@@ -251,6 +255,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
         }
         {
             let (shadow, quiet, done, host, table) = (&shadow, &quiet, &done, &host, &mut table);
+            let changes = &changes;
             let mut random = Random(seed * 97 + 5);
             let consumer = log.consumer().unwrap();
             scope.spawn(move || {
@@ -258,6 +263,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
                 let mut ager = shadow.ager().unwrap();
                 while !done.load(Ordering::SeqCst) {
                     let _working = quiet.read().unwrap();
+                    changes.fetch_add(1, Ordering::Relaxed);
                     let gfns = GfnRange::with_len(Gfn::new(random.next(PAGES)), 1 + random.next(64)).unwrap();
                     match random.next(32) {
                         0..=5 => rearm.harvest(&consumer).unwrap().commit(),
@@ -303,7 +309,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
     });
     shadow.check().unwrap();
     assert!(mapped.load(Ordering::Relaxed) > steps / 10, "hardly anything was mapped");
-    println!("{:?}", shadow.stats());
+    println!("{} mapped, {:?}", mapped.load(Ordering::Relaxed), shadow.stats());
     shadow.zap_all();
     shadow.reclaim();
     assert_eq!(shadow.stats().tables, 0);

@@ -5,6 +5,8 @@
 
 use core::convert::Infallible;
 use core::ptr::NonNull;
+// No part of any model.
+use core::sync::atomic::AtomicBool;
 
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
@@ -51,6 +53,8 @@ struct Inner {
     offset: AtomicUsize,
     /// What is in the page.
     contents: AtomicUsize,
+    /// Whether frames lie side by side, as the guest's do.
+    has_runs: AtomicBool,
 }
 
 // SAFETY: passed on.
@@ -73,8 +77,9 @@ impl Frames for LoomHost {
         // One frame is behind two pages, so that an entry of one looks as that of the other.
         let page = slot.hva_of(gfn).map_or(0, Hva::get) >> 12;
         let offset = self.0.offset.load(Ordering::Relaxed) as u64;
-        let pfn = Pfn::new(if page == OTHER { PAGE } else { page } + 0x1000 + offset);
-        let run = range(gfn.get(), gfn.get() + 1);
+        let has_runs = self.0.has_runs.load(Ordering::Relaxed);
+        let pfn = Pfn::new(if page == OTHER && !has_runs { PAGE } else { page } + 0x1000 + offset);
+        let run = if has_runs { slot.gfns() } else { range(gfn.get(), gfn.get() + 1) };
         Ok(Answer::Frame(Frame { pfn, run, access: Access::all(), memory: MemoryType::WriteBack }))
     }
 }
@@ -111,6 +116,7 @@ impl Guest {
             is_protected: AtomicUsize::new(0),
             offset: AtomicUsize::new(0),
             contents: AtomicUsize::new(0),
+            has_runs: AtomicBool::new(false),
         }));
         for frame in 1..=PT {
             host.entry(frame).store((frame + 1) << 12 | ALL, Order::SeqCst);
@@ -520,6 +526,41 @@ fn loom_shadow_fault_beside_a_split() {
         let vcpu = faulting.join().unwrap();
         assert!(guest.host.leaf(root).is_none(), "a page of a slot that is gone is mapped");
         guest.shadow.check().unwrap();
+        drop((vcpu, guest.table));
+    });
+}
+
+/// A large page is made beside a split that cuts it: it goes, whenever it was made.
+#[test]
+fn loom_shadow_large_page_beside_a_split() {
+    model(|| {
+        // Where processors allow a large page to be. It has two frames here.
+        const LARGE: u64 = 512;
+        let mut guest = Guest::new(SlotFlags::empty());
+        guest.host.0.has_runs.store(true, Ordering::Relaxed);
+        guest.host.entry(3).store(LARGE << 12 | ALL | 0x80, Order::SeqCst);
+        let slot = SlotSpec {
+            address_space: RAM,
+            id: SlotId::new(2),
+            gfns: range(LARGE, LARGE + 4),
+            backing: Backing::Host { hva: Hva::new(LARGE << 12) },
+            flags: SlotFlags::empty(),
+        };
+        guest.table.create(slot).unwrap();
+        let mut vcpu = guest.vcpu();
+        let faulting = thread::spawn(move || {
+            let done = vcpu.fault(0, GuestAccess::READ).unwrap();
+            (done, vcpu)
+        });
+        let id = SlotId::new;
+        guest.table.transaction(|tx| tx.split(RAM, id(2), Gfn::new(LARGE + 1), id(1))).unwrap();
+        let (done, mut vcpu) = faulting.join().unwrap();
+        assert!(matches!(done, ShadowFault::Mapped(_)), "{done:?}");
+        guest.shadow.check().unwrap();
+        assert!(matches!(
+            vcpu.fault(0, GuestAccess::READ).unwrap(),
+            ShadowFault::Mapped(Level::K4) | ShadowFault::AlreadyMapped
+        ));
         drop((vcpu, guest.table));
     });
 }
