@@ -5,6 +5,7 @@
 
 mod edges;
 mod overwritten;
+mod quiet;
 mod steps;
 
 use memslot::{Gfn, Gpa, Hva, HvaRange, SlotFlags, SlotId};
