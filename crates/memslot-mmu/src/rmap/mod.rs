@@ -34,8 +34,11 @@
 //! changed: a walker reads the head before (and sees the first entry there) or after. One entry left: it is written to the head,
 //! and the descriptor leaves *as it is*. A walker that is there still sees it.
 //!
-//! **3. Descriptors come and go at the front only.** One that has become empty leaves, by one store to the head, and keeps
-//! its own `next`: a walker that is in it goes on to what follows, all of which was there when it left.
+//! **3. Descriptors come and go at the front.** One that has become empty leaves, by one store to the head, and keeps
+//! its own `next`: a walker that is in it goes on to what follows, all of which was there when it left. At the end they only go, all
+//! behind one at once, with all their entries ([`Writer::recycle`]): a walker that is there or on its way there, perhaps from
+//! one that left in front, comes to entries that have gone, or to the end; nothing that stays is behind them, and nothing moves there any
+//! more. (So it does not matter when a walk loads `next`, before or after the entries beside it.)
 //!
 //! From 1 to 3: *a walk sees every entry that is in the list all the while*. And an entry that it sees was in the list at some
 //! moment of the walk: a walker reads how many cells of a descriptor are filled when it comes there, and in those cells

@@ -168,16 +168,17 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
         }
         while let Some(descriptor) = self.descriptor {
             let cells = &descriptor.cells;
-            // Early, as the next ones come from far away. What leaves meanwhile is seen, as it was there.
-            // SAFETY: as in `next`.
-            let next = unsafe { descriptor.next() };
             // Each cell where the compiler knows the place: most descriptors are full, and in the first one, to ask for each is
             // cheaper than to count.
-            if self.left >= CELLS {
+            let next = if self.left >= CELLS {
+                // Early, as the others come from far away. What leaves meanwhile is seen, as it was there.
+                // SAFETY: as in `next`.
+                let next = unsafe { descriptor.next() };
                 for cell in cells.iter().rev() {
                     // SAFETY: all were filled when the walk came here.
                     result = f(result, unsafe { entry(cell) });
                 }
+                next
             } else {
                 if self.left > 8 {
                     result = down::<8, CELLS, B, E, F>(cells, self.left, result, &mut f);
@@ -186,7 +187,9 @@ impl<E: RmapEntry> Iterator for Entries<'_, E> {
                     result = down::<4, 8, B, E, F>(cells, self.left, result, &mut f);
                 }
                 result = down::<0, 4, B, E, F>(cells, self.left, result, &mut f);
-            }
+                // SAFETY: as in `next`.
+                unsafe { descriptor.next() }
+            };
             self.go_to(next);
         }
         result

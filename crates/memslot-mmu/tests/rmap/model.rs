@@ -81,12 +81,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
             8 => list.clone().prop_map(|list| Step::Add { list }),
             2 => (list.clone(), 0..60usize).prop_map(|(list, count)| Step::AddMany { list, count }),
-            8 => (list.clone(), place.clone()).prop_map(|(list, place)| Step::Remove { list, place }),
-            2 => (list.clone(), place.clone(), 0..60usize)
+            8 => (list.clone(), place).prop_map(|(list, place)| Step::Remove { list, place }),
+            2 => (list.clone(), place, 0..60usize)
                 .prop_map(|(list, place, count)| Step::RemoveMany { list, place, count }),
-            1 => place.clone().prop_map(|place| Step::RemoveAgain { place }),
-            1 => (list.clone(), place.clone()).prop_map(|(list, place)| Step::RemoveWrong { list, place }),
-            1 => (list.clone(), place.clone(), any::<u64>(), any::<bool>()).prop_map(|(list, place, bits, small)| {
+            1 => place.prop_map(|place| Step::RemoveAgain { place }),
+            1 => (list.clone(), place).prop_map(|(list, place)| Step::RemoveWrong { list, place }),
+            1 => (list.clone(), place, any::<u64>(), any::<bool>()).prop_map(|(list, place, bits, small)| {
                 // Often one that could be a record.
                 let bits = if small { bits & 0x7_0000_00ff } else { bits };
                 Step::RemoveAny { list, place, bits }
