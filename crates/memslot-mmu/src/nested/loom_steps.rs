@@ -103,6 +103,7 @@ fn loom_what_a_step_has_not_flushed_another_operation_does() {
     for work in [Work::WriteProtect, Work::Zap] {
         loom::model(move || {
             let (guest, mut vcpu) = guest();
+            let _ = write(&mut vcpu, 2);
             let host = guest.host.clone();
             let other = thread::spawn(move || {
                 let _uses_translation = host.0.processor.lock().unwrap();
@@ -123,6 +124,7 @@ fn loom_what_a_step_has_not_flushed_another_operation_does() {
                 guest.host.0.contents.load(Ordering::Relaxed),
                 "written through what was protected"
             );
+            assert!(!is_writable(&guest, 1) && !is_writable(&guest, 2), "a step that skips something");
         });
     }
 }
