@@ -90,7 +90,7 @@ impl<F: Format, H: Host> Collapse<'_, F, H> {
         };
         let is_replaced = at.replace(new);
         if is_replaced {
-            bury(self.shared, self.graves, self.tables, at);
+            bury::<F>(self.graves, self.tables, at);
             self.changed = Some(hull(self.changed, range(at.base, at.end())));
         }
         is_replaced

@@ -3,7 +3,7 @@
 use memslot::{Gfn, GfnRange, HvaRange, OutOfMemory, Slot, SlotFlags};
 
 use super::install::{Leaves, Path, fill_split};
-use super::last_table::{LastTable, Place};
+use super::place::Place;
 use super::{Pin, Published, Shared, TableError};
 use crate::cache::Cache;
 use crate::format::{Access, Format};
@@ -67,23 +67,15 @@ pub(crate) enum Attempt {
     Tables(usize),
 }
 
-/// Where the last fault was.
-pub(crate) struct Last {
-    slot: LastSlot,
-    table: LastTable,
-}
-
-impl Last {
-    pub(crate) const NONE: Self = Self { slot: LastSlot { serial: 0, slot: None }, table: LastTable::NONE };
-}
-
 /// The slot that the last fault was in.
-struct LastSlot {
+pub(crate) struct LastSlot {
     serial: u64,
     slot: Option<Slot>,
 }
 
 impl LastSlot {
+    pub(crate) const NONE: Self = Self { serial: 0, slot: None };
+
     #[inline]
     fn find<F: Format, H: Host>(
         &mut self,
@@ -133,11 +125,11 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
     pub(crate) fn fault(
         &self,
         cache: &mut Cache,
-        last: &mut Last,
+        last_slot: &mut LastSlot,
         wish: &Wish,
     ) -> Result<Attempt, FaultError<H::Error>> {
         for _ in 0..ATTEMPTS {
-            if let Some(done) = self.attempt(cache, last, wish)? {
+            if let Some(done) = self.attempt(cache, last_slot, wish)? {
                 return Ok(done);
             }
         }
@@ -149,25 +141,20 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
     fn attempt(
         &self,
         cache: &mut Cache,
-        last: &mut Last,
+        last_slot: &mut LastSlot,
         wish: &Wish,
     ) -> Result<Option<Attempt>, FaultError<H::Error>> {
         let shared = self.shared;
         let done = |fault| Ok(Some(Attempt::Done(fault, 1)));
         // First the entry, then the slots, then the frame: whoever changes them does so in the opposite order.
-        let place = self.place_near(&mut last.table, wish.gfn);
+        let place = self.place_down_to(wish.gfn, Level::K4);
         let is_present = F::is_present(place.seen);
         if is_present && F::access(place.seen).contains(wish.access) {
-            if !place.from_root {
-                // Mapped in a table that is going, maybe.
-                last.table.forget();
-                return Ok(None);
-            }
             let rest = place.level.pages() - (wish.gfn & (place.level.pages() - 1));
             return Ok(Some(Attempt::Done(Fault::AlreadyMapped, rest)));
         }
         let published = self.published();
-        let Some(slot) = last.slot.find(shared, published, wish.gfn) else { return done(Fault::Mmio) };
+        let Some(slot) = last_slot.find(shared, published, wish.gfn) else { return done(Fault::Mmio) };
         let is_read_only = slot.flags().contains(SlotFlags::READONLY);
         if is_read_only && wish.access.contains(Access::WRITE) {
             return done(Fault::Mmio);

@@ -183,7 +183,7 @@ impl<F: Format, H: Host> Visit for ProtectByCopy<'_, F, H> {
             return Next::Again;
         }
         self.cache.take(1);
-        bury(self.shared, self.graves, self.tables, at);
+        bury::<F>(self.graves, self.tables, at);
         self.entries.changed = Some(hull(self.entries.changed, range(at.base, at.end())));
         Next::Done
     }

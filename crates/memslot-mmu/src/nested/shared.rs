@@ -44,9 +44,6 @@ pub(crate) struct Shared<F: Format, H: Host> {
     flushes: AtomicU64,
     flushed_frames: AtomicU64,
     pub(crate) forgotten: AtomicU64,
-    /// How many tables were taken out: changed with the lock held, before the table owes its flush. Whoever remembers
-    /// a table remembers this number with it, see [`LastTable`](super::last_table::LastTable).
-    pub(crate) taken_out: AtomicU64,
     state: Mutex<State>,
     format: PhantomData<F>,
 }
@@ -112,7 +109,6 @@ impl<F: Format, H: Host> Shared<F, H> {
             flushes: AtomicU64::new(0),
             flushed_frames: AtomicU64::new(0),
             forgotten: AtomicU64::new(0),
-            taken_out: AtomicU64::new(counters),
             state: Mutex::new(state),
             format: PhantomData,
         })

@@ -3,7 +3,7 @@
 use memslot::{Gfn, GfnRange, Gpa, OutOfMemory};
 
 use super::epoch::Cell;
-use super::fault::{Attempt, Fault, FaultError, Last, Wish};
+use super::fault::{Attempt, Fault, FaultError, LastSlot, Wish};
 use super::{Mmu, Shared};
 use crate::cache::Cache;
 use crate::counted::Counted;
@@ -19,7 +19,7 @@ pub struct Walker<F: Format, H: Host> {
     pub(super) mmu: Mmu<F, H>,
     pub(super) cell: Counted<Cell>,
     cache: Cache,
-    last: Last,
+    last_slot: LastSlot,
 }
 
 /// What the tables say of an address.
@@ -53,7 +53,7 @@ pub struct Prefaulted {
 impl<F: Format, H: Host> Walker<F, H> {
     pub(super) fn new(mmu: Mmu<F, H>) -> Result<Self, OutOfMemory> {
         let cell = mmu.shared.add_cell()?;
-        Ok(Self { mmu, cell, cache: Cache::new(), last: Last::NONE })
+        Ok(Self { mmu, cell, cache: Cache::new(), last_slot: LastSlot::NONE })
     }
 
     /// The tables.
@@ -128,7 +128,7 @@ impl<F: Format, H: Host> Walker<F, H> {
         loop {
             let attempt = {
                 let pin = self.mmu.shared.pin(&self.cell);
-                pin.fault(&mut self.cache, &mut self.last, wish)?
+                pin.fault(&mut self.cache, &mut self.last_slot, wish)?
             };
             match attempt {
                 Attempt::Done(fault, pages) => return Ok((fault, pages)),

@@ -45,22 +45,14 @@ impl<F: Format, H: Host> Zap<'_, F, H> {
     fn take_out(&mut self, at: &At<'_>) -> bool {
         let is_out = self.empty_out(at);
         if is_out {
-            bury(self.shared, self.graves, self.tables, at);
+            bury::<F>(self.graves, self.tables, at);
         }
         is_out
     }
 }
 
-/// Notes the table that an entry led to, with the lock held.
-pub(crate) fn bury<F: Format, H: Host>(
-    shared: &Shared<F, H>,
-    graves: &mut Graves,
-    tables: &mut Chain,
-    at: &At<'_>,
-) {
-    let taken_out = shared.taken_out.load(Ordering::Relaxed);
-    // Nobody else changes it. That the table has no stamp before all see this number is by the fence in `stamp`.
-    shared.taken_out.store(taken_out.wrapping_add(1), Ordering::Release);
+/// Notes the table that an entry led to.
+pub(crate) fn bury<F: Format>(graves: &mut Graves, tables: &mut Chain, at: &At<'_>) {
     let table = F::pfn(at.seen, at.level);
     graves.push(tables, Grave { table, level: at.level.down(), base: at.base, stamp: 0 });
 }
