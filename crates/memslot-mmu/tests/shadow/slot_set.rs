@@ -112,6 +112,19 @@ fn one_group_needs_no_memory() {
     assert!(size_of::<SlotSet>() <= 24);
 }
 
+/// A node has room for four groups, and the next one is taken when it is full.
+#[test]
+fn nodes_are_filled() {
+    let (mut set, mut cache) = (SlotSet::default(), SlotSetCache::default());
+    cache.top_up(1).unwrap();
+    for group in 0..5 {
+        assert_eq!(set.insert(SlotId::new(group * 64), &mut cache), Ok(true), "group {group}");
+    }
+    assert!(set.insert(SlotId::new(5 * 64), &mut cache).is_err(), "there was one node");
+    assert_eq!(ids(&set).len(), 5);
+    set.clear(&mut cache);
+}
+
 /// Every entry of a page maps another slot, all of them far apart; and all of it goes back.
 #[test]
 fn as_many_slots_as_entries() {
