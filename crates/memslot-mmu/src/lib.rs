@@ -31,6 +31,8 @@ pub mod format;
 pub mod host;
 mod invalidate;
 mod level;
+#[cfg(all(test, loom))]
+mod loom_host;
 pub mod nested;
 #[doc = include_str!("races.md")]
 pub mod races {}

@@ -3,16 +3,18 @@
 //!
 //! The frame number of a table is its address divided by 4096. Behind guest memory are "frames" whose
 //! number is the host address divided by 4096, contiguous through the whole slot; [`UserHost::set_run`] breaks them
-//! up. Nothing of guest memory is ever touched.
+//! up. Of guest memory only that is ever touched which a host is [made with](UserHost::with_memory).
 
+use alloc::boxed::Box;
 use core::convert::Infallible;
 use core::ptr::NonNull;
 
-use memslot::{Gfn, GfnRange, Slot};
+use memslot::{Gfn, GfnRange, Hva, Slot};
 
 use crate::format::{Access, MemoryType};
 use crate::host::{Answer, Context, Frame, Frames, Pfn, TableMemory, TlbFlush};
 use crate::level::{PAGE_SHIFT, Table};
+use crate::shadow::GuestMemory;
 use crate::sync::{AtomicU64, AtomicUsize, Ordering};
 
 /// See the [module documentation](self).
@@ -23,6 +25,9 @@ pub struct UserHost {
     flushes: AtomicU64,
     /// log2 of the pages that are contiguous.
     run: AtomicU64,
+    /// Guest memory, and the host address that its first page stands for.
+    memory: Box<[Table]>,
+    hva: u64,
 }
 
 impl Default for UserHost {
@@ -32,11 +37,39 @@ impl Default for UserHost {
             left: AtomicUsize::new(usize::MAX),
             flushes: AtomicU64::new(0),
             run: AtomicU64::new(63),
+            memory: Box::default(),
+            hva: 0,
         }
     }
 }
 
 impl UserHost {
+    /// A host with guest memory that can be reached, as shadow tables need it: so many pages of zeros, for the host
+    /// addresses from `hva` on, whatever lies there in this process. A guest's tables are written through
+    /// [`memory`](Self::memory).
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::Ordering;
+    /// use memslot::Hva;
+    /// use memslot_mmu::user::UserHost;
+    ///
+    /// // Shared: tables are attached to one handle, and another one has the memory.
+    /// let host = Arc::new(UserHost::with_memory(Hva::new(0x7f00_0000_0000), 16));
+    /// host.memory()[1].0[0].store(0x2027, Ordering::SeqCst);
+    /// ```
+    #[must_use]
+    pub fn with_memory(hva: Hva, pages: usize) -> Self {
+        let page = || Table(core::array::from_fn(|_| AtomicU64::new(0)));
+        Self { memory: (0..pages).map(|_| page()).collect(), hva: hva.get(), ..Self::default() }
+    }
+
+    /// The pages of guest memory that it was made with.
+    #[must_use]
+    pub fn memory(&self) -> &[Table] {
+        &self.memory
+    }
+
     /// How many tables are allocated.
     #[must_use]
     pub fn tables(&self) -> usize {
@@ -140,5 +173,12 @@ impl Frames for UserHost {
 impl TlbFlush for UserHost {
     fn flush(&self, _: Context, _: GfnRange) {
         self.flushes.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl GuestMemory for UserHost {
+    fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
+        let page = slot.hva_of(gfn)?.get().checked_sub(self.hva)? >> PAGE_SHIFT;
+        self.memory.get(usize::try_from(page).ok()?).map(work)
     }
 }

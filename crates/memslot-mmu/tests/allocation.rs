@@ -23,8 +23,6 @@ use memslot_testing::{ALLOWED, Failing, Shortage, bytes, short};
 #[global_allocator]
 static ALLOCATOR: Failing = Failing;
 
-const NONE: SlotFlags = SlotFlags::empty();
-const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
 /// All frames that these tests know.
 const FRAMES: u64 = 1 << 15;
 

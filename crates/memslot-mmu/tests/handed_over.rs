@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use common::*;
 use memslot::dirty::{Consumer, Removed, SoftwareOnly};
-use memslot::{Gfn, GfnRange, Gpa, Listener, ListenerError, SlotFlags, SlotId, SlotTable, Update};
+use memslot::{Gfn, GfnRange, Gpa, Listener, ListenerError, SlotId, SlotTable, Update};
 use memslot_mmu::format::{Access, Format};
 use memslot_mmu::{Config, DirtyMode};
 
@@ -20,8 +20,6 @@ for_every_format! {
     what_was_written_between_publication_and_zap_is_handed_over
     what_was_written_to_a_slot_is_dirty_when_its_deletion_is_taken_back
 }
-
-const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
 
 fn what_the_processor_wrote_is_not_lost_when_it_is_zapped<F: Format>(dirty: DirtyMode) {
     if dirty == DirtyMode::WriteProtect {

@@ -1,23 +1,17 @@
 //! Shadow tables without memory: each allocation fails once, nothing has changed then that the tables' own check or a
 //! later attempt would notice, and nothing is leaked.
 #![cfg(not(loom))]
-#![expect(unsafe_code, reason = "a global allocator is unsafe to write, and so is a host")]
 
-use std::convert::Infallible;
-use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use memslot::dirty::DirtyLog;
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Hva, HvaRange, Limits, Slot, SlotFlags, SlotId, SlotSpec,
-    SlotTable,
+    AddressSpaceId, Backing, Gfn, GfnRange, Hva, HvaRange, Limits, SlotFlags, SlotId, SlotSpec, SlotTable,
 };
-use memslot_mmu::format::Access;
 use memslot_mmu::shadow::guest::{GuestAccess, GuestPaging, Processor, Registers};
-use memslot_mmu::shadow::{GuestMemory, Shadow, ShadowConfig, ShadowFault, SlotSet, SlotSetCache};
+use memslot_mmu::shadow::{Shadow, ShadowConfig, ShadowFault, SlotSet, SlotSetCache};
 use memslot_mmu::user::UserHost;
-use memslot_mmu::{Answer, Context, Frames, Pfn, Table, TableMemory, TlbFlush};
 use memslot_testing::{Failing, bytes, failing};
 
 #[global_allocator]
@@ -41,62 +35,6 @@ fn until_it_works<C, T, E>(
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 const HVA: u64 = 0x7f00_0000_0000;
-const FRAMES: usize = 64;
-
-/// A host with a little guest memory, which itself allocates nothing but tables.
-#[derive(Clone)]
-struct Host {
-    user: Arc<UserHost>,
-    memory: Arc<[Table]>,
-}
-
-impl Host {
-    fn new() -> Self {
-        let frame = || Table([const { AtomicU64::new(0) }; 512]);
-        Self { user: Arc::default(), memory: (0..FRAMES).map(|_| frame()).collect() }
-    }
-
-    fn set(&self, table: usize, index: usize, entry: u64) {
-        self.memory[table].0[index].store(entry, Ordering::SeqCst);
-    }
-}
-
-// SAFETY: passed on.
-unsafe impl TableMemory for Host {
-    fn allocate(&self, tables: usize) -> Option<Pfn> {
-        self.user.allocate(tables)
-    }
-
-    unsafe fn free(&self, first: Pfn, tables: usize) {
-        // SAFETY: passed on.
-        unsafe { self.user.free(first, tables) }
-    }
-
-    fn reach(&self, table: Pfn) -> NonNull<Table> {
-        self.user.reach(table)
-    }
-}
-
-impl Frames for Host {
-    type Error = Infallible;
-
-    fn frame(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Answer, Infallible> {
-        self.user.frame(slot, gfn, access)
-    }
-}
-
-impl TlbFlush for Host {
-    fn flush(&self, context: Context, gfns: GfnRange) {
-        self.user.flush(context, gfns);
-    }
-}
-
-impl GuestMemory for Host {
-    fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
-        let page = usize::try_from((slot.hva_of(gfn)?.get() - HVA) >> 12).ok()?;
-        self.memory.get(page).map(work)
-    }
-}
 
 fn slot(id: u32, first: u64, pages: u64) -> SlotSpec {
     SlotSpec {
@@ -112,14 +50,16 @@ fn slot(id: u32, first: u64, pages: u64) -> SlotSpec {
 fn each_allocation_fails_once() {
     let start = bytes();
     {
-        let host = Host::new();
+        let host = Arc::new(UserHost::with_memory(Hva::new(HVA), 64));
+        let set =
+            |table: usize, index: usize, entry| host.memory()[table].0[index].store(entry, Ordering::SeqCst);
         // Root 1, then 2, 3, 4, and pages from 32 on; all levels through the entries 0 and 3.
         for (table, next) in [(1, 2), (2, 3), (3, 4)] {
-            host.set(table, 0, next << 12 | 0x27);
-            host.set(table, 3, next << 12 | 0x27);
+            set(table, 0, next << 12 | 0x27);
+            set(table, 3, next << 12 | 0x27);
         }
         for index in 0..16 {
-            host.set(4, index, (32 + index as u64) << 12 | 0x27);
+            set(4, index, (32 + index as u64) << 12 | 0x27);
         }
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = DirtyLog::attach(&mut table).unwrap();

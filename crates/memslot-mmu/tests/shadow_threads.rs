@@ -4,26 +4,24 @@
 #![cfg(not(loom))]
 #![allow(missing_docs, unreachable_pub, reason = "a test program")]
 
-use std::convert::Infallible;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::thread;
 
 use memslot::dirty::DirtyLog;
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, Slot, SlotFlags, SlotId, SlotSpec,
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, SlotFlags, SlotId, SlotSpec,
     SlotTable,
 };
 use memslot_mmu::format::{Access, Npt};
 use memslot_mmu::shadow::guest::{GuestAccess, GuestPaging, Processor, Registers};
-use memslot_mmu::shadow::{GuestMemory, Shadow, ShadowConfig, ShadowError, ShadowFault};
+use memslot_mmu::shadow::{Shadow, ShadowConfig, ShadowError, ShadowFault};
 use memslot_mmu::user::UserHost;
-use memslot_mmu::{
-    Answer, Config, Context, Fault, Frames, Level, Mmu, Pfn, Table, TableError, TableMemory, TlbFlush,
-};
+use memslot_mmu::{Config, Fault, Level, Mmu, TableError};
+use memslot_testing::Random;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
+const HVA: u64 = 0x7f00_0000_0000;
 /// Tables are in the first frames, a slot of their own; data behind.
 const TABLES: u64 = 32;
 const PAGES: u64 = 2048;
@@ -34,82 +32,21 @@ const PT: u64 = 16;
 const PD: u64 = 8;
 const PDPT: u64 = 4;
 
-#[derive(Clone)]
-struct TestHost {
-    user: Arc<UserHost>,
-    memory: Arc<Vec<Table>>,
+fn new_host() -> Arc<UserHost> {
+    Arc::new(UserHost::with_memory(Hva::new(HVA), usize::try_from(PAGES).unwrap()))
 }
 
-impl TestHost {
-    fn new() -> Self {
-        let zero = || Table(std::array::from_fn(|_| AtomicU64::new(0)));
-        let memory = (0..PAGES).map(|_| zero()).collect();
-        Self { user: Arc::default(), memory: Arc::new(memory) }
-    }
-
-    fn hva(&self) -> u64 {
-        self.memory.as_ptr().addr() as u64
-    }
-
-    fn entry(&self, gfn: u64, index: u64) -> &AtomicU64 {
-        &self.memory[usize::try_from(gfn).unwrap()].0[usize::try_from(index).unwrap()]
-    }
+/// An entry of a table of the guest's.
+fn place(host: &UserHost, gfn: u64, index: u64) -> &AtomicU64 {
+    &host.memory()[usize::try_from(gfn).unwrap()].0[usize::try_from(index).unwrap()]
 }
 
-// SAFETY: passed on.
-unsafe impl TableMemory for TestHost {
-    fn allocate(&self, tables: usize) -> Option<Pfn> {
-        self.user.allocate(tables)
-    }
-
-    unsafe fn free(&self, first: Pfn, tables: usize) {
-        // SAFETY: passed on.
-        unsafe { self.user.free(first, tables) }
-    }
-
-    fn reach(&self, table: Pfn) -> NonNull<Table> {
-        self.user.reach(table)
-    }
-}
-
-impl Frames for TestHost {
-    type Error = Infallible;
-
-    fn frame(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Answer, Infallible> {
-        self.user.frame(slot, gfn, access)
-    }
-}
-
-impl TlbFlush for TestHost {
-    fn flush(&self, context: Context, gfns: GfnRange) {
-        self.user.flush(context, gfns);
-    }
-}
-
-impl GuestMemory for TestHost {
-    fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
-        let page = (slot.hva_of(gfn)?.get() - self.hva()) >> 12;
-        Some(work(&self.memory[usize::try_from(page).unwrap()]))
-    }
-}
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % below
-    }
-}
-
-fn slot(id: u32, gfns: (u64, u64), host: &TestHost, flags: SlotFlags) -> SlotSpec {
+fn slot(id: u32, gfns: (u64, u64), flags: SlotFlags) -> SlotSpec {
     SlotSpec {
         address_space: RAM,
         id: SlotId::new(id),
         gfns: GfnRange::with_len(Gfn::new(gfns.0), gfns.1).unwrap(),
-        backing: Backing::Host { hva: Hva::new(host.hva() + (gfns.0 << 12)) },
+        backing: Backing::Host { hva: Hva::new(HVA + (gfns.0 << 12)) },
         flags,
     }
 }
@@ -121,60 +58,58 @@ fn paging(root: u64) -> GuestPaging {
 
 /// What an entry of this table may be.
 fn entry(random: &mut Random, table: u64) -> u64 {
-    let flags = [0x27, 0x67, 0x67, 0x25, 0x65, 0x61, 0x26][usize::try_from(random.next(7)).unwrap()];
+    let flags = random.pick(&[0x27, 0x67, 0x67, 0x25, 0x65, 0x61, 0x26]);
     match table {
-        _ if table < PDPT => (PDPT + random.next(PD - PDPT)) << 12 | 0x27,
-        _ if table < PD => (PD + random.next(PT - PD)) << 12 | 0x27,
-        _ if table < PT && random.next(4) == 0 => {
-            [512, 1024][usize::try_from(random.next(2)).unwrap()] << 12 | 0x80 | flags
-        }
-        _ if table < PT => (PT + random.next(TABLES - PT)) << 12 | flags,
+        _ if table < PDPT => (PDPT + random.below(PD - PDPT)) << 12 | 0x27,
+        _ if table < PD => (PD + random.below(PT - PD)) << 12 | 0x27,
+        _ if table < PT && random.below(4) == 0 => random.pick(&[512, 1024]) << 12 | 0x80 | flags,
+        _ if table < PT => (PT + random.below(TABLES - PT)) << 12 | flags,
         // Data, and now and then a table.
         _ => {
-            let end = if random.next(8) == 0 { PAGES } else { 256 };
-            random.next(end) << 12 | flags
+            let end = if random.below(8) == 0 { PAGES } else { 256 };
+            random.below(end) << 12 | flags
         }
     }
 }
 
 fn address(random: &mut Random) -> u64 {
-    random.next(2) << 39 | random.next(2) << 30 | random.next(3) << 21 | random.next(20) << 12
+    random.below(2) << 39 | random.below(2) << 30 | random.below(3) << 21 | random.below(20) << 12
 }
 
 /// The slots that have the data: one, or what has become of it.
 const DATA: [u32; 3] = [1, 2, 300];
 
 /// The data is one slot again, wherever it was cut, shrunk or renamed.
-fn make_one(table: &mut SlotTable, host: &TestHost, flags: SlotFlags) {
+fn make_one(table: &mut SlotTable, flags: SlotFlags) {
     let change = table.transaction(|tx| {
         for id in DATA.map(SlotId::new) {
             if tx.slot(RAM, id).is_some() {
                 tx.delete(RAM, id)?;
             }
         }
-        tx.create(slot(1, (TABLES, PAGES - TABLES), host, flags))
+        tx.create(slot(1, (TABLES, PAGES - TABLES), flags))
     });
     change.unwrap();
 }
 
 /// The slot of the data is split, cut, shrunk, renamed, or made one again; what stays keeps what is mapped.
-fn change_borders(table: &mut SlotTable, host: &TestHost, random: &mut Random) {
+fn change_borders(table: &mut SlotTable, random: &mut Random) {
     let Some(slot) = table.view().slot(RAM, SlotId::new(1)).copied() else {
-        return make_one(table, host, SlotFlags::LOG_DIRTY_PAGES);
+        return make_one(table, SlotFlags::LOG_DIRTY_PAGES);
     };
     let ids = DATA.map(SlotId::new);
-    let new = ids[1 + usize::from(random.next(2) == 1)];
-    let at = TABLES + 1 + random.next(PAGES - TABLES - 2);
-    let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(4)).unwrap());
+    let new = ids[1 + usize::from(random.below(2) == 1)];
+    let at = TABLES + 1 + random.below(PAGES - TABLES - 2);
+    let flags = SlotFlags::from_bits_truncate(u32::try_from(random.below(4)).unwrap());
     // Where that cannot be, as it is split already, nothing changes.
-    let change = match random.next(6) {
+    let change = match random.below(6) {
         0 => table.transaction(|tx| {
             tx.split(RAM, ids[0], Gfn::new(at), new)?;
             tx.set_flags(RAM, new, flags)
         }),
         1 => table.transaction(|tx| {
             tx.split(RAM, ids[0], Gfn::new(at), ids[1])?;
-            tx.split(RAM, ids[1], Gfn::new(at + 1 + random.next(600)), ids[2])?;
+            tx.split(RAM, ids[1], Gfn::new(at + 1 + random.below(600)), ids[2])?;
             if flags.is_empty() { tx.delete(RAM, ids[1]) } else { tx.set_flags(RAM, ids[1], flags) }
         }),
         2 => table.transaction(|tx| tx.resize(RAM, ids[0], at - TABLES)),
@@ -183,7 +118,7 @@ fn change_borders(table: &mut SlotTable, host: &TestHost, random: &mut Random) {
             tx.create(SlotSpec { id: new, ..slot.spec() })
         }),
         _ => {
-            make_one(table, host, slot.flags());
+            make_one(table, slot.flags());
             return;
         }
     };
@@ -191,7 +126,7 @@ fn change_borders(table: &mut SlotTable, host: &TestHost, random: &mut Random) {
 }
 
 fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
-    let host = TestHost::new();
+    let host = new_host();
     let mut table = SlotTable::new(Limits::default()).unwrap();
     let log = DirtyLog::attach(&mut table).unwrap();
     let config = ShadowConfig {
@@ -201,12 +136,12 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
         ..ShadowConfig::default()
     };
     let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
-    table.create(slot(0, (0, TABLES), &host, SlotFlags::empty())).unwrap();
-    table.create(slot(1, (TABLES, PAGES - TABLES), &host, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
-    let mut random = Random(seed | 1);
+    table.create(slot(0, (0, TABLES), SlotFlags::empty())).unwrap();
+    table.create(slot(1, (TABLES, PAGES - TABLES), SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+    let mut random = Random::new(seed);
     for gfn in 0..TABLES {
         for index in 0..20 {
-            host.entry(gfn, index).store(entry(&mut random, gfn), Ordering::SeqCst);
+            place(&host, gfn, index).store(entry(&mut random, gfn), Ordering::SeqCst);
         }
     }
     // Whoever changes something holds it for reading; who checks everything, for writing.
@@ -217,29 +152,29 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
         for number in 0..3 {
             let (shadow, quiet, mapped, finished, host) = (&shadow, &quiet, &mapped, &finished, &host);
             let changes = &changes;
-            let mut random = Random(seed * 31 + number + 77);
+            let mut random = Random::new(seed * 31 + number + 77);
             scope.spawn(move || {
                 let mut vcpu = shadow.vcpu().unwrap();
-                vcpu.load(paging(random.next(PDPT)), RAM).unwrap();
+                vcpu.load(paging(random.below(PDPT)), RAM).unwrap();
                 let mut step = 0;
                 // However the threads' turns are: so many steps, beside so many changes.
                 while step < steps || changes.load(Ordering::Relaxed) < steps / 20 {
                     step += 1;
                     let _working = quiet.read().unwrap();
-                    if vcpu.is_stale() || random.next(40) == 0 {
-                        vcpu.load(paging(random.next(PDPT)), RAM).unwrap();
+                    if vcpu.is_stale() || random.below(40) == 0 {
+                        vcpu.load(paging(random.below(PDPT)), RAM).unwrap();
                     }
                     let at = address(&mut random);
-                    match random.next(16) {
+                    match random.below(16) {
                         0 => vcpu.invlpg(at),
                         1 => vcpu.flush_guest(),
                         2 => {
-                            let (gfn, index) = (random.next(TABLES), random.next(20));
-                            host.entry(gfn, index).store(entry(&mut random, gfn), Ordering::SeqCst);
+                            let (gfn, index) = (random.below(TABLES), random.below(20));
+                            place(host, gfn, index).store(entry(&mut random, gfn), Ordering::SeqCst);
                             shadow.wrote(RAM, Gpa::new(gfn << 12 | index << 3), 8);
                         }
                         _ => {
-                            let bits = [0, 2, 2, 4, 6][usize::try_from(random.next(5)).unwrap()];
+                            let bits = random.pick(&[0, 2, 2, 4, 6]);
                             match vcpu.fault(at, GuestAccess::from_error_code(bits, false)).unwrap() {
                                 ShadowFault::Mapped(_) => _ = mapped.fetch_add(1, Ordering::Relaxed),
                                 ShadowFault::WriteTracked(gpa) => {
@@ -254,9 +189,9 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
             });
         }
         {
-            let (shadow, quiet, done, host, table) = (&shadow, &quiet, &done, &host, &mut table);
+            let (shadow, quiet, done, table) = (&shadow, &quiet, &done, &mut table);
             let changes = &changes;
-            let mut random = Random(seed * 97 + 5);
+            let mut random = Random::new(seed * 97 + 5);
             let consumer = log.consumer().unwrap();
             scope.spawn(move || {
                 let mut rearm = shadow.dirty_rearm().unwrap();
@@ -264,32 +199,34 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
                 while !done.load(Ordering::SeqCst) {
                     let _working = quiet.read().unwrap();
                     changes.fetch_add(1, Ordering::Relaxed);
-                    let gfns = GfnRange::with_len(Gfn::new(random.next(PAGES)), 1 + random.next(64)).unwrap();
-                    match random.next(32) {
+                    let gfns =
+                        GfnRange::with_len(Gfn::new(random.below(PAGES)), 1 + random.below(64)).unwrap();
+                    match random.below(32) {
                         0..=5 => rearm.harvest(&consumer).unwrap().commit(),
                         6..=9 => _ = ager.age(RAM, gfns),
                         10..=12 => shadow.zap_gfn_range(RAM, gfns),
                         13..=15 => {
-                            let hvas =
-                                HvaRange::with_len(Hva::new(host.hva() + (gfns.start().get() << 12)), 4096);
+                            let hvas = HvaRange::with_len(Hva::new(HVA + (gfns.start().get() << 12)), 4096);
                             shadow.invalidate_hva(hvas.unwrap()).unwrap().end();
                         }
                         16 => shadow.zap_all(),
                         17 | 18 => {
-                            make_one(table, host, SlotFlags::LOG_DIRTY_PAGES);
+                            make_one(table, SlotFlags::LOG_DIRTY_PAGES);
                             table.delete(RAM, SlotId::new(1)).unwrap();
-                            let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(4)).unwrap());
-                            table.create(slot(1, (TABLES, PAGES - TABLES), host, flags)).unwrap();
+                            let flags =
+                                SlotFlags::from_bits_truncate(u32::try_from(random.below(4)).unwrap());
+                            table.create(slot(1, (TABLES, PAGES - TABLES), flags)).unwrap();
                         }
                         19 => {
                             table.delete(RAM, SlotId::new(0)).unwrap();
-                            table.create(slot(0, (0, TABLES), host, SlotFlags::empty())).unwrap();
+                            table.create(slot(0, (0, TABLES), SlotFlags::empty())).unwrap();
                         }
                         20..=23 => {
-                            let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(2)).unwrap());
+                            let flags =
+                                SlotFlags::from_bits_truncate(u32::try_from(random.below(2)).unwrap());
                             table.set_flags(RAM, SlotId::new(1), flags).ok();
                         }
-                        _ => change_borders(table, host, &mut random),
+                        _ => change_borders(table, &mut random),
                     }
                 }
             });
@@ -314,7 +251,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
     shadow.reclaim();
     assert_eq!(shadow.stats().tables, 0);
     drop((table, shadow));
-    assert_eq!(host.user.tables(), 0);
+    assert_eq!(host.tables(), 0);
 }
 
 #[test]
@@ -331,15 +268,15 @@ fn threads_as_in_kvm_and_with_little_room() {
 #[test]
 fn tables_run_out_at_every_step() {
     for left in (0..16).step_by(if cfg!(miri) { 5 } else { 1 }) {
-        let host = TestHost::new();
+        let host = new_host();
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let shadow = Shadow::attach(&mut table, host.clone(), ShadowConfig::default()).unwrap();
-        table.create(slot(0, (0, PAGES), &host, SlotFlags::empty())).unwrap();
+        table.create(slot(0, (0, PAGES), SlotFlags::empty())).unwrap();
         for (table, below) in [(1, PDPT), (PDPT, PD), (PD, PT), (PT, 100)] {
-            host.entry(table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
+            place(&host, table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
         }
         let mut vcpu = shadow.vcpu().unwrap();
-        host.user.set_tables_left(left);
+        host.set_tables_left(left);
         if vcpu.load(paging(1), RAM).is_err() {
             assert!(vcpu.root().is_none() && left < 6, "{left}");
             assert_eq!(vcpu.fault(0, GuestAccess::READ), Err(ShadowError::NoRoot));
@@ -354,7 +291,7 @@ fn tables_run_out_at_every_step() {
             }
         }
         shadow.check().unwrap();
-        host.user.set_tables_left(usize::MAX);
+        host.set_tables_left(usize::MAX);
         vcpu.load(paging(1), RAM).unwrap();
         let done = vcpu.fault(0, GuestAccess::WRITE).unwrap();
         assert!(
@@ -363,23 +300,23 @@ fn tables_run_out_at_every_step() {
         );
         shadow.check().unwrap();
         drop((vcpu, table, shadow));
-        assert_eq!(host.user.tables(), 0);
+        assert_eq!(host.tables(), 0);
     }
 }
 
 /// Far more tables than there may be shadow pages: the oldest go, what is used stays usable.
 #[test]
 fn the_limit_lets_go_of_the_oldest() {
-    let host = TestHost::new();
+    let host = new_host();
     let mut table = SlotTable::new(Limits::default()).unwrap();
     let config = ShadowConfig { pages: 64, ..ShadowConfig::default() };
     let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
-    table.create(slot(0, (0, PAGES), &host, SlotFlags::empty())).unwrap();
-    host.entry(1, 0).store(PDPT << 12 | 0x67, Ordering::SeqCst);
-    host.entry(PDPT, 0).store(PD << 12 | 0x67, Ordering::SeqCst);
+    table.create(slot(0, (0, PAGES), SlotFlags::empty())).unwrap();
+    place(&host, 1, 0).store(PDPT << 12 | 0x67, Ordering::SeqCst);
+    place(&host, PDPT, 0).store(PD << 12 | 0x67, Ordering::SeqCst);
     for index in 0..400 {
-        host.entry(PD, index).store((100 + index) << 12 | 0x67, Ordering::SeqCst);
-        host.entry(100 + index, 0).store((1000 + index) << 12 | 0x67, Ordering::SeqCst);
+        place(&host, PD, index).store((100 + index) << 12 | 0x67, Ordering::SeqCst);
+        place(&host, 100 + index, 0).store((1000 + index) << 12 | 0x67, Ordering::SeqCst);
     }
     let mut vcpu = shadow.vcpu().unwrap();
     vcpu.load(paging(1), RAM).unwrap();
@@ -407,20 +344,20 @@ fn the_limit_lets_go_of_the_oldest() {
 fn a_fault_gets_in_while_a_large_slot_is_zapped() {
     const FIRST: u64 = 1 << 20;
     const REGIONS: u64 = if cfg!(miri) { 8 } else { 480 };
-    let host = TestHost::new();
+    let host = new_host();
     let mut table = SlotTable::new(Limits::default()).unwrap();
     let config = ShadowConfig { largest: Level::K4, ..ShadowConfig::default() };
     let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
-    table.create(slot(0, (0, PAGES), &host, SlotFlags::empty())).unwrap();
-    table.create(slot(1, (FIRST, REGIONS * 512), &host, SlotFlags::empty())).unwrap();
+    table.create(slot(0, (0, PAGES), SlotFlags::empty())).unwrap();
+    table.create(slot(1, (FIRST, REGIONS * 512), SlotFlags::empty())).unwrap();
     for (table, below) in [(1, PDPT), (PDPT, PD)] {
-        host.entry(table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
+        place(&host, table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
     }
     for region in 0..REGIONS {
-        host.entry(PD, region).store((FIRST + region * 512) << 12 | 0xe7, Ordering::SeqCst);
+        place(&host, PD, region).store((FIRST + region * 512) << 12 | 0xe7, Ordering::SeqCst);
     }
-    host.entry(PD, 500).store(PT << 12 | 0x67, Ordering::SeqCst);
-    host.entry(PT, 0).store(100 << 12 | 0x67, Ordering::SeqCst);
+    place(&host, PD, 500).store(PT << 12 | 0x67, Ordering::SeqCst);
+    place(&host, PT, 0).store(100 << 12 | 0x67, Ordering::SeqCst);
     let mut vcpu = shadow.vcpu().unwrap();
     vcpu.load(paging(1), RAM).unwrap();
     // Places in all of the slot, of which most are empty.
@@ -461,13 +398,13 @@ fn a_fault_gets_in_while_a_large_slot_is_zapped() {
 /// A guest with nested tables and shadow tables: both are zapped, one flush.
 #[test]
 fn both_kinds_of_table_and_one_flush() {
-    let host = TestHost::new();
+    let host = new_host();
     let mut table = SlotTable::new(Limits::default()).unwrap();
     let shadow = Shadow::attach(&mut table, host.clone(), ShadowConfig::default()).unwrap();
     let mmu = Mmu::<Npt, _>::attach(&mut table, host.clone(), Config::default()).unwrap();
-    table.create(slot(0, (0, PAGES), &host, SlotFlags::empty())).unwrap();
+    table.create(slot(0, (0, PAGES), SlotFlags::empty())).unwrap();
     for (table, below) in [(1, PDPT), (PDPT, PD), (PD, PT), (PT, 100)] {
-        host.entry(table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
+        place(&host, table, 0).store(below << 12 | 0x67, Ordering::SeqCst);
     }
     let (mut vcpu, mut walker) = (shadow.vcpu().unwrap(), mmu.walker().unwrap());
     vcpu.load(paging(1), RAM).unwrap();
@@ -479,10 +416,10 @@ fn both_kinds_of_table_and_one_flush() {
         if both.1 {
             assert!(matches!(walker.fault(Gpa::new(100 << 12), Access::WRITE).unwrap(), Fault::Mapped(_)));
         }
-        let before = host.user.flushes();
+        let before = host.flushes();
         shadow.zap_gfn_range_with(RAM, gfns, mmu.zap(gfns));
         let is_mapped = both.0 || both.1;
-        assert_eq!(host.user.flushes() - before, u64::from(is_mapped), "{both:?}");
+        assert_eq!(host.flushes() - before, u64::from(is_mapped), "{both:?}");
         assert_eq!((shadow.stats().leaves, walker.translate(Gpa::new(100 << 12))), (0, None));
         shadow.check().unwrap();
     }

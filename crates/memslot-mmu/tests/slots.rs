@@ -6,7 +6,7 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use common::*;
-use memslot::{Gfn, Gpa, Listener, ListenerError, SlotFlags, SlotId, Update};
+use memslot::{Gfn, Gpa, Listener, ListenerError, SlotId, Update};
 use memslot_mmu::format::{Access, Format};
 use memslot_mmu::{Config, DirtyMode, Fault, Level};
 
@@ -24,9 +24,6 @@ for_every_format! {
     an_empty_tebibyte_is_zapped_at_once
     faults_follow_the_newest_slots
 }
-
-const NONE: SlotFlags = SlotFlags::empty();
-const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
 
 fn delete_zaps_the_slot_and_nothing_else<F: Format>(dirty: DirtyMode) {
     let mut guest = Guest::<F>::new(dirty);

@@ -16,9 +16,6 @@ for_every_format! {
     a_page_that_was_written_and_emptied_is_protected_for_good
 }
 
-const NONE: SlotFlags = SlotFlags::empty();
-const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
-
 /// A large page that was mapped when its slot was read-only, and that a processor uses.
 fn with_a_read_only_page<F: Format>(dirty: DirtyMode, level: Level) -> Guest<F> {
     let mut guest = Guest::<F>::new(dirty);

@@ -25,10 +25,14 @@ impl Random {
         (self.next() >> 11) % n
     }
 
+    /// An index into so many items, of which there is at least one.
+    pub fn index(&mut self, items: usize) -> usize {
+        usize::try_from(self.below(items as u64)).unwrap_or(0)
+    }
+
     /// One of `items`, of which there is at least one.
     pub fn pick<T: Copy>(&mut self, items: &[T]) -> T {
-        let at = self.below(items.len() as u64);
-        items[usize::try_from(at).unwrap_or(0)]
+        items[self.index(items.len())]
     }
 
     /// True once in `n` times.

@@ -167,8 +167,7 @@ fn no_write_is_lost_however_often_bits_are_fetched() {
                 for _ in 0..steps.below(6) {
                     // Mostly what changes.
                     let changed = update.and_then(|update| {
-                        let change =
-                            update.slots[usize::try_from(steps.below(update.slots.len() as u64)).unwrap()];
+                        let change = update.slots[steps.index(update.slots.len())];
                         let slot = if steps.once_in(2) { change.new } else { change.old.or(change.new) };
                         slot.map(|slot| slot.base_gfn().get() + steps.below(slot.pages()))
                     });

@@ -3,11 +3,7 @@
 //! A table that is freed while a walker might be inside makes loom panic (`user.rs`); so every model here is one of
 //! reclamation, too.
 
-use core::convert::Infallible;
-use core::ptr::NonNull;
-
-use loom::sync::Arc;
-use loom::sync::atomic::{AtomicUsize, Ordering};
+use loom::sync::atomic::Ordering;
 use loom::thread;
 use memslot::dirty::{Consumer, DirtyLog};
 use memslot::{
@@ -18,9 +14,9 @@ use memslot::{
 use super::cursor::{At, Cursor, Next, Visit};
 use super::fault::Fault;
 use super::{Config, DirtyMode, Mmu, Walker};
-use crate::format::{Access, Format, MemoryType, Npt};
-use crate::host::{Answer, Context, Frame, Frames, Pfn, TableMemory, TlbFlush};
-use crate::level::{Level, Table};
+use crate::format::{Access, Format, Npt};
+use crate::level::Level;
+use crate::loom_host::LoomHost;
 use crate::user::UserHost;
 
 pub(super) type Tables = Mmu<Npt<2>, LoomHost>;
@@ -28,49 +24,6 @@ pub(super) type Vcpu = Walker<Npt<2>, LoomHost>;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 const HVA: u64 = 0x7000_0000;
-
-/// A host whose frames lie at a place that changes, and whose one guest page has contents.
-#[derive(Clone)]
-pub(super) struct LoomHost(pub(super) Arc<Inner>);
-
-pub(super) struct Inner {
-    user: UserHost,
-    /// Added to every frame number.
-    offset: AtomicUsize,
-    /// Held by a processor while it writes by what it has found in the tables; a flush waits for that.
-    pub(super) processor: loom::sync::Mutex<()>,
-    pub(super) contents: AtomicUsize,
-}
-
-// SAFETY: passed on.
-unsafe impl TableMemory for LoomHost {
-    fn allocate(&self, tables: usize) -> Option<Pfn> {
-        self.0.user.allocate(tables)
-    }
-    unsafe fn free(&self, first: Pfn, tables: usize) {
-        // SAFETY: passed on.
-        unsafe { self.0.user.free(first, tables) }
-    }
-    fn reach(&self, table: Pfn) -> NonNull<Table> {
-        self.0.user.reach(table)
-    }
-}
-
-impl Frames for LoomHost {
-    type Error = Infallible;
-    fn frame(&self, slot: &Slot, gfn: Gfn, _: Access) -> Result<Answer, Infallible> {
-        let offset = self.0.offset.load(Ordering::Relaxed) as u64;
-        let pfn = Pfn::new((slot.hva_of(gfn).map_or(0, Hva::get) >> 12) + offset);
-        let memory = MemoryType::WriteBack;
-        Ok(Answer::Frame(Frame { pfn, run: slot.gfns(), access: Access::all(), memory }))
-    }
-}
-
-impl TlbFlush for LoomHost {
-    fn flush(&self, _: Context, _: GfnRange) {
-        drop(self.0.processor.lock().unwrap());
-    }
-}
 
 pub(super) struct Guest {
     table: SlotTable,
@@ -87,12 +40,8 @@ impl Guest {
     pub(super) fn noticing(dirty: DirtyMode, has_log: bool, largest: Level, flags: SlotFlags) -> Self {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = has_log.then(|| DirtyLog::attach(&mut table).unwrap());
-        let host = LoomHost(Arc::new(Inner {
-            user: UserHost::default(),
-            offset: AtomicUsize::new(0),
-            processor: loom::sync::Mutex::new(()),
-            contents: AtomicUsize::new(0),
-        }));
+        let home = |slot: &Slot, gfn| (slot.hva_of(gfn).map_or(0, Hva::get) >> 12, slot.gfns());
+        let host = LoomHost::new(UserHost::default(), home);
         let config = Config { log: log.clone(), largest, dirty, ..Config::default() };
         let mmu = Mmu::attach(&mut table, host.clone(), config).unwrap();
         let mut guest = Self { table, log, mmu, host };

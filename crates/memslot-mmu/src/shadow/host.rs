@@ -1,6 +1,8 @@
 //! What shadow paging needs of the machine besides what nested paging needs: the guest's memory itself, where its
 //! page tables are.
 
+use alloc::sync::Arc;
+
 use memslot::{Gfn, Slot};
 
 use crate::host::Host;
@@ -20,6 +22,13 @@ pub trait GuestMemory {
 }
 
 impl<M: GuestMemory> GuestMemory for &M {
+    #[inline]
+    fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
+        (**self).with_page(slot, gfn, work)
+    }
+}
+
+impl<M: GuestMemory> GuestMemory for Arc<M> {
     #[inline]
     fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
         (**self).with_page(slot, gfn, work)

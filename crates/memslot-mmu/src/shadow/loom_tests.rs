@@ -3,11 +3,6 @@
 //! The guest's tables are in frames 1 to 4 and map the address 0. A table that is freed while somebody might be inside makes loom panic
 //! (`user.rs`).
 
-use core::convert::Infallible;
-use core::ptr::NonNull;
-// No part of any model.
-use core::sync::atomic::AtomicBool;
-
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
@@ -20,11 +15,11 @@ use memslot::{
 use super::guest::{GuestAccess, GuestPaging, Processor, Registers};
 use super::reserve::Reserve;
 use super::vcpu::ShadowFault;
-use super::{GuestMemory, Shadow, ShadowConfig, ShadowVcpu, spte};
-use crate::format::{Access, MemoryType};
-use crate::host::{Answer, Context, Frame, Frames, Pfn, TableMemory, TlbFlush};
+use super::{Shadow, ShadowConfig, ShadowVcpu, spte};
+use crate::host::{Pfn, TableMemory};
 use crate::invalidate::range;
-use crate::level::{Level, Table};
+use crate::level::Level;
+use crate::loom_host::LoomHost;
 use crate::sync::{AtomicU64, Ordering as Order};
 use crate::user::UserHost;
 
@@ -39,61 +34,12 @@ const DATA: u32 = 1;
 /// What a present entry permits: everything, accessed and dirty.
 const ALL: u64 = 0x67;
 
-#[derive(Clone)]
-struct LoomHost(Arc<Inner>);
-
-struct Inner {
-    user: UserHost,
-    memory: Vec<Table>,
-    /// Held by a processor while it uses what it has found in the tables; a flush waits for that.
-    processor: loom::sync::Mutex<()>,
-    /// Whether the page is write-protected, and everybody was flushed.
-    is_protected: AtomicUsize,
-    /// Added to every frame number behind guest memory.
-    offset: AtomicUsize,
-    /// What is in the page.
-    contents: AtomicUsize,
-    /// Whether frames lie side by side, as the guest's do.
-    has_runs: AtomicBool,
-}
-
-// SAFETY: passed on.
-unsafe impl TableMemory for LoomHost {
-    fn allocate(&self, tables: usize) -> Option<Pfn> {
-        self.0.user.allocate(tables)
-    }
-    unsafe fn free(&self, first: Pfn, tables: usize) {
-        // SAFETY: passed on.
-        unsafe { self.0.user.free(first, tables) }
-    }
-    fn reach(&self, table: Pfn) -> NonNull<Table> {
-        self.0.user.reach(table)
-    }
-}
-
-impl Frames for LoomHost {
-    type Error = Infallible;
-    fn frame(&self, slot: &Slot, gfn: Gfn, _: Access) -> Result<Answer, Infallible> {
-        // One frame is behind two pages, so that an entry of one looks as that of the other.
-        let page = slot.hva_of(gfn).map_or(0, Hva::get) >> 12;
-        let offset = self.0.offset.load(Ordering::Relaxed) as u64;
-        let has_runs = self.0.has_runs.load(Ordering::Relaxed);
-        let pfn = Pfn::new(if page == OTHER && !has_runs { PAGE } else { page } + 0x1000 + offset);
-        let run = if has_runs { slot.gfns() } else { range(gfn.get(), gfn.get() + 1) };
-        Ok(Answer::Frame(Frame { pfn, run, access: Access::all(), memory: MemoryType::WriteBack }))
-    }
-}
-
-impl TlbFlush for LoomHost {
-    fn flush(&self, _: Context, _: GfnRange) {
-        drop(self.0.processor.lock().unwrap());
-    }
-}
-
-impl GuestMemory for LoomHost {
-    fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
-        Some(work(&self.0.memory[usize::try_from(slot.hva_of(gfn)?.get() >> 12).ok()?]))
-    }
+/// The frame behind a page of the guest's: one is behind two pages, so that an entry of one looks as that of the other. Beyond the
+/// frames that the guest has its tables in, they lie side by side.
+fn home(slot: &Slot, gfn: Gfn) -> (u64, GfnRange) {
+    let page = slot.hva_of(gfn).map_or(0, Hva::get) >> 12;
+    let run = if page < FRAMES { range(gfn.get(), gfn.get() + 1) } else { slot.gfns() };
+    (0x1000 + if page == OTHER { PAGE } else { page }, run)
 }
 
 struct Guest {
@@ -108,16 +54,7 @@ impl Guest {
     fn new(flags: SlotFlags) -> Self {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = DirtyLog::attach(&mut table).unwrap();
-        let zero = || Table(core::array::from_fn(|_| AtomicU64::new(0)));
-        let host = LoomHost(Arc::new(Inner {
-            user: UserHost::default(),
-            memory: (0..FRAMES).map(|_| zero()).collect(),
-            processor: loom::sync::Mutex::new(()),
-            is_protected: AtomicUsize::new(0),
-            offset: AtomicUsize::new(0),
-            contents: AtomicUsize::new(0),
-            has_runs: AtomicBool::new(false),
-        }));
+        let host = LoomHost::new(UserHost::with_memory(Hva::new(0), FRAMES as usize), home);
         for frame in 1..=PT {
             host.entry(frame).store((frame + 1) << 12 | ALL, Order::SeqCst);
         }
@@ -160,7 +97,7 @@ impl Guest {
 impl LoomHost {
     /// The first entry of the guest's table in a frame.
     fn entry(&self, frame: u64) -> &AtomicU64 {
-        &self.0.memory[usize::try_from(frame).unwrap()].0[0]
+        &self.0.user.memory()[usize::try_from(frame).unwrap()].0[0]
     }
 
     /// The frame that the processor finds for the address 0.
@@ -204,6 +141,9 @@ fn loom_shadow_fast_path_beside_write_protection() {
         assert!(matches!(vcpu.fault(0, GuestAccess::READ).unwrap(), ShadowFault::Mapped(_)));
         let (host, root) = (guest.host.clone(), vcpu.root().unwrap().pfn);
         let log = guest.log.clone();
+        // Whether the page is write-protected, and everybody was flushed.
+        let is_protected = Arc::new(AtomicUsize::new(0));
+        let was_protected = is_protected.clone();
         let processor = thread::spawn(move || {
             let loaded = vcpu.loaded.as_ref().unwrap();
             let shared = vcpu.shadow().shared.clone();
@@ -213,7 +153,7 @@ fn loom_shadow_fast_path_beside_write_protection() {
                 let _running = host.0.processor.lock().unwrap();
                 let entry = host.leaf(root).map_or(0, |entry| entry.load(Order::SeqCst));
                 if entry & spte::WRITE != 0 {
-                    assert_eq!(host.0.is_protected.load(Ordering::SeqCst), 0, "written behind our back");
+                    assert_eq!(was_protected.load(Ordering::SeqCst), 0, "written behind our back");
                 }
             }
             vcpu
@@ -223,7 +163,7 @@ fn loom_shadow_fast_path_beside_write_protection() {
                 locked.flush_now();
             }
         });
-        guest.host.0.is_protected.store(1, Ordering::SeqCst);
+        is_protected.store(1, Ordering::SeqCst);
         let vcpu = processor.join().unwrap();
         let entry = guest.host.leaf(root).unwrap().load(Order::SeqCst);
         assert_eq!(entry & (spte::WRITE | spte::MMU_WRITABLE), 0);
@@ -537,7 +477,6 @@ fn loom_shadow_large_page_beside_a_split() {
         // Where processors allow a large page to be. It has two frames here.
         const LARGE: u64 = 512;
         let mut guest = Guest::new(SlotFlags::empty());
-        guest.host.0.has_runs.store(true, Ordering::Relaxed);
         guest.host.entry(3).store(LARGE << 12 | ALL | 0x80, Order::SeqCst);
         let slot = SlotSpec {
             address_space: RAM,

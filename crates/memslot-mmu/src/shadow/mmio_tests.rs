@@ -1,75 +1,29 @@
 //! What remembers that there is no memory, across the wrap of its generations.
 
-use core::convert::Infallible;
-use core::ptr::NonNull;
 use std::boxed::Box;
-use std::sync::Arc;
 
-use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, Slot, SlotFlags, SlotId, SlotSpec, SlotTable,
-};
+use memslot::{AddressSpaceId, Backing, Gpa, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable};
 
 use super::guest::{GuestAccess, GuestPaging, Processor, Registers, Rights};
 use super::mmio::{self, GENERATIONS};
-use super::{GuestMemory, Shadow, ShadowConfig, ShadowFault, ShadowVcpu};
-use crate::format::Access;
-use crate::host::{Answer, Context, Frames, Pfn, TableMemory, TlbFlush};
+use super::{Shadow, ShadowConfig, ShadowFault, ShadowVcpu};
 use crate::invalidate::range;
-use crate::level::{ENTRIES, Table};
-use crate::sync::{AtomicU64, Ordering};
+use crate::level::ENTRIES;
+use crate::sync::Ordering;
 use crate::user::UserHost;
-
-/// The guest's memory is its tables: one for each level, all in a row, and frames that nobody reads.
-#[derive(Clone)]
-struct Host(Arc<(UserHost, [Table; 4])>);
 
 const HVA: u64 = 0x7000_0000_0000;
 const DEVICE: u64 = 0x1_0000;
-
-// SAFETY: passed on.
-unsafe impl TableMemory for Host {
-    fn allocate(&self, tables: usize) -> Option<Pfn> {
-        self.0.0.allocate(tables)
-    }
-    unsafe fn free(&self, first: Pfn, tables: usize) {
-        // SAFETY: passed on.
-        unsafe { self.0.0.free(first, tables) }
-    }
-    fn reach(&self, table: Pfn) -> NonNull<Table> {
-        self.0.0.reach(table)
-    }
-}
-
-impl Frames for Host {
-    type Error = Infallible;
-    fn frame(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Answer, Infallible> {
-        self.0.0.frame(slot, gfn, access)
-    }
-}
-
-impl TlbFlush for Host {
-    fn flush(&self, context: Context, gfns: GfnRange) {
-        self.0.0.flush(context, gfns);
-    }
-}
-
-impl GuestMemory for Host {
-    fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
-        let page = (slot.hva_of(gfn)?.get() - HVA) >> 12;
-        self.0.1.get(usize::try_from(page).ok()?).map(work)
-    }
-}
-
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 
-fn guest(counters: u64) -> (SlotTable, Shadow<Host>, ShadowVcpu<Host>) {
-    let table = || Table(core::array::from_fn(|_| AtomicU64::new(0)));
-    let host = Host(Arc::new((UserHost::default(), [table(), table(), table(), table()])));
+fn guest(counters: u64) -> (SlotTable, Shadow<UserHost>, ShadowVcpu<UserHost>) {
+    // The guest's memory is its tables, one for each level, all in a row; and frames that nobody reads.
+    let host = UserHost::with_memory(Hva::new(HVA), 4);
     for level in 0..3 {
-        host.0.1[level].0[0].store((level as u64 + 1) << 12 | 0x27, Ordering::SeqCst);
+        host.memory()[level].0[0].store((level as u64 + 1) << 12 | 0x27, Ordering::SeqCst);
     }
-    host.0.1[3].0[1].store(DEVICE << 12 | 0x67, Ordering::SeqCst);
-    host.0.1[3].0[2].store((DEVICE + 1) << 12 | 0x67, Ordering::SeqCst);
+    host.memory()[3].0[1].store(DEVICE << 12 | 0x67, Ordering::SeqCst);
+    host.memory()[3].0[2].store((DEVICE + 1) << 12 | 0x67, Ordering::SeqCst);
     let mut table = SlotTable::new(Limits::default()).unwrap();
     let config = ShadowConfig { physical_address_bits: 48, ..ShadowConfig::default() };
     let shadow = Shadow::starting_at(&mut table, host, config, counters).unwrap();
@@ -92,7 +46,7 @@ fn create(table: &mut SlotTable, id: u32, first: u64) {
 }
 
 /// A read of what the first entry, or the second, leads to, as the processor's fault for a reserved bit.
-fn read(vcpu: &mut ShadowVcpu<Host>, page: u64) -> ShadowFault {
+fn read(vcpu: &mut ShadowVcpu<UserHost>, page: u64) -> ShadowFault {
     if vcpu.is_stale() {
         vcpu.reload().unwrap();
     }
@@ -100,7 +54,7 @@ fn read(vcpu: &mut ShadowVcpu<Host>, page: u64) -> ShadowFault {
 }
 
 /// The slots have changed, somewhere.
-fn next_version(shadow: &Shadow<Host>) -> bool {
+fn next_version(shadow: &Shadow<UserHost>) -> bool {
     shadow.shared.with(|locked| locked.count_version())
 }
 

@@ -88,44 +88,15 @@
 //! The guest's tables map the address `0x5000` to the frame 9:
 //!
 //! ```
-//! use core::convert::Infallible;
-//! use core::ptr::NonNull;
 //! use std::sync::atomic::Ordering;
 //! use memslot::*;
-//! use memslot_mmu::format::Access;
 //! use memslot_mmu::shadow::guest::{GuestAccess, GuestPaging, Processor, Registers};
-//! use memslot_mmu::shadow::{GuestMemory, Shadow, ShadowConfig, ShadowFault};
-//! use memslot_mmu::{Answer, Context, Frames, Level, Pfn, Table, TableMemory, TlbFlush, user::UserHost};
+//! use memslot_mmu::shadow::{Shadow, ShadowConfig, ShadowFault};
+//! use memslot_mmu::{Level, user::UserHost};
 //!
-//! # #[repr(align(4096))] struct Memory([Table; 16]);
-//! /// A host whose guest memory is an array of pages at the address of the slot.
-//! struct Host(UserHost);
-//! # // SAFETY: passed on.
-//! # unsafe impl TableMemory for Host {
-//! #     fn allocate(&self, tables: usize) -> Option<Pfn> { self.0.allocate(tables) }
-//! #     unsafe fn free(&self, first: Pfn, tables: usize) { unsafe { self.0.free(first, tables) } }
-//! #     fn reach(&self, table: Pfn) -> NonNull<Table> { self.0.reach(table) }
-//! # }
-//! # impl Frames for Host {
-//! #     type Error = Infallible;
-//! #     fn frame(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Answer, Infallible> { self.0.frame(slot, gfn, access) }
-//! # }
-//! # impl TlbFlush for Host {
-//! #     fn flush(&self, context: Context, gfns: GfnRange) { self.0.flush(context, gfns) }
-//! # }
-//! impl GuestMemory for Host {
-//!     fn with_page<R>(&self, slot: &Slot, gfn: Gfn, work: impl FnOnce(&Table) -> R) -> Option<R> {
-//!         let page: *const Table = core::ptr::with_exposed_provenance(slot.hva_of(gfn)?.get() as usize);
-//!         // SAFETY: the memory outlives the guest.
-//!         Some(work(unsafe { &*page }))
-//!     }
-//! }
-//!
-//! # let memory: &'static Memory = Box::leak(Box::new(unsafe { core::mem::zeroed() }));
-//! # let hva = Hva::new((memory as *const Memory).expose_provenance() as u64);
-//! # let set = |table: usize, index: usize, value| memory.0[table].0[index].store(value, Ordering::SeqCst);
+//! let hva = Hva::new(0x7f00_0000_0000);
 //! let mut table = SlotTable::new(Limits::default())?;
-//! let shadow = Shadow::attach(&mut table, Host(UserHost::default()), ShadowConfig::default())?;
+//! let shadow = Shadow::attach(&mut table, UserHost::with_memory(hva, 16), ShadowConfig::default())?;
 //! table.create(SlotSpec {
 //!     address_space: AddressSpaceId::NORMAL,
 //!     id: SlotId::new(0),
@@ -133,6 +104,8 @@
 //!     backing: Backing::Host { hva },
 //!     flags: SlotFlags::empty(),
 //! })?;
+//! let memory = shadow.host().memory();
+//! let set = |table: usize, index: usize, value| memory[table].0[index].store(value, Ordering::SeqCst);
 //! // PML4 in frame 1, PDPT in 2, PD in 3, PT in 4.
 //! set(1, 0, 0x2027);
 //! set(2, 0, 0x3027);

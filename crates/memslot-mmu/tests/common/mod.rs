@@ -23,6 +23,9 @@ pub const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 /// Where host memory starts in tests: aligned to 1 GiB.
 pub const HVA: u64 = 0x7f00_0000_0000;
 
+pub const NONE: SlotFlags = SlotFlags::empty();
+pub const LOG: SlotFlags = SlotFlags::LOG_DIRTY_PAGES;
+
 type Hook = Box<dyn FnOnce() + Send>;
 
 /// A leaf, as the independent walker reads it.
@@ -296,6 +299,14 @@ impl<F: Format> Guest<F> {
     pub fn processor_writes_if(&mut self, gfn: u64, is_write: bool) -> bool {
         processor(&self.mmu, gfn, is_write)
     }
+}
+
+/// A guest whose slot table can be changed in the middle of a fault.
+pub fn shared_table<F: Format>(mut guest: Guest<F>) -> (Guest<F>, Arc<Mutex<SlotTable>>) {
+    guest.warm_up();
+    let empty = SlotTable::new(Limits::default()).unwrap();
+    let table = Arc::new(Mutex::new(std::mem::replace(&mut guest.table, empty)));
+    (guest, table)
 }
 
 pub fn spec(id: u32, base: u64, pages: u64, hva: u64, flags: SlotFlags) -> SlotSpec {

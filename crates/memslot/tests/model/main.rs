@@ -80,9 +80,7 @@ impl Pair {
     fn check(&mut self, random: &mut Random) {
         compare(self.table.view(), &self.model.slots, random);
         check_reader(&mut self.reader, &self.model.slots, &self.model.limits, random);
-        if let Some((snapshot, slots, generation)) =
-            self.snapshots.get(usize::try_from(random.below(20)).unwrap())
-        {
+        if let Some((snapshot, slots, generation)) = self.snapshots.get(random.index(20)) {
             assert_eq!(snapshot.generation(), *generation);
             compare(snapshot, slots, random);
         }
@@ -141,7 +139,7 @@ fn step(pair: &mut Pair, random: &mut Random, ids: u64) {
         pair.snapshots.push((pair.table.snapshot(), pair.model.slots.clone(), generation));
     }
     if random.once_in(60) && !pair.snapshots.is_empty() {
-        let at = usize::try_from(random.below(pair.snapshots.len() as u64)).unwrap();
+        let at = random.index(pair.snapshots.len());
         pair.snapshots.swap_remove(at);
     }
 }
@@ -240,6 +238,6 @@ fn a_map_of_thousands_of_slots() {
 
 fn shuffle<T>(items: &mut [T], random: &mut Random) {
     for i in (1..items.len()).rev() {
-        items.swap(i, usize::try_from(random.below(i as u64 + 1)).unwrap());
+        items.swap(i, random.index(i + 1));
     }
 }
