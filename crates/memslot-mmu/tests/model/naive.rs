@@ -79,7 +79,9 @@ impl Model {
                     self.leaves.remove(&start);
                     self.emptied.extend(start..start + leaf.pages);
                 }
-                self.install(slot, gfn, write)
+                // A fault replaces a page, not the table that it is in.
+                let has_table = other.is_some_and(|(_, leaf)| leaf.pages == 1);
+                self.install(slot, gfn, write, has_table)
             }
         };
         if write && is_logged(slot) {
@@ -88,13 +90,14 @@ impl Model {
         Fault::Mapped(if level == 1 { Level::K4 } else { Level::M2 })
     }
 
-    fn install(&mut self, slot: &Slot, gfn: u64, write: bool) -> u64 {
+    fn install(&mut self, slot: &Slot, gfn: u64, write: bool, has_table: bool) -> u64 {
         let may = !is_read_only(slot);
         let block = range(gfn & !511, 512);
         let is_large = !is_logged(slot)
             && self.run >= 9
             && slot.gfns().contains_range(&block)
             && (pfn(slot, gfn) ^ gfn) % 512 == 0
+            && !has_table
             && self.starts_in(block).is_empty();
         let pages = if is_large { 512 } else { 1 };
         let start = gfn & !(pages - 1);
