@@ -22,12 +22,13 @@ use memslot_mmu::user::UserHost;
 use memslot_mmu::{
     Answer, Config, Context, Fault, Frames, Level, Mmu, Pfn, Table, TableError, TableMemory, TlbFlush,
 };
+use memslot_testing::{Random, seed, times};
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 /// Tables are in the first frames, a slot of their own; data behind.
 const TABLES: u64 = 32;
 const PAGES: u64 = 2048;
-/// How much each virtual processor does.
+/// How much each virtual processor does, as often as `MEMSLOT_TIMES` says.
 const STEPS: u64 = if cfg!(miri) { 60 } else { 20_000 };
 /// The page tables, each level's, and the roots.
 const PT: u64 = 16;
@@ -93,17 +94,6 @@ impl GuestMemory for TestHost {
     }
 }
 
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % below
-    }
-}
-
 fn slot(id: u32, gfns: (u64, u64), host: &TestHost, flags: SlotFlags) -> SlotSpec {
     SlotSpec {
         address_space: RAM,
@@ -121,24 +111,24 @@ fn paging(root: u64) -> GuestPaging {
 
 /// What an entry of this table may be.
 fn entry(random: &mut Random, table: u64) -> u64 {
-    let flags = [0x27, 0x67, 0x67, 0x25, 0x65, 0x61, 0x26][usize::try_from(random.next(7)).unwrap()];
+    let flags = [0x27, 0x67, 0x67, 0x25, 0x65, 0x61, 0x26][usize::try_from(random.below(7)).unwrap()];
     match table {
-        _ if table < PDPT => (PDPT + random.next(PD - PDPT)) << 12 | 0x27,
-        _ if table < PD => (PD + random.next(PT - PD)) << 12 | 0x27,
-        _ if table < PT && random.next(4) == 0 => {
-            [512, 1024][usize::try_from(random.next(2)).unwrap()] << 12 | 0x80 | flags
+        _ if table < PDPT => (PDPT + random.below(PD - PDPT)) << 12 | 0x27,
+        _ if table < PD => (PD + random.below(PT - PD)) << 12 | 0x27,
+        _ if table < PT && random.below(4) == 0 => {
+            [512, 1024][usize::try_from(random.below(2)).unwrap()] << 12 | 0x80 | flags
         }
-        _ if table < PT => (PT + random.next(TABLES - PT)) << 12 | flags,
+        _ if table < PT => (PT + random.below(TABLES - PT)) << 12 | flags,
         // Data, and now and then a table.
         _ => {
-            let end = if random.next(8) == 0 { PAGES } else { 256 };
-            random.next(end) << 12 | flags
+            let end = if random.below(8) == 0 { PAGES } else { 256 };
+            random.below(end) << 12 | flags
         }
     }
 }
 
 fn address(random: &mut Random) -> u64 {
-    random.next(2) << 39 | random.next(2) << 30 | random.next(3) << 21 | random.next(20) << 12
+    random.below(2) << 39 | random.below(2) << 30 | random.below(3) << 21 | random.below(20) << 12
 }
 
 /// The slots that have the data: one, or what has become of it.
@@ -163,18 +153,18 @@ fn change_borders(table: &mut SlotTable, host: &TestHost, random: &mut Random) {
         return make_one(table, host, SlotFlags::LOG_DIRTY_PAGES);
     };
     let ids = DATA.map(SlotId::new);
-    let new = ids[1 + usize::from(random.next(2) == 1)];
-    let at = TABLES + 1 + random.next(PAGES - TABLES - 2);
-    let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(4)).unwrap());
+    let new = ids[1 + usize::from(random.below(2) == 1)];
+    let at = TABLES + 1 + random.below(PAGES - TABLES - 2);
+    let flags = SlotFlags::from_bits_truncate(u32::try_from(random.below(4)).unwrap());
     // Where that cannot be, as it is split already, nothing changes.
-    let change = match random.next(6) {
+    let change = match random.below(6) {
         0 => table.transaction(|tx| {
             tx.split(RAM, ids[0], Gfn::new(at), new)?;
             tx.set_flags(RAM, new, flags)
         }),
         1 => table.transaction(|tx| {
             tx.split(RAM, ids[0], Gfn::new(at), ids[1])?;
-            tx.split(RAM, ids[1], Gfn::new(at + 1 + random.next(600)), ids[2])?;
+            tx.split(RAM, ids[1], Gfn::new(at + 1 + random.below(600)), ids[2])?;
             if flags.is_empty() { tx.delete(RAM, ids[1]) } else { tx.set_flags(RAM, ids[1], flags) }
         }),
         2 => table.transaction(|tx| tx.resize(RAM, ids[0], at - TABLES)),
@@ -203,7 +193,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
     let shadow = Shadow::attach(&mut table, host.clone(), config).unwrap();
     table.create(slot(0, (0, TABLES), &host, SlotFlags::empty())).unwrap();
     table.create(slot(1, (TABLES, PAGES - TABLES), &host, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
-    let mut random = Random(seed | 1);
+    let mut random = Random::new(seed);
     for gfn in 0..TABLES {
         for index in 0..20 {
             host.entry(gfn, index).store(entry(&mut random, gfn), Ordering::SeqCst);
@@ -217,29 +207,29 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
         for number in 0..3 {
             let (shadow, quiet, mapped, finished, host) = (&shadow, &quiet, &mapped, &finished, &host);
             let changes = &changes;
-            let mut random = Random(seed * 31 + number + 77);
+            let mut random = Random::new(seed.wrapping_mul(31).wrapping_add(number));
             scope.spawn(move || {
                 let mut vcpu = shadow.vcpu().unwrap();
-                vcpu.load(paging(random.next(PDPT)), RAM).unwrap();
+                vcpu.load(paging(random.below(PDPT)), RAM).unwrap();
                 let mut step = 0;
                 // However the threads' turns are: so many steps, beside so many changes.
                 while step < steps || changes.load(Ordering::Relaxed) < steps / 20 {
                     step += 1;
                     let _working = quiet.read().unwrap();
-                    if vcpu.is_stale() || random.next(40) == 0 {
-                        vcpu.load(paging(random.next(PDPT)), RAM).unwrap();
+                    if vcpu.is_stale() || random.below(40) == 0 {
+                        vcpu.load(paging(random.below(PDPT)), RAM).unwrap();
                     }
                     let at = address(&mut random);
-                    match random.next(16) {
+                    match random.below(16) {
                         0 => vcpu.invlpg(at),
                         1 => vcpu.flush_guest(),
                         2 => {
-                            let (gfn, index) = (random.next(TABLES), random.next(20));
+                            let (gfn, index) = (random.below(TABLES), random.below(20));
                             host.entry(gfn, index).store(entry(&mut random, gfn), Ordering::SeqCst);
                             shadow.wrote(RAM, Gpa::new(gfn << 12 | index << 3), 8);
                         }
                         _ => {
-                            let bits = [0, 2, 2, 4, 6][usize::try_from(random.next(5)).unwrap()];
+                            let bits = [0, 2, 2, 4, 6][usize::try_from(random.below(5)).unwrap()];
                             match vcpu.fault(at, GuestAccess::from_error_code(bits, false)).unwrap() {
                                 ShadowFault::Mapped(_) => _ = mapped.fetch_add(1, Ordering::Relaxed),
                                 ShadowFault::WriteTracked(gpa) => {
@@ -256,7 +246,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
         {
             let (shadow, quiet, done, host, table) = (&shadow, &quiet, &done, &host, &mut table);
             let changes = &changes;
-            let mut random = Random(seed * 97 + 5);
+            let mut random = Random::new(seed.wrapping_mul(97));
             let consumer = log.consumer().unwrap();
             scope.spawn(move || {
                 let mut rearm = shadow.dirty_rearm().unwrap();
@@ -264,8 +254,9 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
                 while !done.load(Ordering::SeqCst) {
                     let _working = quiet.read().unwrap();
                     changes.fetch_add(1, Ordering::Relaxed);
-                    let gfns = GfnRange::with_len(Gfn::new(random.next(PAGES)), 1 + random.next(64)).unwrap();
-                    match random.next(32) {
+                    let gfns =
+                        GfnRange::with_len(Gfn::new(random.below(PAGES)), 1 + random.below(64)).unwrap();
+                    match random.below(32) {
                         0..=5 => rearm.harvest(&consumer).unwrap().commit(),
                         6..=9 => _ = ager.age(RAM, gfns),
                         10..=12 => shadow.zap_gfn_range(RAM, gfns),
@@ -278,7 +269,8 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
                         17 | 18 => {
                             make_one(table, host, SlotFlags::LOG_DIRTY_PAGES);
                             table.delete(RAM, SlotId::new(1)).unwrap();
-                            let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(4)).unwrap());
+                            let flags =
+                                SlotFlags::from_bits_truncate(u32::try_from(random.below(4)).unwrap());
                             table.create(slot(1, (TABLES, PAGES - TABLES), host, flags)).unwrap();
                         }
                         19 => {
@@ -286,7 +278,8 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
                             table.create(slot(0, (0, TABLES), host, SlotFlags::empty())).unwrap();
                         }
                         20..=23 => {
-                            let flags = SlotFlags::from_bits_truncate(u32::try_from(random.next(2)).unwrap());
+                            let flags =
+                                SlotFlags::from_bits_truncate(u32::try_from(random.below(2)).unwrap());
                             table.set_flags(RAM, SlotId::new(1), flags).ok();
                         }
                         _ => change_borders(table, host, &mut random),
@@ -319,12 +312,12 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
 
 #[test]
 fn threads_with_all_tables_unsync() {
-    run(5, 1 << 14, 3, STEPS);
+    run(5, 1 << 14, seed(), STEPS * times());
 }
 
 #[test]
 fn threads_as_in_kvm_and_with_little_room() {
-    run(1, 64, 11, STEPS);
+    run(1, 64, !seed(), STEPS * times());
 }
 
 /// Everything that needs a table runs out of them, at every step: an error, nothing changed, and the next try goes on.

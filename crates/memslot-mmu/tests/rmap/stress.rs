@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use memslot_mmu::rmap::{Cache, List, Parents, Rmap, Walker, Writer};
+use memslot_testing::{Random, number, seed};
 
 use super::common::{Book, Entry};
 
@@ -29,15 +30,8 @@ impl Lists {
     }
 }
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % n as u64) as usize
-    }
+fn below(random: &mut Random, n: usize) -> usize {
+    random.below(n as u64) as usize
 }
 
 /// The writer, with the records.
@@ -107,12 +101,12 @@ impl Changer<'_> {
 
 /// Adds what is away, removes what is there; now and then all of a list, or all but one, or the oldest.
 fn write(lists: &Lists, writer: Writer<Entry>, cache: Cache, stop: &AtomicBool) -> u64 {
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut random = Random::new(seed());
     let mut changer = Changer { lists, writer, cache, book: Book::default(), changes: 0 };
     while !stop.load(Ordering::Relaxed) {
-        let list = random.below(lists.states.len());
+        let list = below(&mut random, lists.states.len());
         let size = lists.states[list].len();
-        let entry = Entry { list: list as u32, number: random.below(size) as u32 };
+        let entry = Entry { list: list as u32, number: below(&mut random, size) as u32 };
         match random.below(256) {
             0 => changer.flip_all(list, PRESENT, Some(entry.number as usize)),
             1 => changer.flip_all(list, PRESENT, None),
@@ -127,11 +121,11 @@ fn write(lists: &Lists, writer: Writer<Entry>, cache: Cache, stop: &AtomicBool) 
 
 /// Makes so many checks; how many were of entries that were there, and how many walks.
 fn walk(lists: &Lists, mut walker: Walker<Entry>, wanted: u64) -> (u64, u64, u64) {
-    let (mut random, mut checks, mut there, mut walks) = (Random(0x2545_f491_4f6c_dd1d), 0, 0, 0);
+    let (mut random, mut checks, mut there, mut walks) = (Random::new(!seed()), 0, 0, 0);
     let largest = lists.states.iter().map(Vec::len).max().unwrap();
     let (mut before, mut seen) = (vec![0; largest], vec![0; largest]);
     while checks < wanted {
-        let list = random.below(lists.states.len());
+        let list = below(&mut random, lists.states.len());
         let states = &lists.states[list];
         walks += 1;
         for (before, state) in before.iter_mut().zip(states) {
@@ -169,8 +163,7 @@ fn walk(lists: &Lists, mut walker: Walker<Entry>, wanted: u64) -> (u64, u64, u64
 }
 
 fn stress(sizes: &[usize], share: u64) {
-    let wanted = std::env::var("MEMSLOT_RMAP_CHECKS").ok().and_then(|text| text.parse().ok());
-    let wanted: u64 = wanted.unwrap_or(if cfg!(miri) { 2_000 } else { 4_000_000 });
+    let wanted: u64 = number("MEMSLOT_RMAP_CHECKS", if cfg!(miri) { 2_000 } else { 4_000_000 });
     let (rmap, writer) = Rmap::<Entry>::starting_at(u64::MAX - 10).unwrap();
     let lists = Lists {
         parents: sizes.iter().map(|_| rmap.parents().unwrap()).collect(),
