@@ -1,6 +1,8 @@
 //! `cargo xtask deep`: proofs that are too slow for every run.
 
 use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -9,7 +11,7 @@ use crate::run::{Report, say};
 use crate::step::{self, Step};
 use crate::{oldest, test, tools};
 
-/// Run the slow proofs: the real kernel, deep loom models, walks beside a writer, Miri, sanitizers, many random cases, mutants.
+/// Run the slow proofs: the real kernel, deep loom models, walks beside a writer, Miri, sanitizers, fresh random programs, mutants.
 ///
 /// Takes minutes to hours. What needs a tool that is missing (a nightly toolchain, Miri, cargo-mutants) is skipped and
 /// says so; `cargo xtask setup` lists them. Each proof that needs other compiler flags builds in its own folder below
@@ -28,9 +30,12 @@ pub(crate) struct Args {
     /// How many entries to look for in walks beside a writer, in each of three runs.
     #[arg(long, value_name = "N", default_value_t = 200_000_000)]
     checks: u64,
-    /// How many random programs to try for each property.
-    #[arg(long, value_name = "N", default_value_t = 20_000)]
-    cases: u32,
+    /// How long to try random programs, in seconds: rounds of fresh seeds, the last of which is finished.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1200)]
+    random_seconds: u64,
+    /// How many times as many random programs as in `cargo xtask test` to try in each round.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    times: u32,
     /// How long to fuzz each target, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     fuzz_seconds: u32,
@@ -54,8 +59,8 @@ enum Proof {
     Asan,
     /// The same under ThreadSanitizer (needs nightly)
     Tsan,
-    /// The properties, with many cases each
-    Proptest,
+    /// Every random test with fresh seeds, round after round, with many cases and all assertions
+    Random,
     /// Bytes that nobody would write on purpose, as traces, ring memory and programs (needs nightly with cargo-fuzz)
     Fuzz,
     /// Linux on the hypervisor: every scenario, the dirty log with both sizes of pages and both ways (needs QEMU)
@@ -83,7 +88,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             Proof::Tsan => {
                 sanitizer(&mut report, "tsan", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer");
             }
-            Proof::Proptest => report.run(&proptest(args.cases)),
+            Proof::Random => random(&mut report, Duration::from_secs(args.random_seconds), args.times),
             Proof::Fuzz => fuzz(&mut report, args.fuzz_seconds),
             Proof::Linux => linux(&mut report),
             Proof::Oldest => oldest::run(&mut report),
@@ -160,7 +165,7 @@ fn programmed(changes: u64) -> Step {
         ["test", "--quiet", "--release", "-p", "memslot-kvm", "--test", "kernel", "--test", "model"],
     )
     .env("MEMSLOT_KVM_CHANGES", changes.to_string())
-    .env("MEMSLOT_MODEL_PROGRAMS", (changes / 20).max(1).to_string())
+    .env("PROPTEST_CASES", (changes / 20).max(1).to_string())
     .tests()
 }
 
@@ -174,14 +179,13 @@ fn miri(report: &mut Report) {
     if !tools::has_miri() {
         return report.skip("miri", "miri is not installed for nightly");
     }
-    // Without isolation, tests may say in a file what they skipped. Miri is some hundred times slower: few cases.
+    // Without isolation, tests may say in a file what they skipped. There are few cases in Miri unless they are asked for.
     report.run(
         &Step::cargo(
             "miri",
             ["+nightly", "miri", "test", "-p", "memslot", "-p", "memslot-mmu", "--no-fail-fast"],
         )
         .env("MIRIFLAGS", "-Zmiri-disable-isolation")
-        .env("PROPTEST_CASES", "4")
         .own_target("miri")
         .tests(),
     );
@@ -201,11 +205,29 @@ fn sanitizer(report: &mut Report, name: &str, flags: &str) {
     );
 }
 
-fn proptest(cases: u32) -> Step {
-    let arguments = ["test", "--quiet", "--release", "--lib", "--tests", "--no-fail-fast"];
-    Step::cargo("proptest", arguments.into_iter().chain(CRATES))
-        .env("PROPTEST_CASES", cases.to_string())
-        .tests()
+/// `cargo xtask test` tries the same random programs in each run. Here no two rounds do.
+///
+/// The heading of the round that failed is the command that repeats it.
+fn random(report: &mut Report, time: Duration, times: u32) {
+    let until = Instant::now() + time;
+    for round in 1.. {
+        let seed = RandomState::new().build_hasher().finish() % 1_000_000_000;
+        let arguments = ["test", "--quiet", "--release", "--lib", "--bins", "--tests", "--no-fail-fast"];
+        let more = ["-p", "memslot-cli", "-p", "memslot-preload"];
+        let step = Step::cargo(&format!("random, round {round}"), arguments)
+            .args(CRATES.into_iter().chain(more))
+            .env("MEMSLOT_SEED", seed.to_string())
+            .env("MEMSLOT_TIMES", times.to_string())
+            .env("CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS", "true")
+            .env("CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS", "true")
+            .env("CARGO_PROFILE_RELEASE_LTO", "off")
+            .own_target("random");
+        report.run(&step.tests());
+        // What was found once is found again by the next seed.
+        if report.has_just_failed() || Instant::now() >= until {
+            break;
+        }
+    }
 }
 
 /// Every target of `fuzz/`, from its seeds on. What is found is kept below `fuzz/`.

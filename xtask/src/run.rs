@@ -65,6 +65,11 @@ impl Report {
         !self.steps.iter().any(|step| matches!(step.verdict, Verdict::Failed(_)))
     }
 
+    /// Whether the last step failed, for what would only fail again.
+    pub(crate) fn has_just_failed(&self) -> bool {
+        matches!(self.steps.last(), Some(Finished { verdict: Verdict::Failed(_), .. }))
+    }
+
     /// Records something that was not a step: its verdict, and how long it took.
     pub(crate) fn record(&mut self, name: &str, verdict: Result<(), String>, took: Duration) {
         let verdict = match verdict {

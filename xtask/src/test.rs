@@ -18,11 +18,12 @@ use crate::tools;
 /// While working on one thing, name it: `cargo xtask test -- transaction`. Then only the first step runs, and what
 /// follows `--` goes to nextest or cargo test.
 ///
-/// Two variables reach the tests: MEMSLOT_ORACLE_OPS (operations to try against the real kernel) and PROPTEST_CASES
-/// (random programs for each property).
+/// Random programs are the same in each run, so that a test that fails does so because of what was changed. Variables that
+/// reach the tests: MEMSLOT_SEED (other random programs), MEMSLOT_TIMES (how many times as many), PROPTEST_CASES (how many
+/// for each property), MEMSLOT_ORACLE_OPS (operations to try against the real kernel).
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Try more: a million operations against the real kernel, 4096 cases a property, 3 preemptions in loom.
+    /// Try more: a million operations against the real kernel, 16 times as many random programs, 3 preemptions in loom.
     #[arg(long)]
     full: bool,
     /// Install and download nothing: skip Linux on the hypervisor where QEMU or the kernel package is missing
@@ -65,7 +66,7 @@ fn workspace_tests(args: &Args) -> Step {
     for argument in &args.extra {
         step = step.arg(argument.as_str());
     }
-    if args.full { step.env("MEMSLOT_ORACLE_OPS", "1000000").env("PROPTEST_CASES", "4096") } else { step }
+    if args.full { step.env("MEMSLOT_ORACLE_OPS", "1000000").env("MEMSLOT_TIMES", "16") } else { step }
 }
 
 /// Linux on the hypervisor with little memory: with large pages and with small ones, the dirty log in both ways, nested and shadow

@@ -297,7 +297,7 @@ fn run_program(foreign: Foreign, steps: &[Step]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(memslot_testing::proptest_config(256))]
 
     #[test]
     fn what_must_be_mapped_is_and_nothing_else(steps in prop::collection::vec(step(), 1..40)) {

@@ -137,6 +137,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(memslot_testing::proptest_config(256))]
+
         #[test]
         fn as_a_set_of_free_ids(start in 0u32..100, len in 0u32..300, ops in prop::collection::vec((0u8..4, 0u32..400), 1..200)) {
             let mut ids = SlotIds::new(start..start + len);

@@ -138,14 +138,10 @@ mod tests {
     fn the_same_as_frame_by_frame() {
         const SPACE: AddressSpaceId = AddressSpaceId::NORMAL;
         let alike = std::sync::Arc::default();
-        for (seed, max_pages) in (1..40).zip([None, NonZeroU64::new(8)].into_iter().cycle()) {
-            let mut state = 0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(seed) | 1;
-            let mut below = |n: u64| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 11) % n
-            };
+        for (mut random, max_pages) in
+            memslot_testing::programs(39).zip([None, NonZeroU64::new(8)].into_iter().cycle())
+        {
+            let mut below = |n| random.below(n);
             let mut table = SlotTable::new(Limits { address_spaces: 1, ..Limits::default() }).unwrap();
             let both = Both {
                 programmed: Programmed::new(1, &SlotIds::new(3..500)),

@@ -18,9 +18,10 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use memslot::dirty::{Consumer, DirtyLog};
 use memslot::*;
 use memslot_kvm::{Kernel, KvmSlots, NotRunning, Options, Vm};
+use memslot_testing::{Random, number, seed};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use crate::common::{PAGE, RAM, Random, gfns, random_op, spec};
+use crate::common::{PAGE, RAM, gfns, random_op, spec};
 
 const FRAMES: u64 = 320;
 const MSR_KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
@@ -142,14 +143,10 @@ impl Rig {
     }
 }
 
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap())
-}
-
 #[test]
 fn writes_land_where_the_table_says_and_are_reported() {
     let Some(kvm) = kvm() else { return };
-    let (total, mut seed) = (number("MEMSLOT_KVM_CHANGES", 1200), number("MEMSLOT_SEED", 1));
+    let (total, mut seed) = (number("MEMSLOT_KVM_CHANGES", 1200_u64), seed());
     let (mut changes, mut committed, mut reported) = (0, 0, 0);
     while changes < total {
         let random = &mut Random::new(seed);

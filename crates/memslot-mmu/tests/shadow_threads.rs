@@ -18,14 +18,14 @@ use memslot_mmu::shadow::guest::{GuestAccess, GuestPaging, Processor, Registers}
 use memslot_mmu::shadow::{Shadow, ShadowConfig, ShadowError, ShadowFault};
 use memslot_mmu::user::UserHost;
 use memslot_mmu::{Config, Fault, Level, Mmu, TableError};
-use memslot_testing::Random;
+use memslot_testing::{Random, seed, times};
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 const HVA: u64 = 0x7f00_0000_0000;
 /// Tables are in the first frames, a slot of their own; data behind.
 const TABLES: u64 = 32;
 const PAGES: u64 = 2048;
-/// How much each virtual processor does.
+/// How much each virtual processor does, as often as `MEMSLOT_TIMES` says.
 const STEPS: u64 = if cfg!(miri) { 60 } else { 20_000 };
 /// The page tables, each level's, and the roots.
 const PT: u64 = 16;
@@ -152,7 +152,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
         for number in 0..3 {
             let (shadow, quiet, mapped, finished, host) = (&shadow, &quiet, &mapped, &finished, &host);
             let changes = &changes;
-            let mut random = Random::new(seed * 31 + number + 77);
+            let mut random = Random::new(seed.wrapping_mul(31).wrapping_add(number));
             scope.spawn(move || {
                 let mut vcpu = shadow.vcpu().unwrap();
                 vcpu.load(paging(random.below(PDPT)), RAM).unwrap();
@@ -191,7 +191,7 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
         {
             let (shadow, quiet, done, table) = (&shadow, &quiet, &done, &mut table);
             let changes = &changes;
-            let mut random = Random::new(seed * 97 + 5);
+            let mut random = Random::new(seed.wrapping_mul(97));
             let consumer = log.consumer().unwrap();
             scope.spawn(move || {
                 let mut rearm = shadow.dirty_rearm().unwrap();
@@ -256,12 +256,12 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
 
 #[test]
 fn threads_with_all_tables_unsync() {
-    run(5, 1 << 14, 3, STEPS);
+    run(5, 1 << 14, seed(), STEPS * times());
 }
 
 #[test]
 fn threads_as_in_kvm_and_with_little_room() {
-    run(1, 64, 11, STEPS);
+    run(1, 64, !seed(), STEPS * times());
 }
 
 /// Everything that needs a table runs out of them, at every step: an error, nothing changed, and the next try goes on.

@@ -13,20 +13,19 @@ use memslot::{Gpa, Limits, SlotFlags, SlotId, SlotTable};
 use memslot_mmu::format::{Access, Npt};
 use memslot_mmu::user::UserHost;
 use memslot_mmu::{Config, Fault, Level, Mmu, Work};
+use memslot_testing::{Random, seed, times};
 
 fn duration() -> Duration {
-    Duration::from_millis(if cfg!(miri) { 20 } else { 400 })
+    Duration::from_millis(times() * if cfg!(miri) { 20 } else { 400 })
 }
 
 /// A processor: faults all over, and counts what became of it.
 fn processor(mmu: &Mmu<Npt, UserHost>, stop: &AtomicBool, pages: u64, seed: u64) -> u64 {
     let mut vcpu = mmu.walker().unwrap();
-    let mut random = seed | 1;
+    let mut numbers = Random::new(seed);
     let mut mapped = 0;
     while !stop.load(Ordering::Relaxed) {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
+        let random = numbers.next();
         let gpa = Gpa::new(((random >> 8) % pages) << 12);
         let access = if random & 1 == 0 { Access::READ } else { Access::WRITE };
         match vcpu.fault(gpa, access).unwrap() {
@@ -51,10 +50,10 @@ fn slots_and_memory_change_under_running_processors() {
     let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     table.create(spec(0, 0, 4096, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
     std::thread::scope(|scope| {
-        let vcpus: Vec<_> = (0..2u64)
-            .map(|seed| {
+        let vcpus: Vec<_> = (0..2)
+            .map(|number| {
                 let (mmu, stop) = (&mmu, &stop);
-                scope.spawn(move || processor(mmu, stop, 3 * 4096, seed * 0x9e37_79b9 + 7))
+                scope.spawn(move || processor(mmu, stop, 3 * 4096, seed().wrapping_add(number << 32)))
             })
             .collect();
         // Memory is invalidated all the time.

@@ -102,21 +102,16 @@ mod tests {
 
     #[test]
     fn random_bitmaps() {
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut random = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            state.rotate_left(23)
-        };
-        for _ in 0..2000 {
+        for mut random in memslot_testing::programs(2000) {
             let words: Vec<u64> = (0..4)
-                .map(|_| match random() % 4 {
+                .map(|_| match random.below(4) {
                     0 => 0,
                     1 => u64::MAX,
-                    2 => random() & random(),
-                    _ => random() | random(),
+                    2 => random.next() & random.next(),
+                    _ => random.next() | random.next(),
                 })
                 .collect();
-            let bits = random() % 257;
+            let bits = random.below(257);
             assert_eq!(runs(bits, &words), plainly(bits, &words), "{bits} of {words:x?}");
         }
     }

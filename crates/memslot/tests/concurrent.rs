@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use memslot::{
     AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable, View,
 };
+use memslot_testing::times;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 /// Slots 0 and 1 always tell the same round; the others come and go.
@@ -65,7 +66,7 @@ fn write(table: &mut SlotTable, round: u64) {
 }
 
 fn a_while() -> Duration {
-    if cfg!(miri) { Duration::from_millis(1) } else { Duration::from_millis(700) }
+    Duration::from_millis(times() * if cfg!(miri) { 1 } else { 700 })
 }
 
 #[test]

@@ -20,7 +20,7 @@ mod linux {
     use memslot::dirty::{DirtyLog, SoftwareOnly};
     use memslot::rules::{Rules, UserMemoryRegion};
     use memslot::{AddressSpaceId, Gpa, Limits, PageSize, SlotFlags, SlotId, SlotTable};
-    use memslot_testing::{Random, skipped};
+    use memslot_testing::{Random, number, seed, skipped};
 
     const PAGE: u64 = 4096;
     /// Guest pages that anything happens in; as many are mapped in the host.
@@ -240,8 +240,7 @@ mod linux {
                 return skipped(&why);
             }
         };
-        let number = |name, default| std::env::var(name).map_or(default, |text| text.parse().unwrap());
-        let (total, seed): (u64, u64) = (number("MEMSLOT_ORACLE_OPS", 30_000), number("MEMSLOT_SEED", 1));
+        let (total, seed): (u64, u64) = (number("MEMSLOT_ORACLE_OPS", 30_000), seed());
         let (mut done, mut answers) = (0, std::collections::BTreeMap::new());
         while done < total {
             let mut random = Random::new(seed.wrapping_add(done));

@@ -15,7 +15,7 @@ mod linux {
     use kvm_ioctls::{Cap, Kvm, VmFd};
     use memslot::rules::{HostLimits, Rules, UserMemoryRegion};
     use memslot::{AddressSpaceId, Limits, SlotTable};
-    use memslot_testing::{Random, skipped};
+    use memslot_testing::{Random, number, seed, skipped};
 
     const PAGE: u64 = 4096;
     const USER_END: u64 = 0x7fff_ffff_f000;
@@ -140,8 +140,7 @@ mod linux {
                 return skipped(&format!("comparison with the kernel: no /dev/kvm ({error})"));
             }
         };
-        let number = |name, default| std::env::var(name).map_or(default, |text| text.parse().unwrap());
-        let (total, seed) = (number("MEMSLOT_ORACLE_OPS", 30_000), number("MEMSLOT_SEED", 1));
+        let (total, seed): (u64, _) = (number("MEMSLOT_ORACLE_OPS", 30_000), seed());
         let (rules, limits) = host(&kvm);
         let (mut done, mut answers) = (0, std::collections::BTreeMap::new());
         for round in 0.. {

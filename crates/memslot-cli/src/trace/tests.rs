@@ -246,17 +246,13 @@ fn no_bytes_make_it_panic() {
         eprintln!("skipped: the traces are not in this package");
         return;
     };
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = move |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        usize::try_from(state >> 33).unwrap_or(0) % below
-    };
     for file in folder.flatten() {
         let bytes = std::fs::read(file.path()).expect("a readable trace");
         // The interesting lines are those that set regions; a window around some of them is enough.
         let lines: Vec<&[u8]> =
             bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.len() < 600).collect();
-        for _ in 0..2000 {
+        for mut numbers in memslot_testing::programs(2000) {
+            let mut random = |below: usize| usize::try_from(numbers.below(below as u64)).unwrap_or(0);
             let from = random(lines.len());
             let mut piece = lines[from..lines.len().min(from + 3)].concat();
             for _ in 0..=random(3) {

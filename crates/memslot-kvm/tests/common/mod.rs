@@ -2,7 +2,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses a part of it")]
 
 use memslot::*;
-pub use memslot_testing::Random;
+use memslot_testing::Random;
 
 pub const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 pub const PAGE: u64 = 4096;

@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 use memslot::dirty::{Consumer, DirtyLog};
 use memslot::*;
 use memslot_kvm::Options;
+use memslot_testing::programs;
 
-use crate::common::MODEL_HVA as HVA;
-use crate::common::{RAM, Random, random_op, spec};
+use crate::common::{MODEL_HVA as HVA, RAM, random_op, spec};
 use crate::fake::{Writers, frames};
 use crate::{FRAMES, Rig};
 
@@ -30,8 +30,8 @@ pub(crate) fn harvested(rig: &Rig, consumer: &Consumer) -> BTreeSet<u64> {
 #[test]
 fn no_write_is_lost_in_a_change() {
     for manual in [false, true] {
-        for seed in 0..60 {
-            let random = &mut Random::new(seed);
+        for mut random in programs(60) {
+            let random = &mut random;
             let mut rig = Rig::new(200, Options::default());
             let (_, consumer) = with_log(&mut rig);
             if manual {
@@ -76,7 +76,7 @@ fn no_write_is_lost_in_a_change() {
                 rig.check();
                 if random.once_in(3) {
                     let found = harvested(&rig, &consumer);
-                    assert!(expected.is_subset(&found), "seed {seed}: {expected:?} of {found:?}");
+                    assert!(expected.is_subset(&found), "{expected:?} of {found:?}");
                     expected.clear();
                     assert_eq!(harvested(&rig, &consumer), BTreeSet::new());
                 }

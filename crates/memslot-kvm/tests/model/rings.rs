@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 use memslot::dirty::Consumer;
 use memslot::*;
 use memslot_kvm::Options;
+use memslot_testing::{Random, programs};
 
-use crate::common::{MODEL_HVA as HVA, RAM, Random, gfns, random_op, spec};
+use crate::common::{MODEL_HVA as HVA, RAM, gfns, random_op, spec};
 use crate::dirty::{harvested, logs, with_log};
 use crate::fake::{Frame, Frames, Writers, frames};
 use crate::ring::Vcpu;
@@ -144,8 +145,7 @@ struct Seen {
 #[test]
 fn no_write_is_lost_however_often_bits_are_fetched() {
     for mode in ["bitmap", "manual", "rings", "rings and bitmap"] {
-        for seed in 0..40 {
-            let mut random = Random::new(seed);
+        for mut random in programs(40) {
             let (mut rig, consumer, _vcpus) = if mode.starts_with("rings") {
                 with_rings(2, mode != "rings")
             } else {
@@ -158,7 +158,7 @@ fn no_write_is_lost_however_often_bits_are_fetched() {
             }
             let seen = Arc::new(Mutex::new(Seen::default()));
             let (slots, fake, seen_there) = (rig.slots.clone(), rig.fake.clone(), Arc::clone(&seen));
-            let mut steps = Random::new(seed + 1000);
+            let mut steps = Random::new(random.next());
             rig.hook.set(move |_, update| {
                 let seen = &mut *seen_there.lock().unwrap();
                 if let Some(update) = update {
@@ -233,9 +233,9 @@ fn no_write_is_lost_however_often_bits_are_fetched() {
                 rig.check();
                 if random.once_in(3) {
                     let found = harvested(&rig, &consumer);
-                    assert!(expected.is_subset(&found), "{mode}, seed {seed}: {expected:?} of {found:?}");
+                    assert!(expected.is_subset(&found), "{mode}: {expected:?} of {found:?}");
                     expected.clear();
-                    assert_eq!(harvested(&rig, &consumer), BTreeSet::new(), "{mode}, seed {seed}");
+                    assert_eq!(harvested(&rig, &consumer), BTreeSet::new(), "{mode}");
                 }
             }
         }

@@ -266,7 +266,7 @@ fn program() -> impl Strategy<Value = Vec<Op>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases()) })]
+    #![proptest_config(memslot_testing::proptest_config(64))]
 
     #[test]
     fn npt_by_write_protection(program in program()) { run::<Npt>(DirtyMode::WriteProtect, &program) }
@@ -279,8 +279,4 @@ proptest! {
 
     #[test]
     fn ept_by_dirty_bits(program in program()) { run::<Ept>(DirtyMode::Hardware, &program) }
-}
-
-fn cases() -> u32 {
-    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(64)
 }

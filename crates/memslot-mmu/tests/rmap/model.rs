@@ -344,6 +344,8 @@ fn run(steps: &[Step], counters: u64) {
 }
 
 proptest! {
+    #![proptest_config(memslot_testing::proptest_config(256))]
+
     #[test]
     fn rmap_random_programs(steps in steps(), counters in prop_oneof![Just(0), Just(u64::MAX - 3), Just((1 << 63) - 3)]) {
         run(&steps, counters);

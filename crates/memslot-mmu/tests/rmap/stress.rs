@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use memslot_mmu::rmap::{Cache, List, Parents, Rmap, Walker, Writer};
-use memslot_testing::Random;
+use memslot_testing::{Random, number, seed};
 
 use super::common::{Book, Entry};
 
@@ -97,7 +97,7 @@ impl Changer<'_> {
 
 /// Adds what is away, removes what is there; now and then all of a list, or all but one, or the oldest.
 fn write(lists: &Lists, writer: Writer<Entry>, cache: Cache, stop: &AtomicBool) -> u64 {
-    let mut random = Random::new(0);
+    let mut random = Random::new(seed());
     let mut changer = Changer { lists, writer, cache, book: Book::default(), changes: 0 };
     while !stop.load(Ordering::Relaxed) {
         let list = random.index(lists.states.len());
@@ -117,7 +117,7 @@ fn write(lists: &Lists, writer: Writer<Entry>, cache: Cache, stop: &AtomicBool) 
 
 /// Makes so many checks; how many were of entries that were there, and how many walks.
 fn walk(lists: &Lists, mut walker: Walker<Entry>, wanted: u64) -> (u64, u64, u64) {
-    let (mut random, mut checks, mut there, mut walks) = (Random::new(1), 0, 0, 0);
+    let (mut random, mut checks, mut there, mut walks) = (Random::new(!seed()), 0, 0, 0);
     let largest = lists.states.iter().map(Vec::len).max().unwrap();
     let (mut before, mut seen) = (vec![0; largest], vec![0; largest]);
     while checks < wanted {
@@ -159,8 +159,7 @@ fn walk(lists: &Lists, mut walker: Walker<Entry>, wanted: u64) -> (u64, u64, u64
 }
 
 fn stress(sizes: &[usize], share: u64) {
-    let wanted = std::env::var("MEMSLOT_RMAP_CHECKS").ok().and_then(|text| text.parse().ok());
-    let wanted: u64 = wanted.unwrap_or(if cfg!(miri) { 2_000 } else { 4_000_000 });
+    let wanted: u64 = number("MEMSLOT_RMAP_CHECKS", if cfg!(miri) { 2_000 } else { 4_000_000 });
     let (rmap, writer) = Rmap::<Entry>::starting_at(u64::MAX - 10).unwrap();
     let lists = Lists {
         parents: sizes.iter().map(|_| rmap.parents().unwrap()).collect(),

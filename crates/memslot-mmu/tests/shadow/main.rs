@@ -15,8 +15,3 @@ mod slot_set;
 mod walk_cases;
 mod walk_model;
 mod world;
-
-/// So many random cases for each property, or as many as `PROPTEST_CASES` says.
-fn cases(default: u32) -> u32 {
-    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
-}

@@ -4,6 +4,7 @@
 use memslot_mmu::Level;
 use memslot_mmu::shadow::ShadowConfig;
 use memslot_mmu::shadow::guest::Mode;
+use memslot_testing::proptest_config;
 use proptest::prelude::*;
 
 use crate::world::World;
@@ -29,12 +30,7 @@ fn unsync() -> impl Strategy<Value = Level> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: crate::cases(64),
-        failure_persistence: None,
-        max_shrink_iters: 4000,
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 4000, ..proptest_config(64) })]
 
     #[test]
     fn four_levels(unsync in unsync(), emulates: bool, program in program()) {

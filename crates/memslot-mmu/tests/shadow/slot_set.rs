@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use memslot::SlotId;
 use memslot_mmu::shadow::{SlotSet, SlotSetCache};
+use memslot_testing::proptest_config;
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
@@ -91,7 +92,7 @@ fn run(steps: &[Step]) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: crate::cases(256), ..ProptestConfig::default() })]
+    #![proptest_config(proptest_config(256))]
 
     #[test]
     fn random_steps(steps in prop::collection::vec(step(), 1..200)) {

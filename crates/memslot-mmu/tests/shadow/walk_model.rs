@@ -4,6 +4,7 @@ use memslot::{Gfn, Gpa};
 use memslot_mmu::shadow::guest::{
     EntrySize, GuestAccess, GuestPaging, NoPage, Processor, Registers, Rights, Walk, walk,
 };
+use memslot_testing::proptest_config;
 use proptest::prelude::*;
 
 use crate::memory::Memory;
@@ -183,7 +184,7 @@ fn same(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: crate::cases(2000), ..ProptestConfig::default() })]
+    #![proptest_config(proptest_config(2000))]
 
     #[test]
     fn random_tables(case in case()) {

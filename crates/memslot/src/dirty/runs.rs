@@ -169,7 +169,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+        #![proptest_config(memslot_testing::proptest_config(200))]
 
         #[test]
         fn runs_are_the_set_bits(

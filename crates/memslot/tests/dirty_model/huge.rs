@@ -277,7 +277,7 @@ fn check_spans(harvest: &Harvest<'_>, range: GfnRange, wanted: &Ranges) {
 }
 
 proptest! {
-    #![proptest_config(crate::common::cases(100))]
+    #![proptest_config(memslot_testing::proptest_config(100))]
 
     #[test]
     fn a_log_of_tebibytes_is_a_set_of_ranges(steps in proptest::collection::vec(step(), 1..30)) {

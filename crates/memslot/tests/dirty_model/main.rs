@@ -409,7 +409,7 @@ fn check_words(
 }
 
 proptest! {
-    #![proptest_config(common::cases(300))]
+    #![proptest_config(memslot_testing::proptest_config(300))]
 
     #[test]
     fn a_log_is_a_set_of_pages(steps in proptest::collection::vec(step(), 1..40), fenced in any::<bool>()) {

@@ -39,7 +39,7 @@ fn walks() -> impl Strategy<Value = Vec<u64>> {
 }
 
 proptest! {
-    #![proptest_config(common::cases(256))]
+    #![proptest_config(memslot_testing::proptest_config(256))]
 
     #[test]
     fn pages_are_coalesced_as_kvm_does(pages in walks(), read in 0..300usize) {

@@ -29,7 +29,7 @@ use memslot::{
     AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, Listener, ListenerError, PageSize, PieceKind, Slot,
     SlotFlags, SlotId, SlotSpec, SlotTable, Update,
 };
-use memslot_testing::Random;
+use memslot_testing::{Random, programs};
 use proptest::prelude::*;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;

@@ -1,8 +1,8 @@
 //! A naive model (one map) against the engine, under random programs of operations and transactions.
 //!
 //! After every step everything that can be looked up is compared: by id, by frame, by range, holes, by host
-//! address, through a reader that remembers, and in snapshots of earlier states. `PROPTEST_CASES` sets the number
-//! of programs.
+//! address, through a reader that remembers, and in snapshots of earlier states. How many programs, and
+//! which: see `memslot_testing::cases`.
 #![allow(unreachable_pub, reason = "the modules of a test program")]
 
 #[path = "../common/mod.rs"]
@@ -11,13 +11,12 @@ mod compare;
 mod naive;
 mod program;
 
-use common::cases;
 use compare::{check_reader, compare, known};
 use memslot::{
     AddressSpaceId, Backing, Hva, Limits, PageSize, Reader, Reason, SlotFlags, SlotId, SlotSpec, SlotTable,
     Snapshot, TransactionError,
 };
-use memslot_testing::Random;
+use memslot_testing::{Random, programs, proptest_config};
 use naive::{Model, Op, Slots, range};
 use program::random_op;
 use proptest::prelude::*;
@@ -172,7 +171,7 @@ fn page_size() -> impl Strategy<Value = PageSize> {
 }
 
 proptest! {
-    #![proptest_config(cases(2500))]
+    #![proptest_config(proptest_config(2500))]
 
     #[test]
     fn small_maps(page_size in page_size(), steps in steps(60)) {
@@ -181,7 +180,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(cases(150))]
+    #![proptest_config(proptest_config(150))]
 
     #[test]
     fn maps_of_some_hundred_slots(page_size in page_size(), steps in steps(800)) {
@@ -206,8 +205,8 @@ fn brick(i: u32) -> SlotSpec {
 #[test]
 #[cfg_attr(miri, ignore = "too long for Miri")]
 fn a_map_of_thousands_of_slots() {
-    for seed in [1, 2] {
-        let (mut random, mut pair) = (Random::new(seed), Pair::new(limits(PageSize::K4)));
+    for mut random in programs(2) {
+        let mut pair = Pair::new(limits(PageSize::K4));
         let mut bricks: Vec<Op> = (0..5000).map(|i| Op::Create(brick(i))).collect();
         shuffle(&mut bricks, &mut random);
         while !bricks.is_empty() {
@@ -223,7 +222,7 @@ fn a_map_of_thousands_of_slots() {
             }
         }
         let most = pair.model.slots.len();
-        assert!(most > 3000, "seed {seed}: {most} slots");
+        assert!(most > 3000, "{most} slots");
         let mut keys: Vec<_> = pair.model.slots.keys().copied().collect();
         shuffle(&mut keys, &mut random);
         for (i, &(space, id)) in keys.iter().enumerate() {
