@@ -15,7 +15,7 @@ use super::{Shadow, ShadowHost, mmio};
 use crate::format::Access;
 use crate::host::Answer;
 use crate::level::{ENTRIES, Level};
-use crate::rmap::{Filed, Under};
+use crate::rmap::{Filed, LEVELS, Under};
 use crate::sync::Ordering;
 
 type Checked = Result<(), String>;
@@ -115,7 +115,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let mut filed = 0;
         for space in slots.spaces() {
             for rmap in slots.rmaps_in(space, everything()) {
-                for level in [Level::K4, Level::M2, Level::G1] {
+                for level in LEVELS {
                     for (gfn, list) in rmap.lists(level, rmap.gfns()) {
                         let name = || format!("the list of gfn {gfn} ({level})");
                         writer

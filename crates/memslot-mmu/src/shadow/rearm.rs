@@ -18,7 +18,7 @@ use crate::invalidate::range;
 use crate::level::Level;
 use crate::nested::epoch::Cell;
 use crate::nested::shared::hull;
-use crate::rmap::Walker;
+use crate::rmap::{LEVELS, Walker};
 use crate::sync::{AtomicU64, Ordering};
 
 /// A thread's access to the reverse map without the lock.
@@ -57,7 +57,7 @@ impl<H: ShadowHost> Outside<H> {
         }
         shared.epoch.enter(&self.cell);
         let inside = self.walker.enter();
-        for level in [Level::K4, Level::M2, Level::G1] {
+        for level in LEVELS {
             for rmap in self.slots.rmaps_in(space, gfns) {
                 for (gfn, list) in rmap.lists(level, gfns) {
                     for entry in inside.entries(list) {

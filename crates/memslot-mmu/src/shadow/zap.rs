@@ -12,6 +12,7 @@ use crate::format::Format;
 use crate::host::Host;
 use crate::invalidate::{Covered, ends, range};
 use crate::level::{ENTRIES, Level};
+use crate::rmap::LEVELS;
 use crate::sync::Ordering;
 
 /// At most so many entries, and places without any, are looked at before others get the lock.
@@ -19,8 +20,6 @@ const STEP: usize = 1 << 10;
 
 /// At most so many shadow pages.
 const PAGES: usize = 8;
-
-const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
 
 /// What is done with the entries that map some frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
