@@ -69,6 +69,9 @@ pub(super) struct State {
     pub(super) tables: usize,
     /// What processors may use although it is not so any more.
     pub(super) pending: Option<GfnRange>,
+    /// How many [re-arms](super::ShadowRearm) are under way: they take W away without the lock, and say what of it is pending when they
+    /// flush only.
+    pub(super) rearming: usize,
     /// Frames that are losing their slot: nothing is mapped there.
     pub(super) closed: Vec<(AddressSpaceId, GfnRange)>,
     /// Pages that were given up and wait for the flush, linked by `older`.
@@ -123,6 +126,7 @@ impl<H: ShadowHost> Shared<H> {
             pages: 0,
             tables: 0,
             pending: None,
+            rearming: 0,
             closed: Vec::new(),
             dying: ptr::null_mut(),
             limbo: (ptr::null_mut(), ptr::null_mut()),
@@ -309,8 +313,12 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         self.state.pending = Some(hull(self.state.pending, gfns));
     }
 
-    /// What is pending about these frames must be gone when the lock is given back.
+    /// What is pending about these frames must be gone when the lock is given back; and what may be, where a re-arm is under way, or has
+    /// failed before it asked for its flush.
     pub(super) fn flush_later(&mut self, gfns: GfnRange) {
+        if self.state.rearming > 0 {
+            self.owe(gfns);
+        }
         self.must_flush |= self.state.pending.is_some_and(|pending| pending.overlaps(&gfns));
     }
 
