@@ -133,6 +133,7 @@ impl<H: ShadowHost> Follower<H> {
             let old = core::mem::replace(&mut locked.state.slots, next);
             let comes_again = locked.count_version();
             locked.state.closed.clear();
+            locked.state.has_left = changes(update, forwards).any(|change| change.zaps());
             (old, comes_again)
         });
         if comes_again {
@@ -159,6 +160,7 @@ impl<H: ShadowHost> Follower<H> {
             for change in changes(update, forwards) {
                 locked.flush_later(change.gfns);
             }
+            locked.state.has_left = false;
         });
         old
     }

@@ -74,6 +74,8 @@ pub(super) struct State {
     pub(super) rearming: usize,
     /// Frames that are losing their slot: nothing is mapped there.
     pub(super) closed: Vec<(AddressSpaceId, GfnRange)>,
+    /// Whether frames have lost their slot since the last flush: what is pending may be about memory to which no slot leads any more.
+    pub(super) has_left: bool,
     /// Pages that were given up and wait for the flush, linked by `older`.
     dying: *mut ShadowPage,
     /// Given up, and used by nobody but those inside: the first to go, and the last.
@@ -128,6 +130,7 @@ impl<H: ShadowHost> Shared<H> {
             pending: None,
             rearming: 0,
             closed: Vec::new(),
+            has_left: false,
             dying: ptr::null_mut(),
             limbo: (ptr::null_mut(), ptr::null_mut()),
             spare: (ptr::null_mut(), 0),

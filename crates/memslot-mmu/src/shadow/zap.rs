@@ -4,7 +4,7 @@
 
 use memslot::{AddressSpaceId, Gfn, GfnRange, HvaRange, OutOfMemory};
 
-use super::shared::{Locked, Shared};
+use super::shared::{Locked, Shared, everything};
 use super::spte::SpteRef;
 use super::{Shadow, ShadowHost, spte};
 use crate::flush::Flush;
@@ -234,6 +234,12 @@ impl<H: ShadowHost> Shadow<H> {
                 self.shared.flush(hit.gfns);
             }
         }
+        // What has just lost its slot is found through none, and may be used until it is flushed.
+        self.shared.with(|locked| {
+            if locked.state.has_left {
+                locked.flush_later(everything());
+            }
+        });
         Ok(invalidation)
     }
 
