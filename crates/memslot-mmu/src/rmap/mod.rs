@@ -134,6 +134,7 @@ pub use self::parents::Parents;
 pub use self::shared::Cache;
 use self::shared::Shared;
 pub use self::slot::SlotRmap;
+pub(crate) use self::space::LEVELS;
 pub use self::space::SpaceRmap;
 pub use self::walk::{Entries, Inside, Walker};
 pub use self::writer::{Surplus, Writer};

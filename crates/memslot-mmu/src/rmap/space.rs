@@ -47,7 +47,7 @@ const DIRECTORY: usize = 1 << DIRECTORY_BITS;
 /// log2 of the lists that a directory leads to.
 pub(super) const REACH_BITS: u32 = CHUNK_BITS + DIRECTORY_BITS;
 /// Pages of so many sizes can be mapped.
-pub(super) const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
+pub(crate) const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
 
 /// The lists of one address space: what the reverse maps of its slots come from. A handle; clones are the same one.
 ///

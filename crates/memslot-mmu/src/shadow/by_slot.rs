@@ -82,7 +82,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         for index in 0..ENTRIES {
             if let Some(Under::Gfn { gfn, level }) = self.filed_for(page, index) {
                 if slot.gfns().contains(gfn) {
-                    self.work_on_entry(task, slot.address_space(), (gfn, level), page.reference(index));
+                    self.work_on_entry(task, (gfn, level), page.reference(index));
                 }
             }
         }

@@ -15,7 +15,7 @@ use super::{Shadow, ShadowHost, mmio};
 use crate::format::Access;
 use crate::host::Answer;
 use crate::level::{ENTRIES, Level};
-use crate::rmap::{Filed, Under};
+use crate::rmap::{Filed, LEVELS, Under};
 use crate::sync::Ordering;
 
 type Checked = Result<(), String>;
@@ -30,7 +30,7 @@ impl<H: ShadowHost> Shadow<H> {
     /// * an entry leads somewhere exactly if it has a record, and the reverse map has it there, once, under the frame that it maps;
     /// * what a list or a page's parents have is an entry that leads there;
     /// * a leaf maps the frame that the host has, in a slot that is there, with an allowed combination of write bits, and nothing
-    ///   writable of a large page in a logged slot;
+    ///   writable of a large page in a logged slot, unless the log says that all pages are dirty at first;
     /// * what remembers that there is no memory is of frames in no slot, or of an older version of the slots;
     /// * no two pages have the same key; a page that is in sync agrees with the guest's table, which nobody may write;
     /// * what is unsync is known to all above it;
@@ -115,7 +115,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let mut filed = 0;
         for space in slots.spaces() {
             for rmap in slots.rmaps_in(space, everything()) {
-                for level in [Level::K4, Level::M2, Level::G1] {
+                for level in LEVELS {
                     for (gfn, list) in rmap.lists(level, rmap.gfns()) {
                         let name = || format!("the list of gfn {gfn} ({level})");
                         writer
@@ -262,7 +262,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         })?;
         let read_only = slot.flags().contains(SlotFlags::READONLY);
         require(!(read_only && host), || "is writable in a read-only slot".into())?;
-        require(!(write && self.shared.is_logged(&slot) && level > Level::K4), || {
+        // Where all pages are dirty at first, the first harvest is what takes W from large ones.
+        let is_armed = self.shared.is_logged(&slot)
+            && !self.shared.config.log.as_ref().is_some_and(|log| log.initially_set());
+        require(!(write && is_armed && level > Level::K4), || {
             "is large and writable in a logged slot".into()
         })?;
         let rights = page.key.role.rights;

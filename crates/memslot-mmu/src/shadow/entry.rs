@@ -16,7 +16,7 @@ use super::stats::Counter;
 use super::{ShadowHost, mmio};
 use crate::invalidate::range;
 use crate::level::Level;
-use crate::rmap::{List, RmapError, Under};
+use crate::rmap::{LEVELS, List, RmapError, Under};
 use crate::sync::Ordering;
 
 /// The most entries that map a page of guest memory, or lead to a shadow page. KVM has the same figure, and lets go of all of them.
@@ -181,7 +181,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let mut changed = 0;
         for space in slots.spaces() {
             let Some(rmap) = slots.rmap_at(space, gfn) else { continue };
-            for level in [Level::K4, Level::M2, Level::G1] {
+            for level in LEVELS {
                 let Some(list) = rmap.list(level, gfn) else { continue };
                 for entry in self.state.writer.entries(list) {
                     changed |= self.take_bits(entry, spte::WRITE | spte::MMU_WRITABLE);
@@ -215,7 +215,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     /// Write access to these frames of a slot was granted: they are dirty from now on.
     pub(super) fn granted(&self, slot: &Slot, gfn: Gfn, level: Level) {
         if self.shared.is_logged(slot) {
-            self.shared.mark(slot.address_space(), range(gfn.get(), gfn.get() + level.pages()));
+            self.mark(slot.address_space(), range(gfn.get(), gfn.get() + level.pages()));
         }
     }
 

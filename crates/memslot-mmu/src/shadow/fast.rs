@@ -16,7 +16,7 @@
 //! If the version is the same, then no entry was filed from before the entry was read until after it was exchanged: it
 //! is the same entry, and the guest's entry was its own. If it is not, the slow path, which has the lock, finds out what the entry
 //! maps now and marks that, too; one page too many was marked then, which costs nothing. Likewise for a slot whose logging began
-//! meanwhile: either it is seen here, or whoever began it has seen W and taken it away.
+//! meanwhile: either it is seen here, or whoever began it has seen W and taken it away. And for memory that moves: it is marked at its new place as well.
 //!
 //! The tables are not freed meanwhile, as the processor has announced itself; shadow pages are found by their tables in
 //! chains that may be walked beside changes.
@@ -105,7 +105,12 @@ pub(super) fn fast_fault<H: ShadowHost>(
     let gfn = page.leaf_gfn(index, page.gptes[index].load(Ordering::SeqCst))?;
     let new = seen | spte::WRITE | spte::ACCESSED | spte::DIRTY;
     entry.compare_exchange(seen, new, Ordering::SeqCst, Ordering::SeqCst).ok()?;
-    shared.mark(loaded.space, range(gfn.get(), gfn.get() + 1));
+    let one = range(gfn.get(), gfn.get() + 1);
+    shared.mark(loaded.space, one);
+    // One that begins to move now is marked already when the dirty log hears of it.
+    if shared.moves.load(Ordering::SeqCst) > 0 {
+        shared.with(|locked| locked.mark(loaded.space, one));
+    }
     let is_same =
         page.version.load(Ordering::SeqCst) == version && shared.serial.load(Ordering::SeqCst) == serial;
     if !is_same {
@@ -134,7 +139,7 @@ impl<H: ShadowHost> super::shared::Locked<'_, H> {
         }
         if let Some(crate::rmap::Under::Gfn { gfn, level }) = self.filed_for(page, index) {
             let gfn = Gfn::new(gfn.get());
-            self.shared.mark(page.key.role.address_space, range(gfn.get(), gfn.get() + level.pages()));
+            self.mark(page.key.role.address_space, range(gfn.get(), gfn.get() + level.pages()));
         }
     }
 }

@@ -29,6 +29,7 @@ use crate::format::Access;
 use crate::host::{Answer, Frame};
 use crate::invalidate::{ends, range};
 use crate::level::{ENTRIES, Level, PAGE_SHIFT};
+use crate::rmap::LEVELS;
 use crate::sync::Ordering;
 
 /// So many entries side by side are made at once.
@@ -300,7 +301,8 @@ pub(super) fn ask<H: ShadowHost>(
     let largest = largest(shared, found, &frame);
     let no_memory = || super::ShadowError::Table(crate::nested::TableError::OutOfMemory);
     if let Some(rmap) = found.slots.rmap_at(found.slot.address_space(), found.gfn) {
-        for level in [Level::K4, largest] {
+        // Beside tables of the guest's it may become any of these.
+        for level in LEVELS.into_iter().filter(|level| *level <= largest) {
             rmap.reserve(level, found.gfn).map_err(|_| no_memory())?;
         }
     }

@@ -35,7 +35,8 @@ use super::slots::Slots;
 use super::zap::Task;
 use super::{Shadow, ShadowHost, spte};
 use crate::counted::Counted;
-use crate::level::ENTRIES;
+use crate::invalidate::{ends, range};
+use crate::level::{ENTRIES, PAGE_SHIFT};
 
 /// So many chunks of lists are freed when a change has settled; the rest by and by.
 const CHUNKS: usize = 512;
@@ -104,23 +105,14 @@ impl<H: ShadowHost> Follower<H> {
     fn follow(&mut self, update: &Update<'_>, next: Counted<Slots>, forwards: bool) -> Counted<Slots> {
         let shared = &*self.shadow.shared;
         shared.with(|locked| {
-            // `prepare` has made room.
             let closed = &mut locked.state.closed;
             for change in changes(update, forwards).filter(Change::zaps) {
-                if closed.len() < closed.capacity() {
-                    closed.push((change.space, change.gfns));
-                }
+                debug_assert!(closed.len() < closed.capacity(), "`prepare` has made room");
+                closed.push((change.space, change.gfns));
             }
         });
         for change in changes(update, forwards).filter(Change::zaps) {
-            let now = if forwards { update.after } else { update.before };
-            let new = now.slot(change.space, change.old.id());
-            let further = new.and_then(|new| moved(shared, &change.old, new));
-            let task = match further.or(is_wanted(shared, &change).then_some(0)) {
-                Some(further) => Task::ZapMoved(further),
-                None => Task::Zap,
-            };
-            change.work_on(shared, task);
+            change.work_on(shared, Task::Zap);
         }
         for change in changes(update, forwards) {
             change.borders().for_each(|border| shared.cut(change.space, border));
@@ -133,6 +125,8 @@ impl<H: ShadowHost> Follower<H> {
             let old = core::mem::replace(&mut locked.state.slots, next);
             let comes_again = locked.count_version();
             locked.state.closed.clear();
+            locked.state.has_left = changes(update, forwards).any(|change| change.zaps());
+            locked.set_moving(Vec::new());
             (old, comes_again)
         });
         if comes_again {
@@ -159,6 +153,7 @@ impl<H: ShadowHost> Follower<H> {
             for change in changes(update, forwards) {
                 locked.flush_later(change.gfns);
             }
+            locked.state.has_left = false;
         });
         old
     }
@@ -173,17 +168,35 @@ impl<H: ShadowHost> Follower<H> {
     }
 }
 
-/// How much further the memory of a logged slot is, if it has moved and is logged still.
-fn moved<H: ShadowHost>(shared: &Shared<H>, old: &Slot, new: &Slot) -> Option<u64> {
-    let is_moved = old.backing() == new.backing() && old.base_gfn() != new.base_gfn();
-    (is_moved && shared.is_logged(old) && shared.is_logged(new))
-        .then(|| new.base_gfn().get().wrapping_sub(old.base_gfn().get()))
+/// Frames of logged slots whose memory is elsewhere after the update, in a slot that is logged, too; and how much further.
+fn moving<H: ShadowHost>(
+    shared: &Shared<H>,
+    update: &Update<'_>,
+) -> impl Iterator<Item = (AddressSpaceId, GfnRange, u64)> {
+    let leaves = move |change: &Change| change.zaps() && shared.is_logged(&change.old);
+    changes(update, true).filter(leaves).flat_map(move |change| {
+        let new = update.slots.iter().filter_map(|slot| slot.new);
+        let new = new.filter(move |new| new.address_space() == change.space && shared.is_logged(new));
+        new.filter_map(move |new| {
+            let further = further(&change.old, &new).filter(|further| *further != 0)?;
+            let (start, end) = ends(new.gfns());
+            let from = range(start.wrapping_sub(further), end.wrapping_sub(further));
+            let gfns = change.gfns.intersect(&from).filter(|gfns| !gfns.is_empty())?;
+            Some((change.space, gfns, further))
+        })
+    })
 }
 
-/// Whether a consumer of the log wants to know what was written to a slot that goes, up to the end.
-fn is_wanted<H: ShadowHost>(shared: &Shared<H>, change: &Change) -> bool {
-    let keeps_removed = || shared.config.log.as_ref().is_some_and(|log| log.keeps_removed());
-    change.new.is_none() && shared.is_logged(&change.old) && keeps_removed()
+/// How much further a page of the old slot's memory is in the new one, if that has it.
+fn further(old: &Slot, new: &Slot) -> Option<u64> {
+    let bases = new.base_gfn().get().wrapping_sub(old.base_gfn().get());
+    match (old.hva(), new.hva()) {
+        (Some(before), Some(after)) => {
+            let pages = (before.get() >> PAGE_SHIFT).wrapping_sub(after.get() >> PAGE_SHIFT);
+            Some(bases.wrapping_add(pages))
+        }
+        _ => (old.backing() == new.backing()).then_some(bases),
+    }
 }
 
 /// The tables of the guest's in these frames are no more. Until they are found here, they are what processors may know still, as with a
@@ -216,6 +229,14 @@ fn zap_tables<H: ShadowHost>(shared: &Shared<H>, gone: &(impl Iterator<Item = Ch
     });
 }
 
+/// In a vector, of memory that can be had.
+fn collect<T, I: Iterator<Item = T>>(items: impl Fn() -> I) -> Result<Vec<T>, OutOfMemory> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(items().count()).map_err(|_| OutOfMemory)?;
+    all.extend(items());
+    Ok(all)
+}
+
 impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
     fn name(&self) -> &str {
         "shadow page tables"
@@ -225,8 +246,8 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
         let shared = &*self.shadow.shared;
         let now = shared.with(|locked| locked.state.slots.clone());
         let next = Slots::new(&shared.rmap, update.after, now.view.clone(), Some(&now))?;
+        let next = Counted::new(next)?;
         self.previous = None;
-        self.next = Some(Counted::new(next)?);
         let pieces = update.pieces.len();
         shared.with(|locked| locked.state.closed.try_reserve(pieces)).map_err(|_| OutOfMemory)?;
         let renamed = || {
@@ -235,10 +256,11 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
                 (old != new).then_some(Renamed { space, gfns, old, new })
             })
         };
-        let mut all = Vec::new();
-        all.try_reserve_exact(renamed().count()).map_err(|_| OutOfMemory)?;
-        all.extend(renamed());
-        shared.begin_renaming(all, &mut self.nodes)?;
+        let renamed = collect(renamed)?;
+        let moving = collect(|| moving(shared, update))?;
+        shared.begin_renaming(renamed, &mut self.nodes)?;
+        shared.with(|locked| locked.set_moving(moving));
+        self.next = Some(next);
         Ok(())
     }
 
@@ -271,6 +293,7 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
 
     fn abort(&mut self, _: &Update<'_>) {
         self.next = None;
+        self.shadow.shared.with(|locked| locked.set_moving(Vec::new()));
         self.shadow.shared.end_renaming();
     }
 }

@@ -302,6 +302,28 @@ fn loom_shadow_invalidation_beside_a_create() {
     });
 }
 
+/// Memory is invalidated while its slot is deleted. Where the slot is not found any more, its memory may be in use still: nobody was flushed.
+#[test]
+fn loom_shadow_invalidation_beside_a_delete() {
+    model(|| {
+        let mut guest = Guest::with_two_slots(SlotFlags::empty());
+        let mut vcpu = guest.vcpu();
+        assert!(matches!(vcpu.fault(0, GuestAccess::WRITE).unwrap(), ShadowFault::Mapped(_)));
+        let root = vcpu.root().unwrap().pfn;
+        guest.host.watch(move |host| host.mapped(root).is_none());
+        let (shadow, host) = (guest.shadow.clone(), guest.host.clone());
+        let invalidating = thread::spawn(move || {
+            let hvas = HvaRange::with_len(Hva::new(PAGE << 12), 4096).unwrap();
+            let invalidation = shadow.invalidate_hva(hvas).unwrap();
+            assert!(host.was_flushed_after(), "the page is used still");
+            invalidation.end();
+        });
+        guest.table.delete(RAM, SlotId::new(DATA)).unwrap();
+        invalidating.join().unwrap();
+        drop((vcpu, guest.table));
+    });
+}
+
 /// D4: what is written beside a harvest is in it or in the next one.
 #[test]
 fn loom_shadow_write_beside_a_harvest() {

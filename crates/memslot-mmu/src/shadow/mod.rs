@@ -44,7 +44,7 @@
 //! | | anything else | twice, for a bounded time; the host is asked in between, without it |
 //! | [`ShadowVcpu::load`], [`invlpg`](ShadowVcpu::invlpg), [`flush_guest`](ShadowVcpu::flush_guest) | find the root; compare what is unsync | in steps, mostly one; the latter two not at all if nothing is |
 //! | [`ShadowVcpu::is_stale`] | before each entry of the guest | no |
-//! | [`ShadowRearm`], the dirty log's | write-protects through the reverse map | for the flush |
+//! | [`ShadowRearm`], the dirty log's | write-protects through the reverse map | to begin, and for the flush |
 //! | [`ShadowAger`] | clears accessed bits through the reverse map | no |
 //! | ranges, invalidations, the slot table's listener | zap and protect through the reverse map | in steps |
 //!

@@ -18,7 +18,7 @@ use crate::invalidate::range;
 use crate::level::Level;
 use crate::nested::epoch::Cell;
 use crate::nested::shared::hull;
-use crate::rmap::Walker;
+use crate::rmap::{LEVELS, Walker};
 use crate::sync::{AtomicU64, Ordering};
 
 /// A thread's access to the reverse map without the lock.
@@ -57,7 +57,7 @@ impl<H: ShadowHost> Outside<H> {
         }
         shared.epoch.enter(&self.cell);
         let inside = self.walker.enter();
-        for level in [Level::K4, Level::M2, Level::G1] {
+        for level in LEVELS {
             for rmap in self.slots.rmaps_in(space, gfns) {
                 for (gfn, list) in rmap.lists(level, gfns) {
                     for entry in inside.entries(list) {
@@ -96,7 +96,11 @@ impl<H: ShadowHost> Drop for Outside<H> {
     }
 }
 
-/// Re-arms pages for a [`Consumer`] by write protection. It takes no lock while it does, and asks for one flush a harvest.
+/// Re-arms pages for a [`Consumer`] by write protection. It takes the lock to say that it begins, and for its one flush a harvest; none while it
+/// re-arms.
+///
+/// A harvest that fails in between (where a consumer re-arms in other tables as well) leaves pages without W that processors may write still. Until this
+/// has flushed, with the next harvest or when it is dropped, others who must be sure flush as well.
 pub struct ShadowRearm<H: ShadowHost> {
     outside: Outside<H>,
     /// What was re-armed since the last flush.
@@ -165,6 +169,10 @@ impl<H: ShadowHost> Rearm for ShadowRearm<H> {
     type Error = Infallible;
 
     fn rearm(&mut self, space: AddressSpaceId, gfns: GfnRange) -> Result<(), Infallible> {
+        if self.armed.is_none() {
+            // Before the first W goes: whoever finds it gone has to know that nobody may have been flushed.
+            self.outside.shadow.shared.with(|locked| locked.state.rearming += 1);
+        }
         let mut changed = self.changed;
         self.outside.for_each(space, gfns, |gfn, level, seen| {
             if seen & spte::WRITE == 0 {
@@ -179,16 +187,23 @@ impl<H: ShadowHost> Rearm for ShadowRearm<H> {
     }
 
     fn flush(&mut self) -> Result<(), Infallible> {
-        let (armed, changed) = (self.armed.take(), self.changed.take());
+        let Some(armed) = self.armed.take() else { return Ok(()) };
+        let changed = self.changed.take();
         self.outside.shadow.shared.with(|locked| {
+            locked.state.rearming -= 1;
             if let Some(changed) = changed {
                 locked.owe(changed);
             }
             // Whoever has dropped or protected such an entry before may not have flushed yet.
-            if let Some(armed) = armed {
-                locked.flush_later(armed);
-            }
+            locked.flush_later(armed);
         });
         Ok(())
+    }
+}
+
+impl<H: ShadowHost> Drop for ShadowRearm<H> {
+    fn drop(&mut self) {
+        // What a harvest that failed has left.
+        let Ok(()) = Rearm::flush(self);
     }
 }

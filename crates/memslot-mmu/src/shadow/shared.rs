@@ -23,7 +23,7 @@ use super::turns::Turns;
 use super::{ShadowConfig, ShadowHost};
 use crate::counted::Counted;
 use crate::host::Pfn;
-use crate::invalidate::{Invalidations, range};
+use crate::invalidate::{Invalidations, ends, range};
 use crate::level::Table;
 use crate::nested::epoch::{Cells, Epoch};
 use crate::nested::shared::hull;
@@ -53,6 +53,8 @@ pub(super) struct Shared<H: ShadowHost> {
     /// made. Pages that share a counter cost each other only that.
     pub(super) blocks: [Box<[AtomicUsize]>; 2],
     pub(super) counters: Counters,
+    /// How many ranges there are in [`State::moving`]; changed with the lock held.
+    pub(super) moves: AtomicUsize,
     turns: Turns,
     state: Mutex<State>,
 }
@@ -69,8 +71,15 @@ pub(super) struct State {
     pub(super) tables: usize,
     /// What processors may use although it is not so any more.
     pub(super) pending: Option<GfnRange>,
+    /// How many [re-arms](super::ShadowRearm) are under way: they take W away without the lock, and say what of it is pending when they
+    /// flush only.
+    pub(super) rearming: usize,
     /// Frames that are losing their slot: nothing is mapped there.
     pub(super) closed: Vec<(AddressSpaceId, GfnRange)>,
+    /// Whether frames have lost their slot since the last flush: what is pending may be about memory to which no slot leads any more.
+    pub(super) has_left: bool,
+    /// Frames whose memory is moving, and how much further.
+    pub(super) moving: Vec<(AddressSpaceId, GfnRange, u64)>,
     /// Pages that were given up and wait for the flush, linked by `older`.
     dying: *mut ShadowPage,
     /// Given up, and used by nobody but those inside: the first to go, and the last.
@@ -123,7 +132,10 @@ impl<H: ShadowHost> Shared<H> {
             pages: 0,
             tables: 0,
             pending: None,
+            rearming: 0,
             closed: Vec::new(),
+            has_left: false,
+            moving: Vec::new(),
             dying: ptr::null_mut(),
             limbo: (ptr::null_mut(), ptr::null_mut()),
             spare: (ptr::null_mut(), 0),
@@ -145,6 +157,7 @@ impl<H: ShadowHost> Shared<H> {
             generation: AtomicU64::new(counters),
             blocks: [blocks()?, blocks()?],
             counters: Counters::default(),
+            moves: AtomicUsize::new(0),
             turns: Turns::default(),
             state: Mutex::new(state),
         })
@@ -172,7 +185,7 @@ impl<H: ShadowHost> Shared<H> {
         self.config.log.is_some() && slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES)
     }
 
-    /// Marks frames as dirty.
+    /// Marks frames as dirty, where nobody moves their memory: see [`Locked::mark`].
     pub(super) fn mark(&self, space: AddressSpaceId, gfns: GfnRange) {
         if let Some(log) = &self.config.log {
             log.mark_range(space, gfns);
@@ -279,6 +292,24 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         self.state.slots.slot_at(space, gfn).copied()
     }
 
+    /// Marks frames as dirty; while their memory moves, where it goes as well. (The dirty log has brought the marks there already when it hears
+    /// of the change before these tables do, and those at the old place are nobody's then.)
+    pub(super) fn mark(&self, space: AddressSpaceId, gfns: GfnRange) {
+        self.shared.mark(space, gfns);
+        for (_, moving, further) in self.state.moving.iter().filter(|(of, ..)| *of == space) {
+            if let Some(gfns) = moving.intersect(&gfns) {
+                let (start, end) = ends(gfns);
+                self.shared.mark(space, range(start.wrapping_add(*further), end.wrapping_add(*further)));
+            }
+        }
+    }
+
+    /// The memory of these frames is about to move, or does no more.
+    pub(super) fn set_moving(&mut self, moving: Vec<(AddressSpaceId, GfnRange, u64)>) {
+        self.shared.moves.store(moving.len(), Ordering::SeqCst);
+        self.state.moving = moving;
+    }
+
     /// Files an entry in one of the reverse map's lists.
     pub(super) fn file(
         &mut self,
@@ -309,8 +340,12 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         self.state.pending = Some(hull(self.state.pending, gfns));
     }
 
-    /// What is pending about these frames must be gone when the lock is given back.
+    /// What is pending about these frames must be gone when the lock is given back; and what may be, where a re-arm is under way, or has
+    /// failed before it asked for its flush.
     pub(super) fn flush_later(&mut self, gfns: GfnRange) {
+        if self.state.rearming > 0 {
+            self.owe(gfns);
+        }
         self.must_flush |= self.state.pending.is_some_and(|pending| pending.overlaps(&gfns));
     }
 

@@ -5,7 +5,7 @@ use super::directory::Directory;
 use super::page::ShadowPage;
 use super::shared::{Shared, everything};
 use crate::invalidate::range;
-use crate::level::Level;
+use crate::rmap::LEVELS;
 use crate::sync::{AtomicU64, Ordering};
 
 /// Into how many classes [`ShadowStats::rmap_lengths`] sorts: of 1, 2, up to 4, up to 8 … entries.
@@ -232,7 +232,7 @@ impl<H: ShadowHost> Shared<H> {
         });
         for space in slots.spaces() {
             for rmap in slots.rmaps_in(space, everything()) {
-                for level in [Level::K4, Level::M2, Level::G1] {
+                for level in LEVELS {
                     let mut left = rmap.gfns();
                     while !left.is_empty() {
                         left = self.with_in_turn(|locked| {

@@ -4,14 +4,15 @@
 
 use memslot::{AddressSpaceId, Gfn, GfnRange, HvaRange, OutOfMemory};
 
-use super::shared::{Locked, Shared};
+use super::shared::{Locked, Shared, everything};
 use super::spte::SpteRef;
-use super::{Shadow, ShadowHost, spte};
+use super::{Shadow, ShadowHost};
 use crate::flush::Flush;
 use crate::format::Format;
 use crate::host::Host;
 use crate::invalidate::{Covered, ends, range};
 use crate::level::{ENTRIES, Level};
+use crate::rmap::LEVELS;
 use crate::sync::Ordering;
 
 /// At most so many entries, and places without any, are looked at before others get the lock.
@@ -20,15 +21,11 @@ const STEP: usize = 1 << 10;
 /// At most so many shadow pages.
 const PAGES: usize = 8;
 
-const LEVELS: [Level; 3] = [Level::K4, Level::M2, Level::G1];
-
 /// What is done with the entries that map some frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Task {
-    /// They go.
+    /// They go. (What was writable is marked since then: there is nothing to be said to the dirty log.)
     Zap,
-    /// They go; the memory is so much further now, in a slot that is logged: what was writable is dirty there. 0 where the slot goes.
-    ZapMoved(u64),
     /// They lose these bits.
     Take(u64),
 }
@@ -49,7 +46,7 @@ impl<H: ShadowHost> Locked<'_, H> {
                 places = lists.left();
                 if task.zaps() {
                     while let Some(entry) = self.state.writer.entries(list).next() {
-                        if !self.work_on_entry(task, space, (gfn, level), entry) {
+                        if !self.work_on_entry(task, (gfn, level), entry) {
                             break;
                         }
                         if left(self) == 0 {
@@ -79,24 +76,13 @@ impl<H: ShadowHost> Locked<'_, H> {
     }
 
     /// Does it to one entry, which maps this page of guest memory. Returns whether it was there.
-    pub(super) fn work_on_entry(
-        &mut self,
-        task: Task,
-        space: AddressSpaceId,
-        (gfn, level): (Gfn, Level),
-        entry: SpteRef,
-    ) -> bool {
+    pub(super) fn work_on_entry(&mut self, task: Task, (gfn, level): (Gfn, Level), entry: SpteRef) -> bool {
         let Some(page) = self.page(entry.table()) else { return false };
         if !task.zaps() {
             if self.take_bits(entry, task.bits()) != 0 {
                 self.owe(range(gfn.get(), gfn.get() + level.pages()));
             }
             return true;
-        }
-        let seen = self.load(page, entry.index());
-        if let (Task::ZapMoved(further), true) = (task, seen & spte::WRITE != 0) {
-            let first = gfn.get().wrapping_add(further);
-            self.shared.mark(space, range(first, first.wrapping_add(level.pages())));
         }
         let was_present = self.drop_entry(page, entry.index());
         debug_assert!(was_present, "an entry is filed and not present");
@@ -118,7 +104,7 @@ impl<H: ShadowHost> Locked<'_, H> {
                     return true;
                 }
                 budget -= 1;
-                if !self.work_on_entry(Task::Zap, space, (first, level), entry) {
+                if !self.work_on_entry(Task::Zap, (first, level), entry) {
                     break;
                 }
             }
@@ -235,6 +221,12 @@ impl<H: ShadowHost> Shadow<H> {
                 self.shared.flush(hit.gfns);
             }
         }
+        // What has just lost its slot is found through none, and may be used until it is flushed.
+        self.shared.with(|locked| {
+            if locked.state.has_left {
+                locked.flush_later(everything());
+            }
+        });
         Ok(invalidation)
     }
 

@@ -3,6 +3,7 @@
 #![allow(missing_docs, unreachable_pub, reason = "a test program")]
 
 mod collapse;
+mod debts;
 mod holds;
 mod kept;
 mod memory;

@@ -30,7 +30,7 @@ pub trait GuestTables {
     fn read(&self, gpa: Gpa, size: EntrySize) -> Result<Option<u64>, Self::Error>;
 
     /// Replaces the entry at `gpa`, if it is still `old`, by `new`: in the memory that the slot names *now*, in one
-    /// atomic step, with the page marked in the dirty log before the guest can see that it was written.
+    /// atomic step; then marks the page in the dirty log, as with all writes: who marks first may be harvested before the write.
     ///
     /// # Errors
     /// The walk ends with it.

@@ -5,6 +5,7 @@ pub mod cpu;
 pub mod history;
 pub mod host;
 pub mod layout;
+pub mod meanwhile;
 pub mod op;
 pub mod run;
 
@@ -25,6 +26,7 @@ use cpu::{Cpu, hardware_walk};
 use history::History;
 use host::{Cached, HVA, TestHost};
 use layout::{END, LARGE, Layout, SMALL};
+use meanwhile::{Meanwhile, Others};
 
 pub const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 pub const SMM: AddressSpaceId = AddressSpaceId::SMM;
@@ -49,6 +51,8 @@ pub enum Touched {
 }
 
 pub struct World {
+    pub meanwhile: Meanwhile,
+    pub others: Others,
     pub layout: Layout,
     pub table: SlotTable,
     pub log: DirtyLog,
@@ -137,6 +141,9 @@ impl World {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = DirtyLog::attach(&mut table).unwrap();
         let consumer = log.consumer().unwrap();
+        let others = Others::new(log.consumer().unwrap());
+        let meanwhile = Meanwhile::default();
+        table.add_listener(Box::new(meanwhile.clone())).unwrap();
         let host = TestHost::default();
         let physical_address_bits = cpu::PHYSICAL_ADDRESS_BITS;
         let config = ShadowConfig { log: Some(log.clone()), physical_address_bits, ..config };
@@ -158,6 +165,8 @@ impl World {
         let cpus = cpus.collect();
         let (now, history, written, unmarked) = (0, History::default(), BTreeMap::new(), BTreeSet::new());
         let mut world = Self {
+            meanwhile,
+            others,
             layout,
             table,
             log,
@@ -228,8 +237,8 @@ impl World {
         if paging.load_pdptes(&Now { world: self, space }).unwrap().is_err() {
             return false;
         }
+        self.with_memory(|world| world.cpus[cpu].vcpu.load(paging, space));
         let this = &mut self.cpus[cpu];
-        this.vcpu.load(paging, space).unwrap();
         (this.paging, this.space, this.horizon) = (paging, space, self.now);
         this.forgotten.clear();
         self.host.forget_all(this.tlb);
@@ -287,7 +296,7 @@ impl World {
         let mut last = None;
         for _ in 0..12 {
             if self.cpus[cpu].vcpu.is_stale() {
-                self.cpus[cpu].vcpu.reload().unwrap();
+                self.with_memory(|world| world.cpus[cpu].vcpu.reload());
                 self.host.forget_all(self.cpus[cpu].tlb);
             }
             let is_reserved = match self.translate(cpu, address, want) {
@@ -303,7 +312,7 @@ impl World {
             let space = self.cpus[cpu].space;
             let mut access = access(want);
             access.set(GuestAccess::RESERVED, is_reserved);
-            let fault = self.cpus[cpu].vcpu.fault(address, access).unwrap();
+            let fault = self.with_memory(|world| world.cpus[cpu].vcpu.fault(address, access));
             // Accessed and dirty bits are writes of the guest's.
             for pfn in self.history.note_memory(&self.host, self.now) {
                 self.wrote_frame(space, pfn);
@@ -469,15 +478,13 @@ impl World {
         dirty
     }
 
-    /// The slots have changed: what is not logged any more, or is other memory, need not be found.
+    /// The slots have changed: what is not logged any more need not be found, and what is elsewhere is to be found there.
     pub fn slots_changed(&mut self) {
-        let written = std::mem::take(&mut self.written);
-        let still = |((space, gfn), hva): &((AddressSpaceId, u64), Hva)| {
-            self.resolve(*space, *gfn).is_some_and(|(slot, _)| {
-                slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES) && slot.hva_of(Gfn::new(*gfn)) == Some(*hva)
-            })
-        };
-        self.written = written.into_iter().filter(still).collect();
+        for ((space, _), hva) in std::mem::take(&mut self.written) {
+            let hits = self.table.view().slots_at_hva(space, page_of(hva.get()));
+            let logged = hits.filter(|hit| hit.slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES));
+            self.written.extend(logged.map(|hit| ((space, hit.gfns.start().get()), hva)));
+        }
     }
 }
 

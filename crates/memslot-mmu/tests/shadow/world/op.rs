@@ -104,6 +104,21 @@ pub enum Op {
         flags: Option<u32>,
     },
     Harvest,
+    /// One that fails when it has re-armed some pages; what it owes is kept, or not.
+    FailHarvest {
+        after: u64,
+        is_kept: bool,
+    },
+    /// In the middle of the next change of the slots, somebody else uses an address and does `what` else.
+    Meanwhile {
+        cpu: usize,
+        address: u64,
+        what: u64,
+    },
+    /// There is memory for so many tables until one is missing.
+    NoMemory {
+        tables: usize,
+    },
     /// Host memory moves to another frame; with something going on meanwhile.
     MoveMemory {
         page: u64,
@@ -145,6 +160,9 @@ impl Op {
             80..=143 if g & 3 == 3 => {
                 Self::Bytes { cpu: (bytes[0] < 112).then_some(cpu), entry, offset, len }
             }
+            144..=163 if g & 3 == 3 => Self::Meanwhile { cpu, address, what: d | e << 8 | f << 16 },
+            224..=230 if g & 3 == 3 => Self::FailHarvest { after: d % 3, is_kept: e & 1 != 0 },
+            253..=255 if g & 1 == 1 => Self::NoMemory { tables: usize::from(bytes[4] % 6) },
             0..=79 => Self::Touch { cpu, address, how: bytes[4] },
             80..=127 => Self::Store { cpu, entry },
             128..=143 => Self::Device { entry },

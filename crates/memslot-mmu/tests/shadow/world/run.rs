@@ -66,11 +66,13 @@ impl World {
 
     /// A change of the slots.
     fn change(&mut self, op: &Op) {
-        let is_small = self.shadow.config().largest == Level::K4;
+        let is_small = self.shadow.config().largest == Level::K4 && !self.meanwhile.is_planned();
         let before = self.shadow.stats().leaves;
         let pages = self.total_pages();
+        let slots = self.table.snapshot();
         self.change_slots(op);
         self.slots_changed();
+        self.wrote_meanwhile(&slots);
         let grows = matches!(op, Op::ResizeSlot { .. }) && self.total_pages() >= pages;
         if is_small && (grows || Self::must_keep(op)) {
             assert_eq!(self.shadow.stats().leaves, before, "{op:?} has not kept what is mapped");
@@ -124,6 +126,9 @@ impl World {
             Op::Harvest => {
                 self.harvest();
             }
+            Op::FailHarvest { after, is_kept } => self.fail_harvest(after, is_kept),
+            Op::Meanwhile { cpu, address, what } => self.plan(cpu, self.layout.address(address), what),
+            Op::NoMemory { tables } => self.host.user.set_tables_left(tables),
             Op::MoveMemory { page, meanwhile, unreachable } => self.move_memory(page, meanwhile, unreachable),
             Op::HostReadOnly { page, on } => {
                 let hva = HVA + (page << 12);
