@@ -134,10 +134,13 @@ impl<F: Format, H: Host> Mmu<F, H> {
         let invalidation = Invalidation { mmu: self, number };
         // Taken after the invalidation is listed: a slot that this version lacks is published later, and whoever
         // faults there sees the list.
-        let view = self.shared.current_view();
+        let (view, leaving) = self.shared.current_and_leaving();
         let mut flush = self.nothing_owed();
-        for hit in view.slots_at_hva(self.address_space(), hvas) {
-            flush.merge(self.zap(hit.gfns));
+        // A slot that is being removed is in use until that was flushed.
+        for view in leaving.iter().chain([&view]) {
+            for hit in view.slots_at_hva(self.address_space(), hvas) {
+                flush.merge(self.zap(hit.gfns));
+            }
         }
         flush.discharge();
         Ok(invalidation)

@@ -33,6 +33,7 @@ mod invalidate;
 mod level;
 #[cfg(all(test, loom))]
 mod loom_host;
+mod moving;
 pub mod nested;
 #[doc = include_str!("races.md")]
 pub mod races {}

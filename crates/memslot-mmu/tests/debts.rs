@@ -14,6 +14,7 @@ for_every_format! {
     an_operation_that_finds_nothing_pays_for_who_has_not_flushed
     a_forgotten_flush_is_done_by_the_next
     a_harvest_that_ends_early_owes_its_flush
+    an_invalidation_beside_a_delete_waits_for_its_flush
 }
 
 fn what_a_fault_emptied_is_flushed_by_who_finds_it<F: Format>(dirty: DirtyMode) {
@@ -122,5 +123,30 @@ fn a_harvest_that_ends_early_owes_its_flush<F: Format>(dirty: DirtyMode) {
         }
         assert_eq!(guest.host.take_flushes().len(), 1, "{who}");
         assert_eq!(guest.host.stale(&guest.mmu, range(3, 1)), []);
+    }
+}
+
+fn an_invalidation_beside_a_delete_waits_for_its_flush<F: Format>(dirty: DirtyMode) {
+    for large in [false, true] {
+        let mut guest = Guest::<F>::new(dirty);
+        guest.host.user.set_run(if large { 9 } else { 0 });
+        guest.create(0, 0, 1024, HVA, NONE);
+        let _ = guest.write(5);
+        guest.host.touch(&guest.mmu, 5);
+        let (mmu, host) = (guest.mmu.clone(), guest.host.clone());
+        let (was_run, run) = std::sync::mpsc::channel();
+        guest.host.before_the_next_flush(move || {
+            // The slot is gone, and its entries, too; but not for the processor. Who moves the memory now must not miss that.
+            let invalidation = mmu.invalidate_hva(hvas(HVA, 1 << 20)).unwrap();
+            assert_eq!(host.stale(&mmu, range(0, 1024)), []);
+            invalidation.end();
+            was_run.send(()).unwrap();
+        });
+        guest.table.delete(RAM, SlotId::new(0)).unwrap();
+        run.try_recv().expect("the delete has flushed");
+        // Afterwards nobody is asked for this any more.
+        guest.host.take_flushes();
+        guest.mmu.invalidate_hva(hvas(HVA, 1 << 20)).unwrap().end();
+        assert_eq!(guest.host.take_flushes(), []);
     }
 }

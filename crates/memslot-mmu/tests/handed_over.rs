@@ -7,10 +7,10 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use common::*;
-use memslot::dirty::{Consumer, Removed, SoftwareOnly};
-use memslot::{Gfn, GfnRange, Gpa, Listener, ListenerError, SlotId, SlotTable, Update};
+use memslot::dirty::{Consumer, DirtyLog, Removed, SoftwareOnly};
+use memslot::{Gfn, GfnRange, Gpa, Limits, Listener, ListenerError, SlotId, SlotTable, Update};
 use memslot_mmu::format::{Access, Format};
-use memslot_mmu::{Config, DirtyMode};
+use memslot_mmu::{Config, DirtyMode, Mmu};
 
 for_every_format! {
     what_the_processor_wrote_is_not_lost_when_it_is_zapped
@@ -18,6 +18,7 @@ for_every_format! {
     what_was_zapped_and_not_flushed_goes_with_its_slot
     what_was_written_to_a_deleted_slot_is_handed_over
     what_was_written_between_publication_and_zap_is_handed_over
+    what_was_written_while_its_slot_moves_is_dirty_where_it_goes
     what_was_written_to_a_slot_is_dirty_when_its_deletion_is_taken_back
 }
 
@@ -161,37 +162,96 @@ impl Listener for Between {
     fn undo(&mut self, _: &Update<'_>) {}
 }
 
+/// A table with a log, something that is run in changes, and page tables, in this order.
+struct Changing<F: Format> {
+    table: SlotTable,
+    log: DirtyLog,
+    hook: Arc<Mutex<Option<InCommit>>>,
+    mmu: Mmu<F, TestHost>,
+}
+
+impl<F: Format> Changing<F> {
+    fn new(dirty: DirtyMode) -> Self {
+        let mut table = SlotTable::new(Limits::default()).unwrap();
+        let log = DirtyLog::attach(&mut table).unwrap();
+        let hook = Arc::new(Mutex::new(None));
+        table.add_listener(Box::new(Between(hook.clone()))).unwrap();
+        let config = Config { dirty, log: Some(log.clone()), ..Config::default() };
+        let mmu = Mmu::attach(&mut table, TestHost::default(), config).unwrap();
+        table.create(spec(0, 0, 64, HVA, LOG)).unwrap();
+        Self { table, log, hook, mmu }
+    }
+
+    fn in_the_next_change(&self, work: impl FnMut() + Send + 'static) {
+        *self.hook.lock().unwrap() = Some(Box::new(work));
+    }
+}
+
 fn what_was_written_between_publication_and_zap_is_handed_over<F: Format>(dirty: DirtyMode) {
     // Alone, and with another consumer that harvests at just that time.
     for harvests in [false, true] {
-        let mut table = SlotTable::new(memslot::Limits::default()).unwrap();
-        let log = memslot::dirty::DirtyLog::attach(&mut table).unwrap();
-        let hook = Arc::new(Mutex::new(None));
-        table.add_listener(Box::new(Between(hook.clone()))).unwrap();
-        let host = TestHost::default();
-        let config = Config { dirty, log: Some(log.clone()), ..Config::default() };
-        let mmu = memslot_mmu::Mmu::<F, _>::attach(&mut table, host.clone(), config).unwrap();
-        table.create(spec(0, 0, 64, HVA, LOG)).unwrap();
+        let mut changing = Changing::<F>::new(dirty);
+        let (log, mmu) = (changing.log.clone(), changing.mmu.clone());
         let (keeper, other) = (log.consumer_keeping_removed().unwrap(), log.consumer().unwrap());
         let mut vcpu = mmu.walker().unwrap();
         let _ = vcpu.fault(Gpa::new(0x9000), Access::WRITE).unwrap();
-        let (inner, log) = (mmu.clone(), log.clone());
-        *hook.lock().unwrap() = Some(Box::new(move || {
+        changing.in_the_next_change(move || {
             // The slot is gone for everybody who looks now, and the processors go on.
             let _ = vcpu.fault(Gpa::new(0x5000), Access::WRITE).unwrap();
-            assert!(processor(&inner, 5, true) && processor(&inner, 9, true));
+            assert!(processor(&mmu, 5, true) && processor(&mmu, 9, true));
             assert!(dirty == DirtyMode::Hardware || log.is_marked(RAM, Gfn::new(5)));
             if harvests {
-                let mut rearm = inner.dirty_rearm().unwrap();
+                let mut rearm = mmu.dirty_rearm().unwrap();
                 rearm.harvest(&other).unwrap().commit();
             }
-        }) as InCommit);
-        table.delete(RAM, SlotId::new(0)).unwrap();
+        });
+        changing.table.delete(RAM, SlotId::new(0)).unwrap();
         let mut found = removed(&keeper);
         found.sort_unstable();
         found.dedup();
         assert_eq!(found, [5, 9], "{harvests}");
-        *hook.lock().unwrap() = None;
+        *changing.hook.lock().unwrap() = None;
+    }
+}
+
+fn what_was_written_while_its_slot_moves_is_dirty_where_it_goes<F: Format>(dirty: DirtyMode) {
+    for change in 0..3 {
+        for way in 0..4 {
+            let mut changing = Changing::<F>::new(dirty);
+            let mmu = changing.mmu.clone();
+            let mut vcpu = mmu.walker().unwrap();
+            let _ = vcpu.fault(Gpa::new(0x5000), Access::READ).unwrap();
+            changing.in_the_next_change(move || {
+                // The log has brought the bits to the new place.
+                let _ = vcpu.fault(Gpa::new(0x5000), Access::WRITE).unwrap();
+                assert!(processor(&mmu, 5, true));
+                match way {
+                    0 => {}
+                    1 => mmu.zap(range(5, 1)).discharge(),
+                    2 => mmu.zap(range(0, 512)).discharge(),
+                    _ => mmu.invalidate_hva(hvas(HVA, 64 << 12)).unwrap().end(),
+                }
+            });
+            let consumer = changing.log.consumer().unwrap();
+            drop(consumer.harvest(&mut SoftwareOnly).unwrap());
+            consumer.harvest(&mut SoftwareOnly).unwrap().commit();
+            let changed = changing.table.transaction(|tx| match change {
+                0 => tx.move_to(RAM, SlotId::new(0), Gfn::new(4096)),
+                // Under another id; and a part of it only.
+                1 => tx.delete(RAM, SlotId::new(0)).and_then(|_| tx.create(spec(7, 4096, 64, HVA, LOG))),
+                _ => {
+                    tx.delete(RAM, SlotId::new(0))?;
+                    tx.create(spec(0, 4096 + 3, 8, HVA + 0x3000, LOG))
+                }
+            });
+            changed.unwrap();
+            let mut rearm = changing.mmu.dirty_rearm().unwrap();
+            let harvest = rearm.harvest(&consumer).unwrap();
+            let found: Vec<_> = harvest.runs().map(|run| run.gfns).collect();
+            assert_eq!(found, [range(4096 + 5, 1)], "change {change}, {way}");
+            harvest.commit();
+            *changing.hook.lock().unwrap() = None;
+        }
     }
 }
 

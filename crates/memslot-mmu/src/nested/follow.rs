@@ -18,7 +18,7 @@
 use alloc::boxed::Box;
 
 use memslot::dirty::DirtyLog;
-use memslot::{GfnRange, Listener, ListenerError, PieceKind, Slot, SlotFlags, Snapshot, Update, View};
+use memslot::{GfnRange, Listener, ListenerError, PieceKind, Slot, SlotFlags, Snapshot, Update};
 
 use super::operation::{STEP, Task};
 use super::protect::Take;
@@ -29,7 +29,7 @@ use crate::counted::try_box;
 use crate::flush::Flush;
 use crate::format::Format;
 use crate::host::Host;
-use crate::invalidate::{ends, moved_by, range};
+use crate::invalidate::{ends, range};
 
 /// See the [module documentation](self).
 pub(crate) struct Follower<F: Format, H: Host> {
@@ -67,22 +67,27 @@ impl<F: Format, H: Host> Follower<F, H> {
     fn publish(&mut self, view: Snapshot) {
         let Some(mut next) = self.reserved.iter_mut().find_map(Option::take) else { return };
         next.view = view;
-        self.mmu.shared.lock().publish(next);
+        let mut locked = self.mmu.shared.lock();
+        locked.leaving = Some(locked.view().view.clone());
+        locked.publish(next);
     }
 
     /// Brings the tables after the version that was just published.
     fn follow(&self, update: &Update<'_>, forwards: bool) {
         let mmu = &self.mmu;
-        let now = if forwards { update.after } else { update.before };
+        let shared = &*mmu.shared;
         let changes = || {
             let pieces = update.pieces.iter().filter(|piece| piece.address_space == mmu.address_space());
             pieces.map(|piece| (piece.gfns, Change::of(piece.kind, forwards)))
         };
+        // What processors wrote there is dirty where the memory is now; or to a consumer of what was deleted, or to the log,
+        // if the change is taken back.
+        let leaves_dirty_bits = |old: &Slot| shared.uses_dirty_bits() && shared.is_logged(old);
         let mut flush = mmu.nothing_owed();
         for (gfns, change) in changes() {
             match change {
                 Change::Removed(old) => {
-                    let task = self.wanted_at(&old, now).map_or(Task::Zap, Task::ZapMoved);
+                    let task = if leaves_dirty_bits(&old) { Task::ZapLeft } else { Task::Zap };
                     flush.merge(mmu.start(task, gfns).run());
                 }
                 Change::Changed(old, new) => self.change(&mut flush, gfns, &old, &new),
@@ -90,40 +95,25 @@ impl<F: Format, H: Host> Follower<F, H> {
             }
         }
         flush.discharge();
-        if mmu.shared.uses_dirty_bits() {
-            // Tables that others have taken out have been flushed by now as far as these frames go, but not searched.
-            for (gfns, change) in changes() {
-                if let Change::Removed(old) = change {
-                    if let Some(further) = self.wanted_at(&old, now) {
-                        mmu.shared.lock().for_each_owed(|pin, dirty| {
-                            dirty
-                                .intersect(&gfns)
-                                .into_iter()
-                                .for_each(|dirty| pin.shared.mark(moved_by(dirty, further)));
-                        });
-                    }
-                }
+        // Tables that others have taken out have been flushed by now as far as these frames go, but not searched.
+        for (gfns, change) in changes() {
+            if matches!(change, Change::Removed(old) if leaves_dirty_bits(&old)) {
+                shared.lock().for_each_owed(|pin, dirty| {
+                    dirty.intersect(&gfns).into_iter().for_each(|dirty| pin.shared.mark_left(dirty));
+                });
             }
         }
-    }
-
-    /// Where what was written to a slot that loses frames is to be marked, if anywhere: so much further.
-    fn wanted_at(&self, old: &Slot, now: &View) -> Option<u64> {
-        let moved = now.slot(old.address_space(), old.id()).and_then(|new| self.moved(old, new));
-        moved.or(self.is_wanted(old).then_some(0))
+        shared.lock().leaving = None;
+        shared.moving.end();
     }
 
     /// Where a logged slot takes the place of another, the log hears of what the processor wrote until now before the new
     /// version is published: afterwards the marks are the new slot's.
     fn collect_what_is_replaced(&self, update: &Update<'_>) {
         let shared = &*self.mmu.shared;
-        if !shared.uses_dirty_bits() || !self.keeps_removed() {
+        if !shared.uses_dirty_bits() || !shared.config.log.as_ref().is_some_and(DirtyLog::keeps_removed) {
             return;
         }
-        let moves = |old: &Slot| {
-            let new = update.after.slot(old.address_space(), old.id());
-            new.is_some_and(|new| self.moved(old, new).is_some())
-        };
         let here = |space| update.pieces.iter().filter(move |piece| piece.address_space == space);
         let gains = |gfns: GfnRange| {
             here(shared.space()).any(|piece| match piece.kind {
@@ -134,7 +124,7 @@ impl<F: Format, H: Host> Follower<F, H> {
         shared.lock().collect_owed();
         for piece in here(shared.space()) {
             if let PieceKind::Removed { old } = piece.kind {
-                if shared.is_logged(&old) && gains(piece.gfns) && !moves(&old) {
+                if shared.is_logged(&old) && gains(piece.gfns) {
                     let (mut at, end) = ends(piece.gfns);
                     while at < end.min(Shared::<F, H>::END) {
                         let mut locked = shared.lock();
@@ -143,25 +133,6 @@ impl<F: Format, H: Host> Follower<F, H> {
                 }
             }
         }
-    }
-
-    /// Whether somebody wants to know what was written to a slot that goes: a consumer of what was deleted; and, where
-    /// nothing but the entries says so, the log, if the change is taken back.
-    fn is_wanted(&self, old: &Slot) -> bool {
-        let shared = &self.mmu.shared;
-        shared.is_logged(old) && (shared.uses_dirty_bits() || self.keeps_removed())
-    }
-
-    fn keeps_removed(&self) -> bool {
-        self.mmu.shared.config.log.as_ref().is_some_and(DirtyLog::keeps_removed)
-    }
-
-    /// How much further the memory of a logged slot is, if it has moved and is logged still.
-    fn moved(&self, old: &Slot, new: &Slot) -> Option<u64> {
-        let shared = &self.mmu.shared;
-        let is_moved = old.backing() == new.backing() && old.base_gfn() != new.base_gfn();
-        (is_moved && shared.is_logged(old) && shared.is_logged(new))
-            .then(|| new.base_gfn().get().wrapping_sub(old.base_gfn().get()))
     }
 
     fn change<'m>(&'m self, flush: &mut Flush<'m, F, H>, gfns: GfnRange, old: &Slot, new: &Slot) {
@@ -201,6 +172,7 @@ impl<F: Format, H: Host + Send + Sync + 'static> Listener for Follower<F, H> {
             }
         }
         self.collect_what_is_replaced(update);
+        self.mmu.shared.moving.begin(update)?;
         Ok(())
     }
 
@@ -222,5 +194,6 @@ impl<F: Format, H: Host + Send + Sync + 'static> Listener for Follower<F, H> {
 
     fn abort(&mut self, _: &Update<'_>) {
         self.reserved = [None, None];
+        self.mmu.shared.moving.end();
     }
 }

@@ -34,8 +34,8 @@ pub enum Work {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Task {
     Zap,
-    /// Zap, of memory of a logged slot that is so much further now; 0 where the slot goes.
-    ZapMoved(u64),
+    /// Zap, of frames that a logged slot has lost, where the entries' dirty bits are the only ones to say what was written.
+    ZapLeft,
     /// The range is the first frame behind a border that no page may cross.
     Cut,
     Collapse,
@@ -243,17 +243,14 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
         let view: &View = &pin.published().view;
         let mut cursor = Cursor::new(pin, start, end, budget);
         let take = match self.task {
-            Task::Zap | Task::ZapMoved(_) => {
-                let moved = match self.task {
-                    Task::ZapMoved(further) => Some((range(start, end), further)),
-                    _ => None,
-                };
-                let mut zap = Zap { shared, view, graves, tables, nonce, moved, changed: None };
+            Task::Zap | Task::ZapLeft => {
+                let left = (self.task == Task::ZapLeft).then(|| range(start, end));
+                let mut zap = Zap { shared, view, graves, tables, nonce, left, changed: None };
                 self.at = cursor.run(self.at, &mut zap);
                 return zap.changed;
             }
             Task::Cut => {
-                let zap = Zap { shared, view, graves, tables, nonce, moved: None, changed: None };
+                let zap = Zap { shared, view, graves, tables, nonce, left: None, changed: None };
                 let mut cut = Cut { zap, border: start };
                 self.at = cursor.run(self.at, &mut cut);
                 return cut.zap.changed;

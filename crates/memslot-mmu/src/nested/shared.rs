@@ -14,6 +14,7 @@ use crate::format::Format;
 use crate::host::{Host, Pfn};
 use crate::invalidate::{Invalidations, ends, range};
 use crate::level::{Level, Table};
+use crate::moving::Moving;
 use crate::sync::{AtomicPtr, AtomicU64, Mutex, Ordering, fence_for_loom};
 
 /// A version of the slots, as faults look at it.
@@ -39,6 +40,7 @@ pub(crate) struct Shared<F: Format, H: Host> {
     published: AtomicPtr<Published>,
     epoch: Epoch,
     pub(crate) invalidations: Invalidations,
+    pub(crate) moving: Moving,
     /// The last nonce that was given away.
     pub(super) nonce: AtomicU64,
     flushes: AtomicU64,
@@ -56,6 +58,8 @@ pub(crate) struct State {
     tables: usize,
     serial: u64,
     pub(crate) pending: Pending,
+    /// The version before, until what it had is zapped and flushed where the current one has it no more.
+    pub(crate) leaving: Option<Snapshot>,
     /// Flushed, and stamped in order; waits for walkers.
     limbo: Chain,
     /// Versions that were replaced, newest first.
@@ -95,6 +99,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             tables: F::ROOT_TABLES,
             serial: counters,
             pending: Pending::default(),
+            leaving: None,
             limbo: Chain::EMPTY,
             replaced: None,
         };
@@ -105,6 +110,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             published: AtomicPtr::new(Box::into_raw(published)),
             epoch: Epoch::starting_at(counters),
             invalidations: Invalidations::starting_at(counters),
+            moving: Moving::new(),
             nonce: AtomicU64::new(counters),
             flushes: AtomicU64::new(0),
             flushed_frames: AtomicU64::new(0),
@@ -149,10 +155,21 @@ impl<F: Format, H: Host> Shared<F, H> {
         self.config.dirty == DirtyMode::Hardware
     }
 
-    /// Marks frames as dirty.
+    /// Marks frames as dirty; while their memory [moves](Moving), where it goes as well.
     pub(crate) fn mark(&self, gfns: GfnRange) {
         if let Some(log) = &self.config.log {
             log.mark_range(self.space(), gfns);
+            self.moving.marked(self.space(), gfns, |gfns| log.mark_range(self.space(), gfns));
+        }
+    }
+
+    /// Marks frames as dirty that a logged slot has lost: where their memory is now, if it is somewhere.
+    pub(crate) fn mark_left(&self, gfns: GfnRange) {
+        if let Some(log) = &self.config.log {
+            let mark = |gfns| log.mark_range(self.space(), gfns);
+            if !self.moving.marked(self.space(), gfns, mark) {
+                mark(gfns);
+            }
         }
     }
 
@@ -166,6 +183,12 @@ impl<F: Format, H: Host> Shared<F, H> {
     /// The current version of the slots, to be kept.
     pub(crate) fn current_view(&self) -> Snapshot {
         self.lock().view().view.clone()
+    }
+
+    /// The same, with the version before, if what it had may be in use still.
+    pub(crate) fn current_and_leaving(&self) -> (Snapshot, Option<Snapshot>) {
+        let locked = self.lock();
+        (locked.view().view.clone(), locked.leaving.clone())
     }
 
     /// Tables for a cache, as many as there are places, at least one. Returns how many.

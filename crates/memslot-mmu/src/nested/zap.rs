@@ -12,7 +12,7 @@ use super::shared::{Locked, State, hull};
 use super::{Pin, Shared};
 use crate::format::Format;
 use crate::host::Host;
-use crate::invalidate::{moved_by, range};
+use crate::invalidate::range;
 use crate::level::Table;
 use crate::sync::Ordering;
 use core::ops::DerefMut;
@@ -25,9 +25,8 @@ pub(crate) struct Zap<'a, F: Format, H: Host> {
     pub(crate) graves: &'a mut Graves,
     pub(crate) tables: &'a mut Chain,
     pub(crate) nonce: u64,
-    /// For memory of a logged slot that is at other frames now, or nowhere: the frames it was at, and how much further it
-    /// is (0 if nowhere). What has been written is marked there.
-    pub(crate) moved: Option<(GfnRange, u64)>,
+    /// The frames that a logged slot has lost: what the processor's dirty bits say is marked, though nothing is logged there now.
+    pub(crate) left: Option<GfnRange>,
     /// What has changed.
     pub(crate) changed: Option<GfnRange>,
 }
@@ -76,21 +75,19 @@ impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
         if !self.empty_out(at) {
             return Next::Again;
         }
-        let uses_dirty_bits = self.shared.uses_dirty_bits();
-        let gfns = range(at.base, at.end());
-        if let Some((from, further)) = self.moved {
-            let may_be_dirty = at.seen & if uses_dirty_bits { F::DIRTY } else { F::WRITE } != 0;
-            if let Some(dirty) = gfns.intersect(&from).filter(|_| may_be_dirty) {
-                self.shared.mark(moved_by(dirty, further));
+        // By write protection, all that may be written is marked since it may be.
+        if self.shared.uses_dirty_bits() && at.seen & F::DIRTY != 0 {
+            let gfns = range(at.base, at.end());
+            match self.left {
+                Some(left) => gfns.intersect(&left).into_iter().for_each(|gfns| self.shared.mark_left(gfns)),
+                None => self.shared.mark_logged(self.view, gfns),
             }
-        } else if uses_dirty_bits && at.seen & F::DIRTY != 0 {
-            self.shared.mark_logged(self.view, gfns);
         }
         Next::Done
     }
 
     fn table(&mut self, at: &At<'_>, _: &Table) -> Next {
-        if !at.whole || self.moved.is_some() {
+        if !at.whole || self.left.is_some() {
             return Next::Below;
         }
         if self.take_out(at) { Next::Done } else { Next::Again }

@@ -215,7 +215,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     /// Write access to these frames of a slot was granted: they are dirty from now on.
     pub(super) fn granted(&self, slot: &Slot, gfn: Gfn, level: Level) {
         if self.shared.is_logged(slot) {
-            self.mark(slot.address_space(), range(gfn.get(), gfn.get() + level.pages()));
+            self.shared.mark(slot.address_space(), range(gfn.get(), gfn.get() + level.pages()));
         }
     }
 

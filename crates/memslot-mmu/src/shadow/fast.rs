@@ -105,12 +105,7 @@ pub(super) fn fast_fault<H: ShadowHost>(
     let gfn = page.leaf_gfn(index, page.gptes[index].load(Ordering::SeqCst))?;
     let new = seen | spte::WRITE | spte::ACCESSED | spte::DIRTY;
     entry.compare_exchange(seen, new, Ordering::SeqCst, Ordering::SeqCst).ok()?;
-    let one = range(gfn.get(), gfn.get() + 1);
-    shared.mark(loaded.space, one);
-    // One that begins to move now is marked already when the dirty log hears of it.
-    if shared.moves.load(Ordering::SeqCst) > 0 {
-        shared.with(|locked| locked.mark(loaded.space, one));
-    }
+    shared.mark(loaded.space, range(gfn.get(), gfn.get() + 1));
     let is_same =
         page.version.load(Ordering::SeqCst) == version && shared.serial.load(Ordering::SeqCst) == serial;
     if !is_same {
@@ -139,7 +134,7 @@ impl<H: ShadowHost> super::shared::Locked<'_, H> {
         }
         if let Some(crate::rmap::Under::Gfn { gfn, level }) = self.filed_for(page, index) {
             let gfn = Gfn::new(gfn.get());
-            self.mark(page.key.role.address_space, range(gfn.get(), gfn.get() + level.pages()));
+            self.shared.mark(page.key.role.address_space, range(gfn.get(), gfn.get() + level.pages()));
         }
     }
 }

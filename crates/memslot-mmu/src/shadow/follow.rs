@@ -35,8 +35,7 @@ use super::slots::Slots;
 use super::zap::Task;
 use super::{Shadow, ShadowHost, spte};
 use crate::counted::Counted;
-use crate::invalidate::{ends, range};
-use crate::level::{ENTRIES, PAGE_SHIFT};
+use crate::level::ENTRIES;
 
 /// So many chunks of lists are freed when a change has settled; the rest by and by.
 const CHUNKS: usize = 512;
@@ -126,7 +125,7 @@ impl<H: ShadowHost> Follower<H> {
             let comes_again = locked.count_version();
             locked.state.closed.clear();
             locked.state.has_left = changes(update, forwards).any(|change| change.zaps());
-            locked.set_moving(Vec::new());
+            shared.moving.end();
             (old, comes_again)
         });
         if comes_again {
@@ -168,37 +167,6 @@ impl<H: ShadowHost> Follower<H> {
     }
 }
 
-/// Frames of logged slots whose memory is elsewhere after the update, in a slot that is logged, too; and how much further.
-fn moving<H: ShadowHost>(
-    shared: &Shared<H>,
-    update: &Update<'_>,
-) -> impl Iterator<Item = (AddressSpaceId, GfnRange, u64)> {
-    let leaves = move |change: &Change| change.zaps() && shared.is_logged(&change.old);
-    changes(update, true).filter(leaves).flat_map(move |change| {
-        let new = update.slots.iter().filter_map(|slot| slot.new);
-        let new = new.filter(move |new| new.address_space() == change.space && shared.is_logged(new));
-        new.filter_map(move |new| {
-            let further = further(&change.old, &new).filter(|further| *further != 0)?;
-            let (start, end) = ends(new.gfns());
-            let from = range(start.wrapping_sub(further), end.wrapping_sub(further));
-            let gfns = change.gfns.intersect(&from).filter(|gfns| !gfns.is_empty())?;
-            Some((change.space, gfns, further))
-        })
-    })
-}
-
-/// How much further a page of the old slot's memory is in the new one, if that has it.
-fn further(old: &Slot, new: &Slot) -> Option<u64> {
-    let bases = new.base_gfn().get().wrapping_sub(old.base_gfn().get());
-    match (old.hva(), new.hva()) {
-        (Some(before), Some(after)) => {
-            let pages = (before.get() >> PAGE_SHIFT).wrapping_sub(after.get() >> PAGE_SHIFT);
-            Some(bases.wrapping_add(pages))
-        }
-        _ => (old.backing() == new.backing()).then_some(bases),
-    }
-}
-
 /// The tables of the guest's in these frames are no more. Until they are found here, they are what processors may know still, as with a
 /// translation that is not flushed yet. What that owes is left pending.
 fn zap_tables<H: ShadowHost>(shared: &Shared<H>, gone: &(impl Iterator<Item = Change> + Clone)) {
@@ -229,14 +197,6 @@ fn zap_tables<H: ShadowHost>(shared: &Shared<H>, gone: &(impl Iterator<Item = Ch
     });
 }
 
-/// In a vector, of memory that can be had.
-fn collect<T, I: Iterator<Item = T>>(items: impl Fn() -> I) -> Result<Vec<T>, OutOfMemory> {
-    let mut all = Vec::new();
-    all.try_reserve_exact(items().count()).map_err(|_| OutOfMemory)?;
-    all.extend(items());
-    Ok(all)
-}
-
 impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
     fn name(&self) -> &str {
         "shadow page tables"
@@ -256,10 +216,14 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
                 (old != new).then_some(Renamed { space, gfns, old, new })
             })
         };
-        let renamed = collect(renamed)?;
-        let moving = collect(|| moving(shared, update))?;
-        shared.begin_renaming(renamed, &mut self.nodes)?;
-        shared.with(|locked| locked.set_moving(moving));
+        let mut all = Vec::new();
+        all.try_reserve_exact(renamed().count()).map_err(|_| OutOfMemory)?;
+        all.extend(renamed());
+        shared.begin_renaming(all, &mut self.nodes)?;
+        if let Err(error) = shared.moving.begin(update) {
+            shared.end_renaming();
+            return Err(error.into());
+        }
         self.next = Some(next);
         Ok(())
     }
@@ -293,7 +257,7 @@ impl<H: ShadowHost + Send + Sync + 'static> Listener for Follower<H> {
 
     fn abort(&mut self, _: &Update<'_>) {
         self.next = None;
-        self.shadow.shared.with(|locked| locked.set_moving(Vec::new()));
+        self.shadow.shared.moving.end();
         self.shadow.shared.end_renaming();
     }
 }

@@ -23,8 +23,9 @@ use super::turns::Turns;
 use super::{ShadowConfig, ShadowHost};
 use crate::counted::Counted;
 use crate::host::Pfn;
-use crate::invalidate::{Invalidations, ends, range};
+use crate::invalidate::{Invalidations, range};
 use crate::level::Table;
+use crate::moving::Moving;
 use crate::nested::epoch::{Cells, Epoch};
 use crate::nested::shared::hull;
 use crate::rmap::{Filed, Rmap, RmapError, Writer};
@@ -53,8 +54,7 @@ pub(super) struct Shared<H: ShadowHost> {
     /// made. Pages that share a counter cost each other only that.
     pub(super) blocks: [Box<[AtomicUsize]>; 2],
     pub(super) counters: Counters,
-    /// How many ranges there are in [`State::moving`]; changed with the lock held.
-    pub(super) moves: AtomicUsize,
+    pub(super) moving: Moving,
     turns: Turns,
     state: Mutex<State>,
 }
@@ -78,8 +78,6 @@ pub(super) struct State {
     pub(super) closed: Vec<(AddressSpaceId, GfnRange)>,
     /// Whether frames have lost their slot since the last flush: what is pending may be about memory to which no slot leads any more.
     pub(super) has_left: bool,
-    /// Frames whose memory is moving, and how much further.
-    pub(super) moving: Vec<(AddressSpaceId, GfnRange, u64)>,
     /// Pages that were given up and wait for the flush, linked by `older`.
     dying: *mut ShadowPage,
     /// Given up, and used by nobody but those inside: the first to go, and the last.
@@ -135,7 +133,6 @@ impl<H: ShadowHost> Shared<H> {
             rearming: 0,
             closed: Vec::new(),
             has_left: false,
-            moving: Vec::new(),
             dying: ptr::null_mut(),
             limbo: (ptr::null_mut(), ptr::null_mut()),
             spare: (ptr::null_mut(), 0),
@@ -157,7 +154,7 @@ impl<H: ShadowHost> Shared<H> {
             generation: AtomicU64::new(counters),
             blocks: [blocks()?, blocks()?],
             counters: Counters::default(),
-            moves: AtomicUsize::new(0),
+            moving: Moving::new(),
             turns: Turns::default(),
             state: Mutex::new(state),
         })
@@ -185,10 +182,11 @@ impl<H: ShadowHost> Shared<H> {
         self.config.log.is_some() && slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES)
     }
 
-    /// Marks frames as dirty, where nobody moves their memory: see [`Locked::mark`].
+    /// Marks frames as dirty; while their memory [moves](Moving), where it goes as well.
     pub(super) fn mark(&self, space: AddressSpaceId, gfns: GfnRange) {
         if let Some(log) = &self.config.log {
             log.mark_range(space, gfns);
+            self.moving.marked(space, gfns, |gfns| log.mark_range(space, gfns));
         }
     }
 
@@ -290,24 +288,6 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
 
     pub(super) fn slot_at(&self, space: AddressSpaceId, gfn: Gfn) -> Option<Slot> {
         self.state.slots.slot_at(space, gfn).copied()
-    }
-
-    /// Marks frames as dirty; while their memory moves, where it goes as well. (The dirty log has brought the marks there already when it hears
-    /// of the change before these tables do, and those at the old place are nobody's then.)
-    pub(super) fn mark(&self, space: AddressSpaceId, gfns: GfnRange) {
-        self.shared.mark(space, gfns);
-        for (_, moving, further) in self.state.moving.iter().filter(|(of, ..)| *of == space) {
-            if let Some(gfns) = moving.intersect(&gfns) {
-                let (start, end) = ends(gfns);
-                self.shared.mark(space, range(start.wrapping_add(*further), end.wrapping_add(*further)));
-            }
-        }
-    }
-
-    /// The memory of these frames is about to move, or does no more.
-    pub(super) fn set_moving(&mut self, moving: Vec<(AddressSpaceId, GfnRange, u64)>) {
-        self.shared.moves.store(moving.len(), Ordering::SeqCst);
-        self.state.moving = moving;
     }
 
     /// Files an entry in one of the reverse map's lists.

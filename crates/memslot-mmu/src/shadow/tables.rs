@@ -89,7 +89,7 @@ impl<H: ShadowHost> GuestTables for Tables<'_, '_, H> {
             None => Exchange::NotWritable,
         };
         if result == Exchange::Done && shared.is_logged(&slot) {
-            self.locked.mark(self.space, range(gfn.get(), gfn.get() + 1));
+            shared.mark(self.space, range(gfn.get(), gfn.get() + 1));
         }
         Ok(result)
     }

@@ -48,6 +48,8 @@ struct State {
     retry: BTreeSet<u64>,
     /// Run once when the host is asked for a frame.
     hook: Option<Hook>,
+    /// Run once when a flush has been asked for, before it is done.
+    before_flush: Option<Hook>,
     /// The translations that some processor has cached: first frame → leaf.
     tlb: BTreeMap<u64, Leaf>,
     flushes: Vec<(Context, GfnRange)>,
@@ -94,6 +96,11 @@ impl TestHost {
     /// Runs `hook` in the middle of the next fault that asks for a frame.
     pub fn in_the_next_fault(&self, hook: impl FnOnce() + Send + 'static) {
         self.with(|state| state.hook = Some(Box::new(hook)));
+    }
+
+    /// Runs `hook` when the next flush has been asked for, before it is done.
+    pub fn before_the_next_flush(&self, hook: impl FnOnce() + Send + 'static) {
+        self.with(|state| state.before_flush = Some(Box::new(hook)));
     }
 
     /// Every flush since the last call.
@@ -212,6 +219,9 @@ impl Frames for TestHost {
 
 impl TlbFlush for TestHost {
     fn flush(&self, context: Context, gfns: GfnRange) {
+        if let Some(hook) = self.with(|state| state.before_flush.take()) {
+            hook();
+        }
         self.with(|state| {
             state.flushes.push((context, gfns));
             state.tlb.retain(|&start, leaf| !gfns.overlaps(&range(start, leaf.pages)));
