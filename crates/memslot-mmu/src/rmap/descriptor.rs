@@ -145,7 +145,7 @@ impl Place {
 const COVERED: u32 = 1 << 31;
 /// Numbers of lists are below.
 pub(super) const LISTS: u32 = COVERED;
-const _: () = assert!((1 << INDEX_BITS) * (CELLS as u64) / 2 <= COVERED as u64);
+const _: () = assert!((1 << INDEX_BITS) * (CELLS as u64) <= COVERED as u64);
 
 /// A descriptor's flags, for the writer only.
 pub(super) mod flag {
