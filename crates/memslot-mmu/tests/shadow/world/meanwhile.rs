@@ -68,9 +68,9 @@ impl Other {
     /// Writes what its tables allow, with whatever faults that takes.
     fn write(&mut self, address: u64) {
         if self.vcpu.is_stale() {
-            self.vcpu.reload().unwrap();
+            self.with_memory(ShadowVcpu::reload);
         }
-        let fault = self.vcpu.fault(address, GuestAccess::WRITE | GuestAccess::AC).unwrap();
+        let fault = self.with_memory(|vcpu| vcpu.fault(address, GuestAccess::WRITE | GuestAccess::AC));
         if matches!(fault, ShadowFault::Mapped(_) | ShadowFault::AlreadyMapped) {
             let root = self.vcpu.root().unwrap();
             if let Ok(leaf) = hardware_walk(&self.host, root, address, true, |rights| rights.write) {
@@ -79,6 +79,16 @@ impl Other {
                 }
             }
         }
+    }
+
+    /// Does it once more if there was no memory.
+    fn with_memory<R, E: std::fmt::Debug>(
+        &mut self,
+        mut work: impl FnMut(&mut ShadowVcpu<TestHost>) -> Result<R, E>,
+    ) -> R {
+        let first = work(&mut self.vcpu);
+        self.host.user.set_tables_left(usize::MAX);
+        first.or_else(|_| work(&mut self.vcpu)).unwrap()
     }
 
     fn run(mut self, address: u64, what: u64) {
@@ -180,7 +190,11 @@ impl World {
             Err(_) => {
                 // But for bits that a walk has set in the guest's tables.
                 self.note();
-                self.check();
+                // (Without a look at the guest's tables, which may be out of reach at the moment.)
+                if let Err(why) = self.shadow.check_maps() {
+                    panic!("check_maps: {why}");
+                }
+                self.check_grants();
                 work(self).unwrap()
             }
         }
