@@ -13,9 +13,11 @@ use super::host::TestHost;
 use super::layout::{END, SMALL};
 use super::{World, page_of, range};
 
+type Work = Box<dyn FnOnce() + Send>;
+
 /// Does something in the middle of the next change of the slots.
 #[derive(Clone, Default)]
-pub struct Meanwhile(Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>);
+pub struct Meanwhile(Arc<Mutex<Option<Work>>>);
 
 impl Meanwhile {
     pub fn set(&self, work: impl FnOnce() + Send + 'static) {
@@ -107,10 +109,10 @@ impl Other {
             self.shadow.zap_gfn_range(self.space, range(gfn % END, 64));
         }
         if has(4) {
-            self.shadow.wrote(self.space, Gpa::new(gfn % SMALL << 12), 4096);
+            self.shadow.wrote(self.space, Gpa::new((gfn % SMALL) << 12), 4096);
         }
         if has(5) {
-            self.shadow.invalidate_hva(page_of(super::host::HVA + (gfn % END << 12))).unwrap().end();
+            self.shadow.invalidate_hva(page_of(super::host::HVA + ((gfn % END) << 12))).unwrap().end();
         }
         if has(6) {
             self.shadow.ager().unwrap().age(self.space, range(0, END));
