@@ -198,9 +198,9 @@ fn what_the_fast_path_makes_writable_while_its_slot_moves_is_dirty() {
         let shadow = guest.world.shadow.clone();
         let (asks, asked) = mpsc::channel::<()>();
         let (answers, answer) = mpsc::channel::<()>();
+        let before = shadow.stats().fast_faults;
         let faulting = thread::spawn(move || {
             asked.recv().unwrap();
-            let before = shadow.stats().fast_faults;
             let _ = vcpu.fault(0, WRITES).unwrap();
             let _ = answers.send(());
             shadow.stats().fast_faults > before
@@ -216,7 +216,7 @@ fn what_the_fast_path_makes_writable_while_its_slot_moves_is_dirty() {
                     let (asks, answer) = &*channels.lock().unwrap();
                     asks.send(()).unwrap();
                     // If it wants the lock, it gets it later.
-                    let _ = answer.recv_timeout(Duration::from_millis(100));
+                    let _ = answer.recv_timeout(Duration::from_secs(1));
                 }
             }
         };
