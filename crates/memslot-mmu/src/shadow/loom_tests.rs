@@ -6,7 +6,7 @@
 use core::convert::Infallible;
 use core::ptr::NonNull;
 // No part of any model.
-use core::sync::atomic::{AtomicBool, AtomicU64 as CoreAtomicU64};
+use core::sync::atomic::AtomicBool;
 
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
@@ -55,9 +55,6 @@ struct Inner {
     contents: AtomicUsize,
     /// Whether frames lie side by side, as the guest's do.
     has_runs: AtomicBool,
-    /// A root, and whether there was a flush when it did not lead to the page.
-    root: CoreAtomicU64,
-    was_flushed_without: AtomicUsize,
 }
 
 // SAFETY: passed on.
@@ -90,10 +87,6 @@ impl Frames for LoomHost {
 impl TlbFlush for LoomHost {
     fn flush(&self, _: Context, _: GfnRange) {
         drop(self.0.processor.lock().unwrap());
-        let root = Pfn::new(self.0.root.load(Ordering::Relaxed));
-        if root != Pfn::default() && self.mapped(root).is_none() {
-            self.0.was_flushed_without.store(1, Ordering::SeqCst);
-        }
     }
 }
 
@@ -124,8 +117,6 @@ impl Guest {
             offset: AtomicUsize::new(0),
             contents: AtomicUsize::new(0),
             has_runs: AtomicBool::new(false),
-            root: CoreAtomicU64::new(0),
-            was_flushed_without: AtomicUsize::new(0),
         }));
         for frame in 1..=PT {
             host.entry(frame).store((frame + 1) << 12 | ALL, Order::SeqCst);
@@ -378,17 +369,16 @@ fn loom_shadow_invalidation_beside_a_delete() {
         let mut guest = Guest::with_two_slots(SlotFlags::empty());
         let mut vcpu = guest.vcpu();
         assert!(matches!(vcpu.fault(0, GuestAccess::WRITE).unwrap(), ShadowFault::Mapped(_)));
-        guest.host.0.root.store(vcpu.root().unwrap().pfn.get(), Ordering::Relaxed);
-        let (shadow, host) = (guest.shadow.clone(), guest.host.clone());
+        let shadow = guest.shadow.clone();
+        let before = shadow.shared.counters.stats().flushes;
         let invalidating = thread::spawn(move || {
             let hvas = HvaRange::with_len(Hva::new(PAGE << 12), 4096).unwrap();
             let invalidation = shadow.invalidate_hva(hvas).unwrap();
-            assert_eq!(host.0.was_flushed_without.load(Ordering::SeqCst), 1, "the page is used still");
+            assert!(shadow.shared.counters.stats().flushes > before, "the page is used still");
             invalidation.end();
         });
         guest.table.delete(RAM, SlotId::new(DATA)).unwrap();
         invalidating.join().unwrap();
-        guest.host.0.root.store(0, Ordering::Relaxed);
         drop((vcpu, guest.table));
     });
 }
