@@ -3,7 +3,6 @@
 
 use core::convert::Infallible;
 use core::ptr::NonNull;
-use std::sync::OnceLock;
 
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
@@ -31,12 +30,7 @@ pub(crate) struct Inner {
     pub(crate) processor: loom::sync::Mutex<()>,
     /// What is in the guest's page.
     pub(crate) contents: AtomicUsize,
-    watched: OnceLock<Watched>,
-    was_flushed_after: AtomicUsize,
 }
-
-/// Something that happens to the tables.
-type Watched = Box<dyn Fn(&LoomHost) -> bool + Send + Sync>;
 
 impl LoomHost {
     pub(crate) fn new(user: UserHost, home: Home) -> Self {
@@ -46,19 +40,7 @@ impl LoomHost {
             offset: AtomicUsize::new(0),
             processor: loom::sync::Mutex::new(()),
             contents: AtomicUsize::new(0),
-            watched: OnceLock::new(),
-            was_flushed_after: AtomicUsize::new(0),
         }))
-    }
-
-    /// From now on, each flush notes whether this has happened. Once in a model.
-    pub(crate) fn watch(&self, has_happened: impl Fn(&Self) -> bool + Send + Sync + 'static) {
-        assert!(self.0.watched.set(Box::new(has_happened)).is_ok());
-    }
-
-    /// Whether there was a flush after it had.
-    pub(crate) fn was_flushed_after(&self) -> bool {
-        self.0.was_flushed_after.load(Ordering::SeqCst) != 0
     }
 }
 
@@ -91,9 +73,6 @@ impl Frames for LoomHost {
 impl TlbFlush for LoomHost {
     fn flush(&self, _: Context, _: GfnRange) {
         drop(self.0.processor.lock().unwrap());
-        if self.0.watched.get().is_some_and(|has_happened| has_happened(self)) {
-            self.0.was_flushed_after.store(1, Ordering::SeqCst);
-        }
     }
 }
 

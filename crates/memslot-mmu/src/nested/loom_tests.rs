@@ -149,6 +149,26 @@ fn loom_an_invalidation_beside_a_create() {
     });
 }
 
+/// D3: memory is invalidated while its slot is deleted. Where no slot is found any more, it may be in use still: nobody was flushed.
+#[test]
+fn loom_an_invalidation_beside_a_delete() {
+    loom::model(|| {
+        let mut guest = Guest::new(false, Level::K4, SlotFlags::empty());
+        let mut vcpu = guest.vcpu();
+        let _ = write(&mut vcpu, 0);
+        let mmu = guest.mmu.clone();
+        let before = mmu.stats().flushes;
+        let invalidating = thread::spawn(move || {
+            let hvas = HvaRange::with_len(Hva::new(HVA), 4096).unwrap();
+            let invalidation = mmu.invalidate_hva(hvas).unwrap();
+            assert!(mmu.stats().flushes > before, "the page is used still");
+            invalidation.end();
+        });
+        guest.table.delete(RAM, SlotId::new(0)).unwrap();
+        invalidating.join().unwrap();
+    });
+}
+
 /// D2.
 #[test]
 fn loom_a_fault_beside_an_invalidation_never_maps_the_old_frame() {

@@ -18,8 +18,8 @@ use crate::sync::{AtomicPtr, Ordering};
 
 /// log2 of the length of the first segment. Models run by loom have small ones.
 const FIRST_BITS: u32 = if cfg!(loom) { 2 } else { 6 };
-/// Numbers have so many bits: the rest of their words is used for other things.
-pub(super) const INDEX_BITS: u32 = 28;
+/// Numbers have so many bits: the rest of their words is used for other things, and what so many descriptors hold is counted in 31.
+pub(super) const INDEX_BITS: u32 = 27;
 const SEGMENTS: usize = (INDEX_BITS - FIRST_BITS) as usize;
 
 /// What an arena is made of.

@@ -145,14 +145,12 @@ impl Place {
 const COVERED: u32 = 1 << 31;
 /// Numbers of lists are below.
 pub(super) const LISTS: u32 = COVERED;
-const _: () = assert!((1 << INDEX_BITS) * (CELLS as u64) / 2 <= COVERED as u64);
+const _: () = assert!((1 << INDEX_BITS) * (CELLS as u64) <= COVERED as u64);
 
 /// A descriptor's flags, for the writer only.
 pub(super) mod flag {
     /// The record of the entry in the first cell does not say so: in the only one of a list.
     pub(in super::super) const UNTOLD: u64 = 1;
-    /// [`Side::turn`](super::Side::turn) means something: in the first of a list.
-    pub(in super::super) const TURN: u64 = 2;
 }
 
 impl Descriptor {
@@ -253,16 +251,14 @@ impl Descriptor {
 /// What only the writer needs to know about a descriptor, and rarely.
 pub(super) struct Side {
     /// Out of use: the next in its chain.
-    pub(super) link: AtomicU32,
-    /// With [`TURN`](flag::TURN): whose turn it is to be handed back, counted from the last.
-    pub(super) turn: AtomicU32,
+    link: AtomicU32,
 }
 
 // SAFETY: atomics only, and `fresh` has zeroes only.
 unsafe impl Object for Side {
     #[cfg(loom)]
     fn fresh() -> Self {
-        Self { link: AtomicU32::new(0), turn: AtomicU32::new(0) }
+        Self { link: AtomicU32::new(0) }
     }
 }
 
@@ -270,12 +266,6 @@ unsafe impl Object for Side {
 pub(super) struct Descriptors {
     pub(super) all: Arena<Descriptor>,
     pub(super) sides: Arena<Side>,
-}
-
-impl Descriptors {
-    pub(super) fn side_of(&self, descriptor: &Descriptor) -> Option<&Side> {
-        self.sides.get(descriptor.place().index())
-    }
 }
 
 /// Descriptors that are out of use, linked through [`Side::link`].

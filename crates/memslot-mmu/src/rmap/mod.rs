@@ -137,7 +137,7 @@ pub use self::slot::SlotRmap;
 pub(crate) use self::space::LEVELS;
 pub use self::space::SpaceRmap;
 pub use self::walk::{Entries, Inside, Walker};
-pub use self::writer::{Surplus, Writer};
+pub use self::writer::Writer;
 use crate::counted::Counted;
 use crate::level::Level;
 use crate::sync::Ordering;

@@ -132,7 +132,9 @@ impl Shared {
             if numbers.len() >= wanted {
                 return Ok(());
             }
-            let bytes = self.descriptors.sides.grow(unused)? + self.descriptors.all.grow(unused)?;
+            let sides = self.descriptors.sides.grow(unused)?;
+            self.bytes.fetch_add(sides, Ordering::Relaxed);
+            let bytes = self.descriptors.all.grow(unused)?;
             self.bytes.fetch_add(bytes, Ordering::Relaxed);
             // Room for the numbers of twice as many, so that this is rare. Without it things go on.
             let mut room = Vec::new();

@@ -1,6 +1,5 @@
 //! Adding and removing: the one writer.
 
-use core::iter::FusedIterator;
 use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
@@ -381,75 +380,6 @@ impl<E: RmapEntry> Writer<E> {
         }
         gone
     }
-
-    /// The oldest entries of a list that has more than `limit`, to be zapped: at most 14 at a time, never `newest`. None if
-    /// the list is short enough.
-    ///
-    /// They are still filed. Each is to be made not present, *then* [removed](Self::remove), so that walkers miss
-    /// none that is in use. Where both can be done at once, [`recycle`](Self::recycle) takes a fraction of the time.
-    ///
-    /// Descriptors are handed back in turns, so age is that of a descriptor: where entries were removed otherwise,
-    /// those that moved into the holes pass for as old as their neighbours.
-    ///
-    /// ```
-    /// # use std::{cell::RefCell, collections::HashMap, num::NonZeroU64};
-    /// # use memslot_mmu::rmap::{Filed, Rmap};
-    /// # let (rmap, mut writer) = Rmap::<NonZeroU64>::new()?;
-    /// # let (mut cache, parents) = (rmap.cache(), rmap.parents()?);
-    /// # let list = parents.list();
-    /// # let records = RefCell::new(HashMap::new());
-    /// # let keep = |entry, filed: Filed| _ = records.borrow_mut().insert(entry, filed);
-    /// # let take = |entry: &NonZeroU64| records.borrow_mut().remove(entry).unwrap();
-    /// const LIMIT: usize = 1000;
-    /// for number in 1..=3000 {
-    ///     # cache.reserve(1)?;
-    ///     let entry = NonZeroU64::new(number << 3).unwrap();
-    ///     writer.add(list, entry, &mut cache, keep)?;
-    ///     for old in writer.surplus(list, LIMIT, entry) {
-    ///         // … make it not present, then:
-    ///         writer.remove(take(&old), old, keep)?;
-    ///     }
-    ///     assert!(writer.count(list) <= LIMIT);
-    /// }
-    /// // Those that are left are the youngest, give or take a few descriptors.
-    /// assert!(writer.entries(list).all(|entry| entry.get() >> 3 > 3000 - 1000 - 3 * 14));
-    /// # Ok::<(), memslot_mmu::rmap::RmapError>(())
-    /// ```
-    pub fn surplus(&mut self, list: List<'_, E>, limit: usize, newest: E) -> Surplus<E> {
-        let mut surplus = Surplus { words: [0; CELLS], at: 0, entries: PhantomData };
-        // SAFETY: the list's own head.
-        let Head::Many(first) = (unsafe { Head::new(list.head.load(Ordering::Relaxed)) }) else {
-            return surplus;
-        };
-        if first.total() as usize <= limit {
-            return surplus;
-        }
-        // The first is the youngest: it has no turn, unless there is no other.
-        let (mut at, mut cells) = (first, first.place().cell());
-        let behind = (first.total() as usize - cells) / CELLS;
-        if let Some(side) = self.shared.descriptors.side_of(first) {
-            let turn = side.turn.load(Ordering::Relaxed);
-            let has_turn = first.flags() & flag::TURN != 0 && (turn as usize) < behind;
-            let turn = if has_turn { turn } else { 0 };
-            side.turn.store(turn + 1, Ordering::Relaxed);
-            first.set_flags(first.flags() | flag::TURN);
-            for _ in turn as usize..behind {
-                // SAFETY: a descriptor of the list.
-                at = unsafe { at.next() }.unwrap_or(at);
-            }
-            // Behind the first, the upper cells are as young: that many have come since the last turn, in both together.
-            // (No fewer than two: one may be the newest.)
-            cells = if turn as usize + 1 == behind { cells.max(2) } else { at.place().cell() };
-        }
-        let newest = newest.into_word().get();
-        let old = at.cells[..cells].iter().map(|cell| cell.load(Ordering::Relaxed));
-        surplus
-            .words
-            .iter_mut()
-            .zip(old.filter(|&word| word != newest))
-            .for_each(|(place, word)| *place = word);
-        surplus
-    }
 }
 
 /// Zaps the entries of a descriptor, all but the newest; how many.
@@ -489,6 +419,8 @@ fn make_two(
 }
 
 /// The first descriptor is full: the entry comes into another in front of it.
+///
+/// Not inlined: one of 14 additions comes here, and the others are quicker without it.
 #[inline(never)]
 fn put_in_front(
     shared: &Shared,
@@ -501,52 +433,17 @@ fn put_in_front(
     let (front, index) = pool.take(shared, cache)?;
     front.set(0, word);
     front.begin(Some(first), 0, first.total() + 1, Place::new(index, 1));
-    pass_turn(shared, first, front);
     head.store(Head::to(front), Ordering::Release);
     first.cover(number);
     Ok(Place::new(index, 0))
 }
 
-/// The first descriptor is empty: the next becomes the first. Its own `next` stays, for walkers that are in it.
+/// The first descriptor is empty: the next becomes the first. Its own `next` stays, for walkers that are in it. (Not inlined, as above.)
 #[inline(never)]
 fn take_front(shared: &Shared, pool: &mut Pool, head: &AtomicU64, first: &Descriptor, left: u32) {
     // SAFETY: a descriptor of the list.
     let Some(next) = (unsafe { first.next() }) else { return };
     next.uncover(left);
-    pass_turn(shared, first, next);
     head.store(Head::to(next), Ordering::Release);
     pool.take_out(shared, first.place().index());
 }
-
-/// Another descriptor becomes the first: it has to know whose turn it is, if that was ever asked.
-#[inline(always)]
-fn pass_turn(shared: &Shared, from: &Descriptor, to: &Descriptor) {
-    if from.flags() & flag::TURN == 0 {
-        return;
-    }
-    if let (Some(old), Some(new)) = (shared.descriptors.side_of(from), shared.descriptors.side_of(to)) {
-        new.turn.store(old.turn.load(Ordering::Relaxed), Ordering::Relaxed);
-        to.set_flags(to.flags() | flag::TURN);
-    }
-}
-
-/// Up to 14 entries, from [`Writer::surplus`].
-#[derive(Debug)]
-#[must_use = "a list stays too long until they are zapped and removed"]
-pub struct Surplus<E> {
-    words: [u64; CELLS],
-    at: usize,
-    entries: PhantomData<fn(E) -> E>,
-}
-
-impl<E: RmapEntry> Iterator for Surplus<E> {
-    type Item = E;
-
-    fn next(&mut self) -> Option<E> {
-        let word = NonZeroU64::new(*self.words.get(self.at)?)?;
-        self.at += 1;
-        Some(E::from_word(word))
-    }
-}
-
-impl<E: RmapEntry> FusedIterator for Surplus<E> {}

@@ -82,7 +82,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         if child.needs_sync() {
             self.note_unsync_below(page, index);
         }
-        self.recycle(child.parents.list(), entry);
+        self.recycle(child.parents.list(), (page, index));
         Ok(())
     }
 
@@ -120,21 +120,38 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         page.gptes[index].store(gpte, Ordering::SeqCst);
         entry.store(new, Ordering::SeqCst);
         self.shared.counters.leaves.fetch_add(1, Ordering::Relaxed);
-        self.recycle(list, page.reference(index));
+        self.recycle(list, (page, index));
         Ok(true)
     }
 
-    /// A list that has become longer than it may be loses its oldest entries, but never `newest`: so whatever looks at a whole list looks at
-    /// few entries. They are faulted in again when they are used.
-    fn recycle(&mut self, list: List<'_, SpteRef>, newest: SpteRef) {
+    /// A list that has become longer than it may be loses its oldest entries, but never the newest, which is this one: so whatever looks at a whole
+    /// list looks at few entries. They are faulted in again when they are used.
+    fn recycle(&mut self, list: List<'_, SpteRef>, (page, index): (&ShadowPage, usize)) {
         if self.state.writer.count(list) <= LONGEST_LIST {
             return;
         }
-        for old in self.state.writer.surplus(list, LONGEST_LIST, newest) {
-            if let Some(page) = self.page(old.table()) {
-                self.count(Counter::Recycled);
-                self.drop_entry(page, old.index());
+        let under = self.filed_for(page, index);
+        let shared = self.shared;
+        let gone = self.state.writer.recycle(list, LONGEST_LIST, page.reference(index), |old| {
+            // SAFETY: the lock is held, so no page is freed, nor its table.
+            let found = unsafe {
+                shared.directory.page(old.table()).map(|page| (page, shared.host.reach(page.table).as_ref()))
+            };
+            if let Some((page, table)) = found {
+                let index = old.index();
+                table.0[index].store(0, Ordering::SeqCst);
+                page.gptes[index].store(0, Ordering::SeqCst);
+                page.filed[index].store(0, Ordering::Relaxed);
+                page.set_unsync_below(index, false);
             }
+        });
+        self.worked(gone);
+        shared.counters.add(Counter::Recycled, gone as u64);
+        if let Some(Under::Gfn { gfn, level }) = under {
+            shared.counters.leaves.fetch_sub(gone as u64, Ordering::Relaxed);
+            self.owe(range(gfn.get(), gfn.get() + level.pages()));
+        } else {
+            self.owe(everything());
         }
     }
 

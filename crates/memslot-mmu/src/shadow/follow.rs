@@ -13,7 +13,11 @@
 //! What loses its backing is zapped *before* the new version is put in place: it is found through the version that has it. Meanwhile
 //! those frames are *closed*: faults there try again, so that nothing is mapped. Large pages that reach over a border of what goes may be
 //! made meanwhile, from frames that stay; so they are looked for once more in the moment in which the new version is put in place.
-//! Access that is taken away is taken away *after* that, so that no fault gives it again. One flush for all of it.
+//! Access that is taken away is taken away *after* that, so that no fault gives it again. One flush for all of it. (Until then, an invalidation of
+//! memory that has just lost its slot finds no slot, and flushes what is pending.)
+//!
+//! The dirty log hears of a change before: where memory moves, its bits are at the new place already. So from the preparation on, until the new
+//! version is in place, what is granted writing is marked there as well.
 //!
 //! Entries that stay do so where they are filed: the lists are those of the address space, whatever slots it has. Nothing is filed
 //! anew, so that nothing can be filed wrong.

@@ -63,6 +63,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
     /// The entries that lead to a page have something unsync below.
     fn tell_parents(&self, page: &'g ShadowPage) {
         for entry in self.state.writer.entries(page.parents.list()) {
+            self.worked(1);
             if let Some(parent) = self.page(entry.table()) {
                 self.note_unsync_below(parent, entry.index());
             }

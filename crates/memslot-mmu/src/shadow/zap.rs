@@ -189,7 +189,7 @@ impl<H: ShadowHost> Shadow<H> {
     /// Gives up all shadow pages: they are obsolete at once, and taken apart in bounded steps. Virtual processors find their roots
     /// [stale](super::ShadowVcpu::is_stale). One flush or a few.
     pub fn zap_all(&self) {
-        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        self.shared.with(|locked| _ = locked.shared.generation.fetch_add(1, Ordering::SeqCst));
         self.zap_obsolete();
     }
 

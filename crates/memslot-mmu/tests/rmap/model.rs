@@ -1,7 +1,5 @@
 //! Random programs, each step compared with lists that are plain vectors.
 
-use std::collections::HashSet;
-
 use memslot::{Gfn, GfnRange};
 use memslot_mmu::Level;
 use memslot_mmu::rmap::{Filed, List, Parents, Rmap, RmapEntry, RmapError, SlotRmap, Under, Walker, Writer};
@@ -58,10 +56,6 @@ enum Step {
         place: usize,
         bits: u64,
     },
-    Bound {
-        list: usize,
-        limit: usize,
-    },
     Recycle {
         list: usize,
         limit: usize,
@@ -91,8 +85,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
                 let bits = if small { bits & 0x7_0000_00ff } else { bits };
                 Step::RemoveAny { list, place, bits }
             }),
-            2 => (list.clone(), 0..40usize).prop_map(|(list, limit)| Step::Bound { list, limit }),
-            2 => (list, 0..40usize, place)
+            4 => (list, 0..40usize, place)
                 .prop_map(|(list, limit, newest)| Step::Recycle { list, limit, newest }),
             2 => Just(Step::Enter),
             1 => Just(Step::Slot),
@@ -223,19 +216,6 @@ impl World {
                     return;
                 }
                 assert!(self.writer.remove(filed, entry, self.book.keep()).is_err());
-            }
-            Step::Bound { list, limit } => {
-                let Some(place) = list_of(&self.slot, &self.parents, list) else { return };
-                let newest = self.model[list].last().copied().unwrap_or(Entry { list: 0, number: 0 });
-                let old: Vec<_> = self.writer.surplus(place, limit, newest).collect();
-                let before = self.model[list].len();
-                assert_eq!(old.is_empty(), before <= limit.max(1), "{before} entries, limit {limit}");
-                assert!(old.len() <= 14 && !old.contains(&newest));
-                assert_eq!(old.iter().collect::<HashSet<_>>().len(), old.len());
-                for entry in old {
-                    let place = self.model[list].iter().position(|&other| other == entry).unwrap();
-                    self.remove(list, place);
-                }
             }
             Step::Recycle { list, limit, newest } => {
                 let Some(place) = list_of(&self.slot, &self.parents, list) else { return };

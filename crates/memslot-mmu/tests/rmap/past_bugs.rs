@@ -339,66 +339,39 @@ fn a_bounded_list_lets_go_of_the_oldest() {
         cache.reserve(1).unwrap();
         let entry = Entry { list: 0, number };
         book.add(&mut writer, parents.list(), entry, &mut cache);
-        let old: Vec<_> = writer.surplus(parents.list(), LIMIT, entry).collect();
-        assert_eq!(old.is_empty(), writer.count(parents.list()) <= LIMIT);
-        for old in old {
-            // The oldest thousand less three descriptors' worth stays.
-            assert!(old.number + LIMIT as u32 - 3 * 14 < number, "{} went when {number} came", old.number);
-            book.remove(&mut writer, old);
-        }
+        let is_long = writer.count(parents.list()) > LIMIT;
+        let gone = writer.recycle(parents.list(), LIMIT, entry, |old| {
+            // A hundred and twelve go, or fewer.
+            assert!(old.number + LIMIT as u32 - 8 * 14 <= number, "{} went when {number} came", old.number);
+            let _ = book.take(old).unwrap();
+        });
+        assert_eq!(gone > 0, is_long);
     }
-    // Nothing is forgotten for long: the oldest that is left is not much older than the limit.
+    // Nothing is forgotten: the oldest that is left is not older than the limit.
     let oldest = writer.entries(parents.list()).map(|entry| entry.number).min().unwrap();
-    assert!(10_000 - oldest < LIMIT as u32 + 3 * 14, "{oldest}");
-}
-
-/// A list that was never too long has no turn, whatever its descriptors were used for before: the oldest go first.
-#[test]
-fn a_bounded_list_begins_with_the_oldest() {
-    let (rmap, mut writer) = Rmap::new().unwrap();
-    let (mut cache, book) = (rmap.cache(), Book::default());
-    cache.reserve(400).unwrap();
-    for list in 0..20 {
-        let parents = rmap.parents().unwrap();
-        let entry = |number| Entry { list, number };
-        for number in 0..100 {
-            book.add(&mut writer, parents.list(), entry(number), &mut cache);
-        }
-        for turn in 0..list % 4 {
-            let old: Vec<_> = writer.surplus(parents.list(), 50, entry(99)).map(|old| old.number).collect();
-            assert_eq!(old, (14 * turn..14 * (turn + 1)).collect::<Vec<_>>());
-        }
-        // Turns go with the list, when its first descriptor goes and another comes.
-        for number in (98..100).rev() {
-            book.remove(&mut writer, entry(number));
-        }
-        for number in 100..120 {
-            book.add(&mut writer, parents.list(), entry(number), &mut cache);
-        }
-        let old: Vec<_> = writer.surplus(parents.list(), 50, entry(119)).map(|old| old.number).collect();
-        let turn = list % 4;
-        assert_eq!(old, (14 * turn..14 * (turn + 1)).collect::<Vec<_>>());
-        for number in (0..98).chain(100..120) {
-            book.remove(&mut writer, entry(number));
-        }
-        writer.reclaim(10);
-    }
+    assert!(10_000 - oldest <= LIMIT as u32, "{oldest}");
 }
 
 /// Whatever is called the newest, there are others to let go while the list is too long.
 #[test]
-fn a_list_that_is_too_long_always_has_a_surplus() {
+fn a_list_that_is_too_long_always_has_some_to_let_go() {
     for size in 2..60 {
-        let (rmap, mut writer) = Rmap::new().unwrap();
-        let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
-        cache.reserve(8).unwrap();
-        let entry = |number| Entry { list: 0, number };
-        for number in 0..size {
-            book.add(&mut writer, parents.list(), entry(number), &mut cache);
-        }
-        for kept in (0..size).chain(0..size) {
-            let mut old = writer.surplus(parents.list(), 1, entry(kept));
-            assert!(old.next().is_some_and(|old| old != entry(kept)), "{size} entries, {kept} stays");
+        for kept in 0..size {
+            let (rmap, mut writer) = Rmap::new().unwrap();
+            let (mut cache, book, parents) = (rmap.cache(), Book::default(), rmap.parents().unwrap());
+            cache.reserve(8).unwrap();
+            let entry = |number| Entry { list: 0, number };
+            for number in 0..size {
+                book.add(&mut writer, parents.list(), entry(number), &mut cache);
+            }
+            while writer.count(parents.list()) > 1 {
+                let gone = writer.recycle(parents.list(), 1, entry(kept), |old| {
+                    assert_ne!(old, entry(kept), "{size} entries");
+                    let _ = book.take(old).unwrap();
+                });
+                assert!(gone > 0, "{size} entries, {kept} stays");
+            }
+            book.check(&writer, parents.list(), &[entry(kept)], Under::Parents);
         }
     }
 }

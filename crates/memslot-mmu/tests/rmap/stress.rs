@@ -83,16 +83,6 @@ impl Changer<'_> {
             }
         }
     }
-
-    /// Lets the oldest go, until the list is short enough.
-    fn bound(&mut self, list: usize, limit: usize, newest: Entry) {
-        let place = self.lists.list(list);
-        while self.writer.count(place) > limit {
-            let old: Vec<_> = self.writer.surplus(place, limit, newest).collect();
-            assert!(!old.is_empty() && !old.contains(&newest));
-            old.into_iter().for_each(|old| self.flip(old));
-        }
-    }
 }
 
 /// Adds what is away, removes what is there; now and then all of a list, or all but one, or the oldest.
@@ -107,8 +97,7 @@ fn write(lists: &Lists, writer: Writer<Entry>, cache: Cache, stop: &AtomicBool) 
             0 => changer.flip_all(list, PRESENT, Some(entry.number as usize)),
             1 => changer.flip_all(list, PRESENT, None),
             2 => changer.flip_all(list, AWAY, None),
-            3 => changer.bound(list, 1 + size / 2, entry),
-            4 => changer.recycle(list, 1 + size / 2, entry),
+            3 => changer.recycle(list, 1 + size / 2, entry),
             _ => changer.flip(entry),
         }
     }

@@ -1,7 +1,7 @@
 //! What is owed to processors that still have an old translation, and to the dirty log, whoever was the first to find nothing there.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -188,51 +188,51 @@ fn what_is_written_while_its_slot_is_deleted_is_handed_over() {
     assert_eq!(pages, [range(FROM, 1)]);
 }
 
-/// The same by the fast path, which has no lock, at each moment: whenever it makes a page of the slot writable, that is dirty where it comes to lie.
+/// The same by the fast path, which has no lock, at each moment at which a table is reached: whenever it makes a page of the slot writable, that is
+/// dirty where it comes to lie.
 #[test]
 fn what_the_fast_path_makes_writable_while_its_slot_moves_is_dirty() {
     let mut hits = 0;
     for moment in 0.. {
         let (mut guest, mut vcpu) = moves();
-        let (now, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let (asks, asked) = mpsc::channel::<()>();
-        let (says, said) = mpsc::channel::<()>();
         let shadow = guest.world.shadow.clone();
-        let fast = {
-            let before = shadow.stats().fast_faults;
-            let shadow = shadow.clone();
-            thread::spawn(move || {
-                let Ok(()) = asked.recv() else { return false };
-                let _ = vcpu.fault(0, WRITES).unwrap();
-                let _ = says.send(());
-                shadow.stats().fast_faults > before
-            })
-        };
-        let (watch_now, watch_done) = (now.clone(), done.clone());
+        let (asks, asked) = mpsc::channel::<()>();
+        let (answers, answer) = mpsc::channel::<()>();
+        let before = shadow.stats().fast_faults;
+        let faulting = thread::spawn(move || {
+            asked.recv().unwrap();
+            let _ = vcpu.fault(0, WRITES).unwrap();
+            let _ = answers.send(());
+            shadow.stats().fast_faults > before
+        });
+        let (is_moving, moments) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let here = thread::current().id();
-        let said = std::sync::Mutex::new((asks, said));
-        let watch = move |is_reached: bool| {
-            if is_reached && watch_now.load(SeqCst) && thread::current().id() == here {
-                if watch_done.fetch_add(1, SeqCst) == moment {
-                    let (asks, said) = &*said.lock().unwrap();
+        let watch = {
+            let (is_moving, moments) = (is_moving.clone(), moments.clone());
+            let channels = Mutex::new((asks.clone(), answer));
+            move |is_reached: bool| {
+                let counts = is_reached && is_moving.load(SeqCst) && thread::current().id() == here;
+                if counts && moments.fetch_add(1, SeqCst) == moment {
+                    let (asks, answer) = &*channels.lock().unwrap();
                     asks.send(()).unwrap();
                     // If it wants the lock, it gets it later.
-                    let _ = said.recv_timeout(Duration::from_millis(100));
+                    let _ = answer.recv_timeout(Duration::from_secs(1));
                 }
             }
         };
         assert!(guest.world.host.watch.set(Box::new(watch)).is_ok());
         guest.change(|world| {
-            now.store(true, SeqCst);
+            is_moving.store(true, SeqCst);
             world.table.move_to(RAM, SlotId::new(MOVES), Gfn::new(TO)).unwrap();
-            now.store(false, SeqCst);
+            is_moving.store(false, SeqCst);
         });
-        if done.load(SeqCst) <= moment {
-            // There are no more moments than that.
-            drop(guest);
+        if moments.load(SeqCst) <= moment {
+            // There are no more than that.
+            asks.send(()).unwrap();
+            assert!(!faulting.join().unwrap());
             break;
         }
-        if fast.join().unwrap() {
+        if faulting.join().unwrap() {
             hits += 1;
             let dirty = guest.step(World::harvest);
             assert!(dirty.contains(&(RAM, TO)), "at moment {moment}");

@@ -13,9 +13,11 @@ use super::host::TestHost;
 use super::layout::{END, SMALL};
 use super::{World, page_of, range};
 
+type Work = Box<dyn FnOnce() + Send>;
+
 /// Does something in the middle of the next change of the slots.
 #[derive(Clone, Default)]
-pub struct Meanwhile(Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>);
+pub struct Meanwhile(Arc<Mutex<Option<Work>>>);
 
 impl Meanwhile {
     pub fn set(&self, work: impl FnOnce() + Send + 'static) {
@@ -68,9 +70,9 @@ impl Other {
     /// Writes what its tables allow, with whatever faults that takes.
     fn write(&mut self, address: u64) {
         if self.vcpu.is_stale() {
-            self.vcpu.reload().unwrap();
+            self.with_memory(ShadowVcpu::reload);
         }
-        let fault = self.vcpu.fault(address, GuestAccess::WRITE | GuestAccess::AC).unwrap();
+        let fault = self.with_memory(|vcpu| vcpu.fault(address, GuestAccess::WRITE | GuestAccess::AC));
         if matches!(fault, ShadowFault::Mapped(_) | ShadowFault::AlreadyMapped) {
             let root = self.vcpu.root().unwrap();
             if let Ok(leaf) = hardware_walk(&self.host, root, address, true, |rights| rights.write) {
@@ -79,6 +81,16 @@ impl Other {
                 }
             }
         }
+    }
+
+    /// Does it once more if there was no memory.
+    fn with_memory<R, E: std::fmt::Debug>(
+        &mut self,
+        mut work: impl FnMut(&mut ShadowVcpu<TestHost>) -> Result<R, E>,
+    ) -> R {
+        let first = work(&mut self.vcpu);
+        self.host.user.set_tables_left(usize::MAX);
+        first.or_else(|_| work(&mut self.vcpu)).unwrap()
     }
 
     fn run(mut self, address: u64, what: u64) {
@@ -97,10 +109,10 @@ impl Other {
             self.shadow.zap_gfn_range(self.space, range(gfn % END, 64));
         }
         if has(4) {
-            self.shadow.wrote(self.space, Gpa::new(gfn % SMALL << 12), 4096);
+            self.shadow.wrote(self.space, Gpa::new((gfn % SMALL) << 12), 4096);
         }
         if has(5) {
-            self.shadow.invalidate_hva(page_of(super::host::HVA + (gfn % END << 12))).unwrap().end();
+            self.shadow.invalidate_hva(page_of(super::host::HVA + ((gfn % END) << 12))).unwrap().end();
         }
         if has(6) {
             self.shadow.ager().unwrap().age(self.space, range(0, END));
@@ -180,7 +192,11 @@ impl World {
             Err(_) => {
                 // But for bits that a walk has set in the guest's tables.
                 self.note();
-                self.check();
+                // (Without a look at the guest's tables, which may be out of reach at the moment.)
+                if let Err(why) = self.shadow.check_maps() {
+                    panic!("check_maps: {why}");
+                }
+                self.check_grants();
                 work(self).unwrap()
             }
         }
