@@ -9,7 +9,7 @@ use crate::run::{Report, say};
 use crate::step::{self, Step};
 use crate::{oldest, test, tools};
 
-/// Run the slow proofs: the real kernel, deep loom models, walks beside a writer, Miri, sanitizers, many random cases, mutants.
+/// Run the slow proofs: the real kernel, deep loom models, Miri, sanitizers, many random cases, fuzzing, Linux, mutants.
 ///
 /// Takes minutes to hours. What needs a tool that is missing (a nightly toolchain, Miri, cargo-mutants) is skipped and
 /// says so; `cargo xtask setup` lists them. Each proof that needs other compiler flags builds in its own folder below
@@ -44,11 +44,11 @@ const CRATES: [&str; 8] =
 enum Proof {
     /// Random programs against the real kernel, errno for errno, and tables programmed into it (needs /dev/kvm)
     Oracle,
-    /// The models of publish, pin, snapshot and reclaim, with more preemptions
+    /// The models of versions, the dirty log, page tables and the reverse map, with more preemptions
     Loom,
     /// The reverse map walked beside a writer that never stops: every entry that was there all the while is seen
     Rmap,
-    /// The core's tests in an interpreter that sees undefined behaviour (needs nightly with miri)
+    /// The tests of the core and the page tables in an interpreter that sees undefined behaviour (needs nightly with miri)
     Miri,
     /// The tests of the core and of what maps and programs memory under AddressSanitizer, leaks included (needs nightly)
     Asan,
@@ -234,7 +234,8 @@ fn mutants(report: &mut Report) {
     if !tools::has_mutants() {
         return report.skip("mutants", "cargo-mutants is not installed");
     }
-    let core: &[&str] = &["--package", "memslot"];
+    // Models are tests, which the ordinary build does not have.
+    let core: &[&str] = &["--package", "memslot", "--exclude", "**/*_loom.rs"];
     // Only the tests that are about it: all of the crate's would take minutes for each mutant.
     let rmap: &[&str] = &[
         "--package",
@@ -242,7 +243,6 @@ fn mutants(report: &mut Report) {
         "--file",
         "crates/memslot-mmu/src/rmap/*.rs",
         "--exclude",
-        "**/loom_steps.rs",
         "**/loom_tests.rs",
         "--",
         "--test",
