@@ -94,7 +94,13 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 }
 
 fn linux(report: &mut Report) {
-    let all = ["--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=shootdown"];
+    let all = [
+        "--scenario=trivial",
+        "--scenario=boot",
+        "--scenario=hotplug",
+        "--scenario=storm",
+        "--scenario=shootdown",
+    ];
     let large = ["--scenario=dirty", "--pages=2m"];
     let small =
         ["--scenario=boot", "--scenario=hotplug", "--scenario=storm", "--scenario=dirty", "--pages=4k"];
