@@ -167,6 +167,12 @@ pub(crate) fn ends(gfns: GfnRange) -> (u64, u64) {
     (gfns.start().get(), gfns.end().get())
 }
 
+/// The frames that are so much further.
+pub(crate) fn moved_by(gfns: GfnRange, further: u64) -> GfnRange {
+    let (start, end) = ends(gfns);
+    range(start.wrapping_add(further), end.wrapping_add(further))
+}
+
 /// The range between two frame numbers; empty where they are inverted.
 pub(crate) fn range(from: u64, to: u64) -> GfnRange {
     GfnRange::new(Gfn::new(from), Gfn::new(to)).unwrap_or_default()

@@ -129,7 +129,7 @@ fn a_page_that_the_host_shares_becomes_writable_later<F: Format>(dirty: DirtyMod
 fn code_runs_where_the_host_allows<F: Format>(dirty: DirtyMode) {
     let mut guest = Guest::<F>::new(dirty);
     guest.create(0, 0, 4, HVA, SlotFlags::empty());
-    guest.host.set_no_execute(HVA);
+    guest.host.set_no_execute(HVA, true);
     assert_eq!(guest.fault(0, Access::EXECUTE), Fault::NotExecutable);
     assert_eq!(guest.fault(1, Access::EXECUTE), Fault::Mapped(Level::K4));
     assert_eq!(guest.write(0), Fault::Mapped(Level::K4));

@@ -8,12 +8,14 @@ use std::sync::{Arc, Mutex};
 
 use common::*;
 use memslot::dirty::{Consumer, Removed, SoftwareOnly};
-use memslot::{Gfn, Gpa, Listener, ListenerError, SlotId, SlotTable, Update};
+use memslot::{Gfn, GfnRange, Gpa, Listener, ListenerError, SlotId, SlotTable, Update};
 use memslot_mmu::format::{Access, Format};
 use memslot_mmu::{Config, DirtyMode};
 
 for_every_format! {
     what_the_processor_wrote_is_not_lost_when_it_is_zapped
+    what_was_zapped_and_not_flushed_is_harvested
+    what_was_zapped_and_not_flushed_goes_with_its_slot
     what_was_written_to_a_deleted_slot_is_handed_over
     what_was_written_between_publication_and_zap_is_handed_over
     what_was_written_to_a_slot_is_dirty_when_its_deletion_is_taken_back
@@ -37,6 +39,62 @@ fn what_the_processor_wrote_is_not_lost_when_it_is_zapped<F: Format>(dirty: Dirt
             }
             assert_eq!(guest.harvest(), [5, 700], "{gfns}");
         }
+    }
+}
+
+/// Frames 0 to 2047 in small pages, of which some were written; all but the first 512 are zapped, and not flushed.
+fn with_a_flush_owed<F: Format>(
+    dirty: DirtyMode,
+    work: impl FnOnce(&mut Guest<F>, &mut dyn FnMut(&mut Guest<F>)),
+) {
+    let mut guest = Guest::<F>::new(dirty);
+    guest.create(0, 0, 2048, HVA, LOG);
+    let _ = guest.vcpu.prefault(range(0, 2048), usize::MAX).unwrap();
+    for gfn in [5, 700, 2047] {
+        let _ = guest.write(gfn);
+        assert!(guest.processor_writes(gfn));
+        guest.host.touch(&guest.mmu, gfn);
+    }
+    let mmu = guest.mmu.clone();
+    let mut owed = Some(mmu.zap(range(512, 1 << 20)));
+    work(&mut guest, &mut |_| owed.take().unwrap().discharge());
+}
+
+fn what_was_zapped_and_not_flushed_is_harvested<F: Format>(dirty: DirtyMode) {
+    with_a_flush_owed::<F>(dirty, |guest, discharge| {
+        // Whoever copies the memory now, with all processors stopped, must hear of every page.
+        assert_eq!(guest.harvest(), [5, 700, 2047]);
+        assert_eq!(guest.host.stale(&guest.mmu, range(700, 1)), [], "and of the next write to it");
+        discharge(guest);
+        assert!(guest.harvest().iter().all(|gfn| [700, 2047].contains(gfn)), "again at most");
+        assert_eq!(guest.harvest(), []);
+    });
+}
+
+fn what_was_zapped_and_not_flushed_goes_with_its_slot<F: Format>(dirty: DirtyMode) {
+    with_a_flush_owed::<F>(dirty, |guest, discharge| {
+        let other = GfnRange::with_len(Gfn::new(0), 2048).unwrap();
+        guest.table.move_to(RAM, SlotId::new(0), Gfn::new(4096)).unwrap();
+        assert_eq!(guest.host.stale(&guest.mmu, other), []);
+        assert_eq!(guest.harvest(), [4096 + 5, 4096 + 700, 4096 + 2047]);
+        discharge(guest);
+        assert_eq!(guest.harvest(), []);
+    });
+    for replaced in [false, true] {
+        with_a_flush_owed::<F>(dirty, |guest, discharge| {
+            let keeper = guest.log.consumer_keeping_removed().unwrap();
+            drop(keeper.harvest(&mut SoftwareOnly).unwrap());
+            let change = guest.table.transaction(|tx| {
+                tx.delete(RAM, SlotId::new(0))?;
+                if replaced {
+                    tx.create(spec(1, 0, 2048, HVA + (1 << 30), LOG))?;
+                }
+                Ok(())
+            });
+            change.unwrap();
+            assert_eq!(removed(&keeper), [5, 700, 2047]);
+            discharge(guest);
+        });
     }
 }
 

@@ -178,6 +178,9 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         }
         if is_present {
             // The host allows more than it did. Only an entry with a nonce proves that this is still so.
+            if shared.uses_dirty_bits() && place.seen & F::DIRTY != 0 {
+                shared.mark_logged(&published.view, block(place.level, wish.gfn));
+            }
             place.replace(F::empty(shared.nonce()) | F::STALE);
             return Ok(None);
         }
@@ -289,8 +292,8 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         let is_wished = wish.end - wish.gfn > 1 && !neighbours.is_empty();
         let count = if is_wished { Self::count(wish, level, neighbours) } else { 1 };
         let leaves = Leaves { first: leaf, level, gfn: wish.gfn, count };
-        let path = Path::build(self.shared, cache, place.level, leaves);
-        let is_linked = path.link(self.shared, cache, place.entry, place.seen);
+        let path = Path::build(self.shared, cache, place.level, place.seen, leaves);
+        let is_linked = path.link(self.shared, cache, place.entry);
         is_linked.then(|| count as u64 * level.pages() - (wish.gfn & (level.pages() - 1)))
     }
 

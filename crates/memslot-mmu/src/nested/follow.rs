@@ -18,7 +18,7 @@
 use alloc::boxed::Box;
 
 use memslot::dirty::DirtyLog;
-use memslot::{GfnRange, Listener, ListenerError, PieceKind, Slot, SlotFlags, Snapshot, Update};
+use memslot::{GfnRange, Listener, ListenerError, PieceKind, Slot, SlotFlags, Snapshot, Update, View};
 
 use super::operation::{STEP, Task};
 use super::protect::Take;
@@ -29,7 +29,7 @@ use crate::counted::try_box;
 use crate::flush::Flush;
 use crate::format::Format;
 use crate::host::Host;
-use crate::invalidate::{ends, range};
+use crate::invalidate::{ends, moved_by, range};
 
 /// See the [module documentation](self).
 pub(crate) struct Follower<F: Format, H: Host> {
@@ -47,6 +47,18 @@ enum Change {
     Added,
 }
 
+impl Change {
+    fn of(kind: PieceKind, forwards: bool) -> Self {
+        match (kind, forwards) {
+            (PieceKind::Removed { old }, true) => Self::Removed(old),
+            (PieceKind::Added { new }, false) => Self::Removed(new),
+            (PieceKind::Changed { old, new }, true) => Self::Changed(old, new),
+            (PieceKind::Changed { old, new }, false) => Self::Changed(new, old),
+            (PieceKind::Removed { .. }, false) | (PieceKind::Added { .. }, true) => Self::Added,
+        }
+    }
+}
+
 impl<F: Format, H: Host> Follower<F, H> {
     pub(crate) fn new(mmu: Mmu<F, H>) -> Self {
         Self { mmu, reserved: [None, None], previous: None }
@@ -58,34 +70,47 @@ impl<F: Format, H: Host> Follower<F, H> {
         self.mmu.shared.lock().publish(next);
     }
 
-    /// Brings the tables after the version that was just published. `moved` finds how much further a slot's memory is
-    /// now.
+    /// Brings the tables after the version that was just published.
     fn follow(&self, update: &Update<'_>, forwards: bool) {
         let mmu = &self.mmu;
+        let now = if forwards { update.after } else { update.before };
+        let changes = || {
+            let pieces = update.pieces.iter().filter(|piece| piece.address_space == mmu.address_space());
+            pieces.map(|piece| (piece.gfns, Change::of(piece.kind, forwards)))
+        };
         let mut flush = mmu.nothing_owed();
-        for piece in update.pieces.iter().filter(|piece| piece.address_space == mmu.address_space()) {
-            let change = match (piece.kind, forwards) {
-                (PieceKind::Removed { old }, true) => Change::Removed(old),
-                (PieceKind::Added { new }, false) => Change::Removed(new),
-                (PieceKind::Changed { old, new }, true) => Change::Changed(old, new),
-                (PieceKind::Changed { old, new }, false) => Change::Changed(new, old),
-                (PieceKind::Removed { .. }, false) | (PieceKind::Added { .. }, true) => Change::Added,
-            };
+        for (gfns, change) in changes() {
             match change {
                 Change::Removed(old) => {
-                    let now = if forwards { update.after } else { update.before };
-                    let moved = now.slot(old.address_space(), old.id()).and_then(|new| self.moved(&old, new));
-                    let task = match moved.or(self.is_wanted(&old).then_some(0)) {
-                        Some(further) => Task::ZapMoved(further),
-                        None => Task::Zap,
-                    };
-                    flush.merge(mmu.start(task, piece.gfns).run());
+                    let task = self.wanted_at(&old, now).map_or(Task::Zap, Task::ZapMoved);
+                    flush.merge(mmu.start(task, gfns).run());
                 }
-                Change::Changed(old, new) => self.change(&mut flush, piece.gfns, &old, &new),
+                Change::Changed(old, new) => self.change(&mut flush, gfns, &old, &new),
                 Change::Added => {}
             }
         }
         flush.discharge();
+        if mmu.shared.uses_dirty_bits() {
+            // Tables that others have taken out have been flushed by now as far as these frames go, but not searched.
+            for (gfns, change) in changes() {
+                if let Change::Removed(old) = change {
+                    if let Some(further) = self.wanted_at(&old, now) {
+                        mmu.shared.lock().for_each_owed(|pin, dirty| {
+                            dirty
+                                .intersect(&gfns)
+                                .into_iter()
+                                .for_each(|dirty| pin.shared.mark(moved_by(dirty, further)));
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Where what was written to a slot that loses frames is to be marked, if anywhere: so much further.
+    fn wanted_at(&self, old: &Slot, now: &View) -> Option<u64> {
+        let moved = now.slot(old.address_space(), old.id()).and_then(|new| self.moved(old, new));
+        moved.or(self.is_wanted(old).then_some(0))
     }
 
     /// Where a logged slot takes the place of another, the log hears of what the processor wrote until now before the new
@@ -106,6 +131,7 @@ impl<F: Format, H: Host> Follower<F, H> {
                 _ => false,
             })
         };
+        shared.lock().collect_owed();
         for piece in here(shared.space()) {
             if let PieceKind::Removed { old } = piece.kind {
                 if shared.is_logged(&old) && gains(piece.gfns) && !moves(&old) {

@@ -26,8 +26,8 @@ pub(crate) struct Grave {
     pub(crate) level: Level,
     /// Its first frame.
     pub(crate) base: u64,
-    /// Walkers that entered at this epoch or later cannot reach it.
-    pub(crate) stamp: u64,
+    /// Walkers that entered at this epoch or later cannot reach it; `None` as long as a flush is owed.
+    pub(crate) stamp: Option<u64>,
 }
 
 struct Node {
@@ -56,7 +56,7 @@ impl Chain {
     }
 }
 
-const NOTHING: Grave = Grave { table: Pfn::new(0), level: Level::K4, base: 0, stamp: 0 };
+const NOTHING: Grave = Grave { table: Pfn::new(0), level: Level::K4, base: 0, stamp: Some(0) };
 
 impl Graves {
     pub(crate) const fn new() -> Self {
@@ -119,6 +119,12 @@ impl Graves {
         }
     }
 
+    /// Every table for which a flush is owed, whoever owes it.
+    pub(crate) fn owed(&self) -> impl Iterator<Item = &Grave> {
+        // A note that is not in use has the stamp of the table that it was for.
+        self.nodes.iter().map(|node| &node.grave).filter(|grave| grave.stamp.is_none())
+    }
+
     /// Every grave of a chain, to look at or stamp.
     pub(crate) fn for_each(&mut self, chain: &Chain, mut work: impl FnMut(&mut Grave)) {
         let mut index = chain.first;
@@ -169,8 +175,8 @@ mod tests {
             graves.push_front(&mut a, grave(0));
             graves.append(&mut a, b);
             graves.append(&mut a, Chain::EMPTY);
-            graves.for_each(&a, |grave| grave.stamp = 9);
-            assert_eq!(graves.first(&a).map(|grave| grave.stamp), Some(9));
+            graves.for_each(&a, |grave| grave.stamp = Some(9));
+            assert_eq!(graves.first(&a).and_then(|grave| grave.stamp), Some(9));
             let order: Vec<_> = core::iter::from_fn(|| graves.pop(&mut a)).map(|g| g.table.get()).collect();
             assert_eq!(order, [0, 1, 2, 3]);
             assert!(a.is_empty());

@@ -26,6 +26,8 @@ pub(crate) struct Path {
     leaves: Leaves,
     /// The level of the entry that will lead to it.
     top: Level,
+    /// The entry as it is now, which is empty.
+    seen: u64,
     /// What to put there.
     pub(crate) entry: u64,
 }
@@ -37,12 +39,16 @@ impl Path {
         usize::from(top.get() - level.get())
     }
 
-    /// Builds the path that an entry of level `top` will lead to, of tables that are in the cache.
+    /// Builds the path that an empty entry of level `top` will lead to, of tables that are in the cache.
+    ///
+    /// What the entry says of processors ([`Format::STALE`]), the tables say of all their frames: a processor may have a
+    /// translation of any of them, and whoever changes one later must find that out.
     #[inline]
     pub(crate) fn build<F: Format, H: Host>(
         shared: &Shared<F, H>,
         cache: &Cache,
         top: Level,
+        seen: u64,
         leaves: Leaves,
     ) -> Self {
         let mut entry = leaves.first;
@@ -50,6 +56,9 @@ impl Path {
         while level < top {
             let frame = cache.peek(usize::from(level.get() - leaves.level.get()));
             let table = cache.table(shared, frame);
+            if seen & F::STALE != 0 {
+                fill_stale::<F>(table);
+            }
             if level == leaves.level {
                 leaves.write::<F>(table);
             } else {
@@ -58,7 +67,7 @@ impl Path {
             entry = F::table(frame);
             level = level.up();
         }
-        Self { leaves, top, entry }
+        Self { leaves, top, seen, entry }
     }
 
     /// Links the path, if the entry is what it was.
@@ -68,9 +77,8 @@ impl Path {
         shared: &Shared<F, H>,
         cache: &mut Cache,
         entry: &AtomicU64,
-        seen: u64,
     ) -> bool {
-        let is_linked = exchange(entry, seen, self.entry);
+        let is_linked = exchange(entry, self.seen, self.entry);
         if is_linked {
             cache.take(Self::tables(self.top, self.leaves.level));
         } else {
@@ -83,10 +91,15 @@ impl Path {
     fn clear<F: Format, H: Host>(&self, shared: &Shared<F, H>, cache: &Cache) {
         let mut level = self.leaves.level;
         while level < self.top {
-            let table = cache.table(shared, cache.peek(usize::from(level.get() - self.leaves.level.get())));
-            let count = if level == self.leaves.level { self.leaves.count } else { 1 };
-            let first = level.index(self.leaves.gfn);
-            table.0[first..first + count].iter().for_each(|entry| entry.store(0, Ordering::Relaxed));
+            let frame = cache.peek(usize::from(level.get() - self.leaves.level.get()));
+            if self.seen & F::STALE != 0 {
+                cache.clean(shared, frame);
+            } else {
+                let count = if level == self.leaves.level { self.leaves.count } else { 1 };
+                let first = level.index(self.leaves.gfn);
+                let entries = &cache.table(shared, frame).0[first..first + count];
+                entries.iter().for_each(|entry| entry.store(0, Ordering::Relaxed));
+            }
             level = level.up();
         }
     }
@@ -104,6 +117,12 @@ impl Leaves {
             leaf += step;
         }
     }
+}
+
+/// Fills a table that nobody else sees with empty entries whose translations a processor may have.
+#[cold]
+fn fill_stale<F: Format>(table: &Table) {
+    table.0.iter().for_each(|entry| entry.store(F::STALE, Ordering::Relaxed));
 }
 
 /// Fills a table that nobody else sees with the pages that a large one is split into.

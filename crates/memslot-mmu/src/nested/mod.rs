@@ -38,7 +38,8 @@
 //! **5. What one owes, others pay.** Between an operation's change and its flush, processors use what the tables no
 //! longer say. Another operation that finds its range empty already must not believe that nobody uses it: if a flush
 //! is owed somewhere in its range, it owes one, too. An empty entry that a fault left (3.) says so by itself
-//! (`STALE`).
+//! (`STALE`), and so do all entries of a table that takes its place. With dirty bits, what processors write until the
+//! flush is in tables that are linked no more: whoever collects looks there, too.
 //!
 //! **6. Operations exclude each other, faults exclude nobody.** Range operations have one lock between them, for
 //! bounded steps; it protects them from *collapsing*, which replaces a table that another might be working in. What

@@ -35,8 +35,8 @@ pub(crate) enum Take {
     WritingForGood,
 }
 
-/// See the [module documentation](self). `EMPTIES` for [`Take::WritingForGood`].
-pub(crate) struct Protect<F: Format, const EMPTIES: bool> {
+/// See the [module documentation](self). `FOR_GOOD` is for [`Take::WritingForGood`].
+pub(crate) struct Protect<F: Format, const FOR_GOOD: bool> {
     take: Take,
     nonce: u64,
     /// What has changed, as far as processors must hear of it.
@@ -44,7 +44,7 @@ pub(crate) struct Protect<F: Format, const EMPTIES: bool> {
     format: PhantomData<F>,
 }
 
-impl<F: Format, const EMPTIES: bool> Protect<F, EMPTIES> {
+impl<F: Format, const FOR_GOOD: bool> Protect<F, FOR_GOOD> {
     pub(crate) fn new(take: Take, nonce: u64) -> Self {
         Self { take, nonce, changed: None, format: PhantomData }
     }
@@ -71,15 +71,21 @@ impl<F: Format> Protect<F, false> {
         for gfn in from..end {
             let entry = table.entry(Level::K4, gfn);
             let mut seen = entry.load(Ordering::SeqCst);
-            while F::is_present(seen) && seen & mask != 0 {
+            let is_changed = loop {
+                if !F::is_present(seen) {
+                    break seen & F::STALE != 0;
+                }
+                if seen & mask == 0 {
+                    break false;
+                }
                 match entry.compare_exchange(seen, seen & !mask, Ordering::SeqCst, Ordering::SeqCst) {
-                    Ok(_) => {
-                        first = first.or(Some(gfn));
-                        last = gfn;
-                        break;
-                    }
+                    Ok(_) => break true,
                     Err(other) => seen = other,
                 }
+            };
+            if is_changed {
+                first = first.or(Some(gfn));
+                last = gfn;
             }
         }
         if let Some(first) = first {
@@ -88,12 +94,19 @@ impl<F: Format> Protect<F, false> {
     }
 }
 
-impl<F: Format, const EMPTIES: bool> Visit for Protect<F, EMPTIES> {
-    const EMPTIES: bool = EMPTIES;
+impl<F: Format, const FOR_GOOD: bool> Visit for Protect<F, FOR_GOOD> {
+    const EMPTIES: bool = true;
 
+    #[inline]
     fn empty(&mut self, at: &At<'_>) -> Next {
-        let new = at.emptied::<F>(self.nonce) | at.seen & F::STALE;
-        if at.replace(new) { Next::Done } else { Next::Again }
+        if FOR_GOOD && !at.replace(at.emptied::<F>(self.nonce) | at.seen & F::STALE) {
+            return Next::Again;
+        }
+        if at.seen & F::STALE != 0 {
+            // A page that a fault has emptied is write-protected nowhere but in processors.
+            self.changed = Some(hull(self.changed, range(at.base, at.end())));
+        }
+        Next::Done
     }
 
     #[inline]
@@ -152,6 +165,13 @@ impl<F: Format, H: Host> ProtectByCopy<'_, F, H> {
 }
 
 impl<F: Format, H: Host> Visit for ProtectByCopy<'_, F, H> {
+    const EMPTIES: bool = true;
+
+    #[inline]
+    fn empty(&mut self, at: &At<'_>) -> Next {
+        self.entries.empty(at)
+    }
+
     #[inline]
     fn leaf(&mut self, at: &At<'_>) -> Next {
         self.entries.leaf(at)

@@ -105,7 +105,8 @@ impl<F: Format, H: Host> DirtyRearm<F, H> {
     /// With [`DirtyMode::Hardware`](crate::DirtyMode::Hardware), marks the pages of logged slots whose dirty bits are
     /// set. To be called before each harvest; with write protection there is nothing to do.
     ///
-    /// What is zapped at the same time is marked when its flush is discharged.
+    /// What was zapped, and is not flushed yet, is marked, too; and once more when the flush is discharged, as processors may
+    /// write until then.
     pub fn collect(&mut self) {
         let shared = &*self.mmu.shared;
         if !shared.uses_dirty_bits() {
@@ -117,6 +118,9 @@ impl<F: Format, H: Host> DirtyRearm<F, H> {
             let (start, end) = ends(slot.gfns());
             collect_dirty_bits(&pin, start, end, usize::MAX);
         }
+        // After the linked tables: a table that was not found there any more is here, or its flush was discharged. The
+        // lock also waits for whoever has just emptied an entry, and has not marked it yet.
+        shared.lock().collect_owed();
     }
 
     /// Collects, and takes all dirty pages.

@@ -401,18 +401,19 @@ impl<'a, F: Format, H: Host, G: DerefMut<Target = State>> Locked<'a, F, H, G> {
         }
         let stamp = self.shared.epoch.stamp();
         let state = &mut *self.state;
-        state.graves.for_each(&chain, |grave| grave.stamp = stamp);
+        state.graves.for_each(&chain, |grave| grave.stamp = Some(stamp));
         state.graves.append(&mut state.limbo, chain);
     }
 
     /// Frees up to `budget` tables that no walker is inside of any more.
     pub(crate) fn reclaim(&mut self, mut budget: usize) {
-        while let Some(&Grave { stamp, .. }) = self.state.graves.first(&self.state.limbo) {
+        while let Some(&Grave { stamp: Some(stamp), .. }) = self.state.graves.first(&self.state.limbo) {
             if budget == 0 || !self.state.cells.have_passed(stamp) {
                 return;
             }
             // All with this stamp, without looking at the cells again.
-            while budget > 0 && self.state.graves.first(&self.state.limbo).is_some_and(|it| it.stamp == stamp)
+            while budget > 0
+                && self.state.graves.first(&self.state.limbo).is_some_and(|it| it.stamp == Some(stamp))
             {
                 self.free_first(stamp);
                 budget -= 1;
@@ -441,7 +442,8 @@ impl<'a, F: Format, H: Host, G: DerefMut<Target = State>> Locked<'a, F, H, G> {
         for (entry, base) in table.0.iter().zip((0..).map(|i| base + i * level.pages())) {
             let entry = entry.load(Ordering::Relaxed);
             if F::is_table(entry, level) {
-                let below = Grave { table: F::pfn(entry, level), level: level.down(), base, stamp };
+                let below =
+                    Grave { table: F::pfn(entry, level), level: level.down(), base, stamp: Some(stamp) };
                 state.graves.push_front(&mut state.limbo, below);
             }
         }

@@ -6,14 +6,14 @@
 
 use memslot::{GfnRange, View};
 
-use super::Shared;
 use super::cursor::{At, Next, Visit};
 use super::graves::{Chain, Grave, Graves};
 use super::shared::{Locked, State, hull};
+use super::{Pin, Shared};
 use crate::format::Format;
 use crate::host::Host;
-use crate::invalidate::{ends, range};
-use crate::level::{Level, Table};
+use crate::invalidate::{moved_by, range};
+use crate::level::Table;
 use crate::sync::Ordering;
 use core::ops::DerefMut;
 
@@ -54,7 +54,7 @@ impl<F: Format, H: Host> Zap<'_, F, H> {
 /// Notes the table that an entry led to.
 pub(crate) fn bury<F: Format>(graves: &mut Graves, tables: &mut Chain, at: &At<'_>) {
     let table = F::pfn(at.seen, at.level);
-    graves.push(tables, Grave { table, level: at.level.down(), base: at.base, stamp: 0 });
+    graves.push(tables, Grave { table, level: at.level.down(), base: at.base, stamp: None });
 }
 
 impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
@@ -80,8 +80,8 @@ impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
         let gfns = range(at.base, at.end());
         if let Some((from, further)) = self.moved {
             let may_be_dirty = at.seen & if uses_dirty_bits { F::DIRTY } else { F::WRITE } != 0;
-            if let Some((start, end)) = gfns.intersect(&from).filter(|_| may_be_dirty).map(ends) {
-                self.shared.mark(range(start.wrapping_add(further), end.wrapping_add(further)));
+            if let Some(dirty) = gfns.intersect(&from).filter(|_| may_be_dirty) {
+                self.shared.mark(moved_by(dirty, further));
             }
         } else if uses_dirty_bits && at.seen & F::DIRTY != 0 {
             self.shared.mark_logged(self.view, gfns);
@@ -124,26 +124,43 @@ impl<F: Format, H: Host> Visit for Cut<'_, F, H> {
 }
 
 impl<F: Format, H: Host, G: DerefMut<Target = State>> Locked<'_, F, H, G> {
-    /// Marks what the processor's dirty bits say of tables that were taken out and flushed.
+    /// Marks what the processor's dirty bits say of tables that were taken out.
     pub(crate) fn collect_dirty(&mut self, tables: &Chain) {
         let (pin, state) = self.pin();
-        state.graves.for_each(tables, |grave| {
-            // SAFETY: taken out, and freed under the lock only, which is held.
-            let table = unsafe { pin.shared.host.reach(grave.table).as_ref() };
-            collect(pin.shared, &pin.published().view, table, grave.level, grave.base);
-        });
+        state.graves.for_each(tables, |grave| collect(&pin, grave, &mut |gfns| mark_now(&pin, gfns)));
+    }
+
+    /// The same for all tables that were taken out and whose flush is owed still, whoever owes it: what processors have
+    /// written until now is in them, too.
+    pub(crate) fn collect_owed(&mut self) {
+        self.for_each_owed(mark_now);
+    }
+
+    /// Calls `work` with the frames of each page that is dirty in a table whose flush is owed.
+    pub(crate) fn for_each_owed(&mut self, work: impl Fn(&Pin<'_, F, H>, GfnRange)) {
+        let (pin, state) = self.pin();
+        if state.pending.count > 0 {
+            state.graves.owed().for_each(|grave| collect(&pin, grave, &mut |gfns| work(&pin, gfns)));
+        }
     }
 }
 
-fn collect<F: Format, H: Host>(shared: &Shared<F, H>, view: &View, table: &Table, level: Level, base: u64) {
-    for (entry, base) in table.0.iter().zip((0..).map(|i| base + i * level.pages())) {
+/// Marks what is logged in the current version.
+fn mark_now<F: Format, H: Host>(pin: &Pin<'_, F, H>, gfns: GfnRange) {
+    pin.shared.mark_logged(&pin.published().view, gfns);
+}
+
+/// Calls `found` with the frames of each dirty page of a tree of tables that was taken out.
+fn collect<F: Format, H: Host>(pin: &Pin<'_, F, H>, root: &Grave, found: &mut impl FnMut(GfnRange)) {
+    // SAFETY: taken out, and freed under the lock only, which is held.
+    let table = unsafe { pin.shared.host.reach(root.table).as_ref() };
+    for (entry, base) in table.0.iter().zip((0..).map(|i| root.base + i * root.level.pages())) {
         let entry = entry.load(Ordering::SeqCst);
-        if F::is_table(entry, level) {
-            // SAFETY: as above: what is below a table that was taken out is freed after it.
-            let below = unsafe { shared.host.reach(F::pfn(entry, level)).as_ref() };
-            collect(shared, view, below, level.down(), base);
+        if F::is_table(entry, root.level) {
+            let below = Grave { table: F::pfn(entry, root.level), level: root.level.down(), base, ..*root };
+            collect(pin, &below, found);
         } else if F::is_present(entry) && entry & F::DIRTY != 0 {
-            shared.mark_logged(view, range(base, base + level.pages()));
+            found(range(base, base + root.level.pages()));
         }
     }
 }

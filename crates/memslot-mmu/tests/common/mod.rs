@@ -76,8 +76,10 @@ impl TestHost {
         );
     }
 
-    pub fn set_no_execute(&self, hva: u64) {
-        self.with(|state| state.no_execute.insert(hva >> 12));
+    pub fn set_no_execute(&self, hva: u64, on: bool) {
+        self.with(|state| {
+            if on { state.no_execute.insert(hva >> 12) } else { state.no_execute.remove(&(hva >> 12)) }
+        });
     }
 
     pub fn set_mmio(&self, hva: u64) {
@@ -123,19 +125,33 @@ impl TestHost {
     /// Cached translations of `gfns` that the tables do not allow any more.
     pub fn stale<F: Format>(&self, mmu: &Mmu<F, Self>, gfns: GfnRange) -> Vec<(u64, Leaf)> {
         let leaves = read_tables(mmu);
-        let holds = |start: u64, cached: &Leaf| {
-            (start..start + cached.pages).filter(|&gfn| gfns.contains(Gfn::new(gfn))).all(|gfn| {
-                let found =
-                    leaves.range(..=gfn).next_back().filter(|(start, leaf)| gfn - **start < leaf.pages);
-                found.is_some_and(|(&from, leaf)| {
-                    leaf.pfn + (gfn - from) == cached.pfn + (gfn - start) && (leaf.write || !cached.write)
-                })
-            })
+        let is_stale = |(start, cached): &(u64, Leaf)| {
+            (*start..start + cached.pages)
+                .any(|gfn| gfns.contains(Gfn::new(gfn)) && !holds(&leaves, gfn, *start, cached))
         };
-        self.with(|state| {
-            state.tlb.iter().filter(|(start, leaf)| !holds(**start, leaf)).map(|(a, b)| (*a, *b)).collect()
-        })
+        self.cached().into_iter().filter(is_stale).collect()
     }
+
+    /// The frames of such translations that the tables do not allow any more.
+    pub fn stale_frames<F: Format>(&self, mmu: &Mmu<F, Self>) -> BTreeSet<u64> {
+        let leaves = &read_tables(mmu);
+        let frames = |(start, cached): (u64, Leaf)| {
+            (start..start + cached.pages).filter(move |&gfn| !holds(leaves, gfn, start, &cached))
+        };
+        self.cached().into_iter().flat_map(frames).collect()
+    }
+
+    fn cached(&self) -> Vec<(u64, Leaf)> {
+        self.with(|state| state.tlb.iter().map(|(start, leaf)| (*start, *leaf)).collect())
+    }
+}
+
+/// Whether the tables allow what a processor has cached for this frame.
+fn holds(leaves: &BTreeMap<u64, Leaf>, gfn: u64, start: u64, cached: &Leaf) -> bool {
+    let found = leaves.range(..=gfn).next_back().filter(|(start, leaf)| gfn - **start < leaf.pages);
+    found.is_some_and(|(&from, leaf)| {
+        leaf.pfn + (gfn - from) == cached.pfn + (gfn - start) && (leaf.write || !cached.write)
+    })
 }
 
 // SAFETY: passed on.

@@ -20,6 +20,8 @@ pub(crate) struct Model {
     pub(crate) leaves: BTreeMap<u64, Leaf>,
     /// Written in logged slots, and not harvested.
     pub(crate) dirty: BTreeSet<u64>,
+    /// Frames of pages that a fault has replaced, as long as a processor has their translation.
+    pub(crate) emptied: BTreeSet<u64>,
     pub(crate) mode: DirtyMode,
     /// log2 of how many frames of the host are contiguous.
     pub(crate) run: u32,
@@ -73,8 +75,9 @@ impl Model {
                 leaf.pages
             }
             other => {
-                if let Some((start, _)) = other {
+                if let Some((start, leaf)) = other {
                     self.leaves.remove(&start);
+                    self.emptied.extend(start..start + leaf.pages);
                 }
                 self.install(slot, gfn, write)
             }
