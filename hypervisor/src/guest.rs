@@ -14,7 +14,7 @@ use alloc::vec::Vec;
 
 use memslot::dirty::DirtyLog;
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, Limits, Slot, SlotFlags, SlotId, SlotSpec, SlotTable,
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Limits, Slot, SlotFlags, SlotId, SlotSpec, SlotTable,
     TransactionError,
 };
 use memslot_mmu::format::Access;
@@ -164,8 +164,7 @@ impl Guest {
         let (ram, windows) = (&self.ram, &self.windows);
         self.table.transaction(|tx| {
             for (id, ram) in (0..).zip(ram) {
-                let backing = Backing::Host { hva: Hva::new(pool::FIRST + (ram.page << 12)) };
-                tx.create(spec(id, ram.gfns, backing, flags))?;
+                tx.create(spec(id, ram.gfns, pool::backing(ram.page), flags))?;
             }
             for (id, &window) in (WINDOWS..).zip(windows) {
                 let backing = Backing::Device { token: window.start().get() << 12 };
@@ -295,9 +294,7 @@ impl Faults {
         }
         Ok(Resolved::Yes)
     }
-}
 
-impl Faults {
     /// Maps the pages beside one that was mapped just now, as far as there is memory. What cannot be had is its own fault's matter.
     fn map_around(&mut self, gpa: Gpa) {
         let first = (gpa.get() >> 12) / AROUND * AROUND;

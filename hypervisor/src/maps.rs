@@ -42,8 +42,8 @@ impl Maps {
         Self::Shadow(Box::leak(Box::new(shadow)))
     }
 
-    /// Does something to what is mapped there. Shadow tables have no pages to collapse: what is zapped is made again as large as it
-    /// can be.
+    /// Does something to what is mapped there. Shadow tables collapse by themselves only, when logging stops: what is to be
+    /// collapsed is zapped, and is made again as large as it can be.
     ///
     /// # Errors
     /// For want of memory.

@@ -58,7 +58,7 @@ impl Host {
 }
 
 // SAFETY: frames come from a region that only this type has, each to one caller at a time.
-unsafe impl TableMemory for &'static Host {
+unsafe impl TableMemory for Host {
     fn allocate(&self, tables: usize) -> Option<Pfn> {
         if tables != 1 {
             return None;
@@ -94,7 +94,7 @@ unsafe impl TableMemory for &'static Host {
     }
 }
 
-impl Frames for &'static Host {
+impl Frames for Host {
     type Error = Infallible;
 
     fn frame(&self, slot: &Slot, gfn: Gfn, _: Access) -> Result<Answer, Infallible> {
@@ -122,7 +122,7 @@ impl GuestMemory for Host {
     }
 }
 
-impl TlbFlush for &'static Host {
+impl TlbFlush for Host {
     fn flush(&self, _: Context, _: GfnRange) {
         processors::flush();
     }

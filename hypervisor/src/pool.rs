@@ -2,21 +2,21 @@
 //!
 //! A hypervisor in user space gives its guests pieces of its own address space, and the kernel decides which frame is
 //! behind each page of it. The pool is both: it has *pool addresses*, which are what slots are backed by (the `hva` of
-//! [`Backing::Host`](memslot::Backing::Host)), and a frame behind each page of them. Frames are handed out
+//! [`Backing::Host`]), and a frame behind each page of them. Frames are handed out
 //! in an order that keeps no guest address equal to its host address, and pages can be
 //! [moved](Pool::move_page) to other frames while the guest runs, if they are invalidated first.
 
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use memslot::{Gfn, GfnRange, Hva};
+use memslot::{Backing, Gfn, GfnRange, Hva};
 use spin::Mutex;
 
 use crate::cpu::index;
 use crate::physical;
 
 /// The first pool address. No pointer: nothing is mapped there.
-pub(crate) const FIRST: u64 = 0x7000_0000_0000;
+const FIRST: u64 = 0x7000_0000_0000;
 /// Pages of a block: 2 MiB.
 pub(crate) const BLOCK: u64 = 512;
 /// Frames that no page has at first, for pages to move to.
@@ -119,6 +119,11 @@ impl Pool {
             place.is_some_and(|seen| !core::mem::replace(seen, true))
         }) && seen.iter().all(|&seen| seen)
     }
+}
+
+/// What a slot is backed by whose first frame has this page.
+pub(crate) fn backing(page: u64) -> Backing {
+    Backing::Host { hva: Hva::new(FIRST + (page << 12)) }
 }
 
 /// A number near pages / 5 that shares no factor with `pages`.

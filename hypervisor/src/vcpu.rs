@@ -27,7 +27,8 @@ use crate::cpu;
 use crate::processors::Processor;
 use crate::shadow::{self, Event};
 use crate::svm::{
-    self, EVENT_ERROR_CODE, EVENT_VALID, Registers, V_IGNORE_TPR, V_IRQ, Vmcb, event, exit, intercept,
+    self, EVENT_ERROR_CODE, EVENT_VALID, Registers, Segment, V_IGNORE_TPR, V_IRQ, Vmcb, event, exit,
+    intercept,
 };
 
 /// Why the guest came out.
@@ -191,6 +192,16 @@ impl Vcpu {
             is_loaded: false,
             left: None,
         }
+    }
+
+    /// Brings a new one into real mode, with all segments at 0, at an instruction.
+    pub(crate) fn enter_real_mode(&mut self, rip: u64) {
+        let save = &mut self.vmcb.save;
+        save.cr0 = 0x10;
+        let data = Segment { selector: 0, attributes: 0x93, limit: 0xffff, base: 0 };
+        (save.ds, save.es, save.ss, save.fs, save.gs) = (data, data, data, data, data);
+        save.cs = Segment { attributes: 0x9b, ..data };
+        save.rip = rip;
     }
 
     /// Exits at accesses to a port.

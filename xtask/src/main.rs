@@ -28,7 +28,12 @@ use clap::{Parser, Subcommand};
 /// Every command prints a heading for each step with the exact command line it runs, goes on after a failure, and ends
 /// with the plain line `N passed, N failed, N skipped`. The exit status is 0 only if nothing failed.
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", arg_required_else_help = true)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -88,7 +88,7 @@ fn linux(args: &Args) -> [Step; 5] {
     })
 }
 
-/// The loom models: the tests of the core and the page tables named `loom_…`, which exist only under `--cfg loom`.
+/// The loom models: the tests of the core and the page tables that have `loom_` in their path, which exist only under `--cfg loom`.
 ///
 /// In release mode, because loom runs each model thousands of times.
 pub(crate) fn loom(preemptions: u8) -> Step {

@@ -46,6 +46,11 @@ fn gpa(frame: u32) -> u64 {
     u64::from(frame) * PAGE + 8
 }
 
+/// Looks addresses up, each with what the one before came to: `zero` is 0, which the compiler does not know.
+fn chain(addresses: impl Iterator<Item = u64>, zero: u64, mut lookup: impl FnMut(u64) -> u64) {
+    black_box(addresses.fold(0, |last, address| lookup(address + (last & zero))));
+}
+
 fn gfn(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::Result<()> {
     let pieces = layout(n);
     let table = table_of(&pieces)?;
@@ -53,7 +58,6 @@ fn gfn(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::
     let atomic = GuestMemoryAtomic::new(collection(&pieces)?);
     let mut reader = table.reader()?;
     let frames = frames(&pieces, queries);
-    // Zero, but the compiler does not know: it chains each query to the last answer.
     let zero = black_box(0);
 
     for gpa in frames.iter().take(4096).copied().map(gpa) {
@@ -65,55 +69,22 @@ fn gfn(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::
     }
 
     let find = |gpa: u64| peer.find_region(GuestAddress(gpa)).map_or(0, |region| region.hva);
-    let chain = |lookup: &mut dyn FnMut(&[u32])| time(queries, || lookup(&frames));
+    let all = || frames.iter().copied().map(gpa);
+    let first = || frames.iter().map(|_| gpa(frames[0]));
 
     let pinned = reader.pin();
+    let ours = |gpa| pinned.translate(SPACE, Gpa::new(gpa)).map_or(0, |found| found.hva.get());
     let times = versus(
         rounds,
-        || {
-            chain(&mut |frames| {
-                let view: &memslot::View = &pinned;
-                let mut last = 0;
-                for gpa in frames.iter().copied().map(gpa) {
-                    let found = view.translate(SPACE, Gpa::new(gpa + (last & zero)));
-                    last = found.map_or(0, |found| found.hva.get());
-                }
-                black_box(last);
-            })
-        },
-        || {
-            chain(&mut |frames| {
-                let mut last = 0;
-                for gpa in frames.iter().copied().map(gpa) {
-                    last = find(gpa + (last & zero));
-                }
-                black_box(last);
-            })
-        },
+        || time(queries, || chain(all(), zero, ours)),
+        || time(queries, || chain(all(), zero, find)),
     );
     report.times("gfn lookup, random", n, "vm-memory find_region", times, target(n, [2.0, 3.0, 4.5, 10.0]));
 
     let times = versus(
         rounds,
-        || {
-            chain(&mut |frames| {
-                let mut last = 0;
-                for gpa in frames.iter().map(|_| gpa(frames[0])) {
-                    let found = pinned.translate(SPACE, Gpa::new(gpa + (last & zero)));
-                    last = found.map_or(0, |found| found.hva.get());
-                }
-                black_box(last);
-            })
-        },
-        || {
-            chain(&mut |frames| {
-                let mut last = 0;
-                for gpa in frames.iter().map(|_| gpa(frames[0])) {
-                    last = find(gpa + (last & zero));
-                }
-                black_box(last);
-            })
-        },
+        || time(queries, || chain(first(), zero, ours)),
+        || time(queries, || chain(first(), zero, find)),
     );
     report.times(
         "last-used slot again",
@@ -124,29 +95,12 @@ fn gfn(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::
     );
     drop(pinned);
 
+    let mut ours = |gpa| reader.translate(SPACE, Gpa::new(gpa)).map_or(0, |found| found.hva.get());
+    let theirs = |gpa| atomic.memory().find_region(GuestAddress(gpa)).map_or(0, |region| region.hva);
     let times = versus(
         rounds,
-        || {
-            chain(&mut |frames| {
-                let mut last = 0;
-                for gpa in frames.iter().copied().map(gpa) {
-                    let found = reader.translate(SPACE, Gpa::new(gpa + (last & zero)));
-                    last = found.map_or(0, |found| found.hva.get());
-                }
-                black_box(last);
-            })
-        },
-        || {
-            chain(&mut |frames| {
-                let mut last = 0;
-                for gpa in frames.iter().copied().map(gpa) {
-                    let memory = atomic.memory();
-                    let found = memory.find_region(GuestAddress(gpa + (last & zero)));
-                    last = found.map_or(0, |region| region.hva);
-                }
-                black_box(last);
-            })
-        },
+        || time(queries, || chain(all(), zero, &mut ours)),
+        || time(queries, || chain(all(), zero, theirs)),
     );
     let targets = target(n, [2.0, 3.0, 4.5, 10.0]);
     report.times("gfn lookup + entering", n, "GuestMemoryAtomic + find", times, targets);
@@ -170,22 +124,19 @@ fn hva(n: usize, rounds: usize, queries: usize, report: &mut Report) -> anyhow::
         .collect();
     let zero = black_box(0);
     let pinned = reader.pin();
-    let ours =
-        |hva: u64| pinned.slot_ids_at_hva(SPACE, Hva::new(hva)).map(|id| u64::from(id.get())).sum::<u64>();
-    let theirs = |hva: u64| peer.values(hva..hva + PAGE).map(|&id| u64::from(id)).sum::<u64>();
+    let ours: &dyn Fn(u64) -> u64 =
+        &|hva| pinned.slot_ids_at_hva(SPACE, Hva::new(hva)).map(|id| u64::from(id.get())).sum::<u64>();
+    let theirs: &dyn Fn(u64) -> u64 =
+        &|hva| peer.values(hva..hva + PAGE).map(|&id| u64::from(id)).sum::<u64>();
     for &page in pages.iter().take(4096) {
         anyhow::ensure!(ours(page) == theirs(page), "both sides must find the same");
     }
-    let chain = |lookup: &dyn Fn(u64) -> u64| {
-        time(queries, || {
-            let mut last = 0;
-            for hva in &pages {
-                last = lookup(hva + (last & zero));
-            }
-            black_box(last);
-        })
-    };
-    let times = versus(rounds, || chain(&ours), || chain(&theirs));
+    let all = || pages.iter().copied();
+    let times = versus(
+        rounds,
+        || time(queries, || chain(all(), zero, ours)),
+        || time(queries, || chain(all(), zero, theirs)),
+    );
     report.times("hva → slots, one page", n, "iset", times, target(n, [5.0; 4]));
     Ok(())
 }

@@ -6,7 +6,7 @@ mod common;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 
-use common::{PAGE, fill, is_mapped, set};
+use common::{PAGE, Refuser, fill, is_mapped, set};
 use memslot::*;
 use memslot_backing::{AttachError, Backings, DiscardError, Foreign, Memory, MemoryError};
 
@@ -296,29 +296,6 @@ fn a_table_that_has_slots_already() {
 
     while table.attachment_key::<u8>().is_some() {}
     assert!(matches!(Backings::attach(&mut table).unwrap_err(), AttachError::NoKey));
-}
-
-/// Refuses on demand: 1 while it prepares, 2 while it commits.
-struct Refuser(Arc<AtomicU8>);
-
-impl Listener for Refuser {
-    fn name(&self) -> &str {
-        "refuser"
-    }
-
-    fn prepare(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
-        if self.0.load(Relaxed) == 1 { Err("not now".into()) } else { Ok(()) }
-    }
-
-    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
-        match self.0.load(Relaxed) {
-            2 => Err("not now".into()),
-            3 => panic!("a listener's panic"),
-            _ => Ok(()),
-        }
-    }
-
-    fn undo(&mut self, _: &Update<'_>) {}
 }
 
 #[test]

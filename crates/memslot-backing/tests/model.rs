@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 
-use common::{PAGE, is_mapped};
+use common::{PAGE, Refuser, is_mapped};
 use memslot::*;
 use memslot_backing::{Backings, Foreign, Memory};
 use proptest::prelude::*;
@@ -96,24 +96,6 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Snapshot),
         2 => (0..8usize).prop_map(Step::DropSnapshot),
     ]
-}
-
-struct Refuser(Arc<AtomicU8>);
-
-impl Listener for Refuser {
-    fn name(&self) -> &str {
-        "refuser"
-    }
-
-    fn prepare(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
-        if self.0.load(Relaxed) == 1 { Err("not now".into()) } else { Ok(()) }
-    }
-
-    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
-        if self.0.load(Relaxed) == 2 { Err("not now".into()) } else { Ok(()) }
-    }
-
-    fn undo(&mut self, _: &Update<'_>) {}
 }
 
 /// A memory of the program: where it lies, its own reference if it still has it, and what tells whether it is mapped.

@@ -7,23 +7,60 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::dirty::migration::Link;
 
-const AFTER: &str = "\
+macro_rules! exit_status {
+    () => {
+        "\
 Exit status:
   0  everything was read, and every answer agrees
   1  the engine and a recorded answer disagree
   2  something could not be read, or the command line is wrong
+"
+    };
+}
+
+const AFTER: &str = concat!(
+    exit_status!(),
+    "  (record: that of the VMM)
 
 How to record a trace of your VMM:
   memslot record --output vmm.jsonl -- YOUR-VMM ...
   strace -f -v -ttt -T -e trace=ioctl -o vmm.strace YOUR-VMM ...   (if it is a static program)
 
 Examples:
-  memslot replay vmm.strace                 check it, show map and warnings
+  memslot replay vmm.jsonl                      check it, show map and warnings
+  memslot replay --svg map.svg vmm.jsonl        draw the map over time
+  memslot map --at 120 vmm.jsonl                the map as it was after line 120
+  memslot dirty --bandwidth 10Gbit/s vmm.jsonl  what is written, and how it would migrate
+"
+);
+
+const AFTER_REPLAY: &str = concat!(
+    exit_status!(),
+    "
+Examples:
+  memslot replay vmm.jsonl                  check it, show map and warnings
   memslot replay --svg map.svg vmm.strace   draw the map over time
-  memslot map --at 120 vmm.strace           the map as it was after line 120
-  memslot dirty --bandwidth 10Gbit/s t.jsonl  what is written, and how it would migrate
   memslot replay --json a.jsonl b.jsonl | jq '.[].disagreements'
-";
+"
+);
+
+const AFTER_MAP: &str = concat!(
+    exit_status!(),
+    "
+Examples:
+  memslot map vmm.jsonl            the map as it was at the end
+  memslot map --at 120 vmm.jsonl   the map as it was after line 120
+"
+);
+
+const AFTER_DIRTY: &str = concat!(
+    exit_status!(),
+    "
+Examples:
+  memslot dirty --bandwidth 10Gbit/s vmm.jsonl   would it migrate over such a link?
+  memslot dirty --svg dirty.svg vmm.jsonl        draw which pages were written when
+"
+);
 
 const REPLAY: &str = "\
 Applies every KVM_SET_USER_MEMORY_REGION (and REGION2) of a trace to a memory-slot table under KVM's own rules, \
@@ -75,7 +112,7 @@ Examples:
   memslot record --force -o boot.jsonl ./start-my-vm.sh
 ";
 
-/// Replays, checks and draws what a VMM does to its guest's memory.
+/// Records, replays, checks and draws what a VMM does to its guest's memory.
 ///
 /// A VMM tells KVM which host memory backs which guest memory, one slot at a time. memslot records these calls, and from
 /// a recording shows what they built: for that it needs neither KVM nor the VMM.
@@ -89,20 +126,20 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Apply a trace to the slot engine, compare every answer, report the map and what is odd about it
-    #[command(long_about = REPLAY, after_help = AFTER)]
+    #[command(long_about = REPLAY, after_help = AFTER_REPLAY)]
     Replay(ReplayArgs),
-    /// Draw the guest's address space in the terminal, to scale, holes compressed
+    /// Draw the guest's address space in the terminal, to scale, with holes compressed
     ///
     /// Every block of rows has one scale: a cell stands for the number of bytes written at its right. Large holes
     /// are one line. A slot is drawn [id size], filled by its kind. The width is that of the terminal, or COLUMNS,
     /// or 80; colours only on a terminal and not with NO_COLOR.
-    #[command(after_help = AFTER)]
+    #[command(after_help = AFTER_MAP)]
     Map(MapArgs),
     /// Run a VMM and write down its memory ioctls, for the other commands to read
     #[command(long_about = RECORD, after_help = AFTER_RECORD)]
     Record(RecordArgs),
     /// Show which memory the guest writes, how fast, and how a live migration of it would go
-    #[command(long_about = DIRTY, after_help = AFTER)]
+    #[command(long_about = DIRTY, after_help = AFTER_DIRTY)]
     Dirty(DirtyArgs),
 }
 

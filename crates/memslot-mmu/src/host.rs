@@ -2,7 +2,7 @@
 //!
 //! Three traits, usually on one type, which is then a [`Host`]. On bare metal it is a frame allocator with a direct
 //! map, the pool that guests get their memory from, and an interrupt to the other processors. In a process it is
-//! [`UserHost`](crate::user::UserHost). An [`Arc`] of a host is one, too: its handles share it.
+//! [`UserHost`](crate::user::UserHost). A reference to a host, or an [`Arc`] of it, is one, too.
 //!
 //! The tables call the host from the fault path and from range operations, some with a lock held: none of these
 //! functions may call back into the tables that call it.
@@ -131,34 +131,40 @@ pub trait Host: TableMemory + Frames + TlbFlush {}
 
 impl<H: TableMemory + Frames + TlbFlush> Host for H {}
 
-// SAFETY: as the host that is shared.
-unsafe impl<M: TableMemory> TableMemory for Arc<M> {
-    fn allocate(&self, tables: usize) -> Option<Pfn> {
-        (**self).allocate(tables)
-    }
+/// A host is one through its handles, too.
+macro_rules! pass_on {
+    ($($handle:ty),*) => {$(
+        // SAFETY: as the host that is shared.
+        unsafe impl<H: TableMemory> TableMemory for $handle {
+            fn allocate(&self, tables: usize) -> Option<Pfn> {
+                (**self).allocate(tables)
+            }
 
-    unsafe fn free(&self, first: Pfn, tables: usize) {
-        // SAFETY: passed on.
-        unsafe { (**self).free(first, tables) }
-    }
+            unsafe fn free(&self, first: Pfn, tables: usize) {
+                // SAFETY: passed on.
+                unsafe { (**self).free(first, tables) }
+            }
 
-    #[inline]
-    fn reach(&self, table: Pfn) -> NonNull<Table> {
-        (**self).reach(table)
-    }
+            #[inline]
+            fn reach(&self, table: Pfn) -> NonNull<Table> {
+                (**self).reach(table)
+            }
+        }
+
+        impl<H: Frames> Frames for $handle {
+            type Error = H::Error;
+
+            #[inline]
+            fn frame(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Answer, H::Error> {
+                (**self).frame(slot, gfn, access)
+            }
+        }
+
+        impl<H: TlbFlush> TlbFlush for $handle {
+            fn flush(&self, context: Context, gfns: GfnRange) {
+                (**self).flush(context, gfns);
+            }
+        }
+    )*};
 }
-
-impl<F: Frames> Frames for Arc<F> {
-    type Error = F::Error;
-
-    #[inline]
-    fn frame(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Answer, F::Error> {
-        (**self).frame(slot, gfn, access)
-    }
-}
-
-impl<T: TlbFlush> TlbFlush for Arc<T> {
-    fn flush(&self, context: Context, gfns: GfnRange) {
-        (**self).flush(context, gfns);
-    }
-}
+pass_on!(&H, Arc<H>);

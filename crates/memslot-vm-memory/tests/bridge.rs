@@ -6,9 +6,9 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{PAGE, RAM, fresh, map, spec, table};
-use memslot::dirty::{DirtyLog, SoftwareOnly};
-use memslot::{Gfn, Listener, ListenerError, SlotFlags, SlotId, SlotSpec, SlotTable, Update};
+use common::{PAGE, RAM, fresh, harvested, logged, map, spec, table};
+use memslot::dirty::DirtyLog;
+use memslot::{Gfn, Listener, ListenerError, SlotFlags, SlotId, SlotTable, Update};
 use memslot_vm_memory::{Bridge, BridgedLog, HostMemory};
 use vm_memory::bitmap::{ArcSlice, AtomicBitmap, Bitmap};
 use vm_memory::{
@@ -147,25 +147,19 @@ fn writes_mark_the_dirty_log_wherever_the_memory_is_now() {
     let mut table = table(&[]);
     let log = DirtyLog::attach(&mut table).unwrap();
     let bridge: Bridged<BridgedLog> = attach(Bridge::new(RAM).with_log(&log), &mut table);
-    table.create(SlotSpec { flags: SlotFlags::LOG_DIRTY_PAGES, ..fresh(0, 0x10, 8) }).unwrap();
+    table.create(logged(fresh(0, 0x10, 8))).unwrap();
     let consumer = log.consumer().unwrap();
-    let take = || {
-        let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
-        let runs = harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect::<Vec<_>>();
-        harvest.commit();
-        runs
-    };
     let old = bridge.memory();
     old.write_obj(1u64, GuestAddress(0x12 * PAGE - 4)).unwrap();
     let (region, offset) = old.to_region_addr(GuestAddress(0x12 * PAGE)).unwrap();
     assert!(region.bitmap().dirty_at(usize::try_from(offset.0).unwrap()));
-    assert_eq!(take(), [(0x11, 2)]);
+    assert_eq!(harvested(&consumer), [(0x11, 2)]);
     table.transaction(|tx| tx.split(RAM, SlotId::new(0), Gfn::new(0x14), SlotId::new(7))).unwrap();
     table.move_to(RAM, SlotId::new(7), Gfn::new(0x80)).unwrap();
     old.write_obj(1u8, GuestAddress(0x16 * PAGE)).unwrap();
-    assert_eq!(take(), [(0x82, 1)]);
+    assert_eq!(harvested(&consumer), [(0x82, 1)]);
     bridge.memory().write_obj(1u8, GuestAddress(0x10 * PAGE)).unwrap();
-    assert_eq!(take(), [(0x10, 1)]);
+    assert_eq!(harvested(&consumer), [(0x10, 1)]);
 }
 
 struct Owner(Arc<AtomicUsize>);

@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::{Arc, OnceLock, mpsc};
 
-use common::{PAGE, RAM, fresh, map, space, spec, table};
+use common::{PAGE, RAM, fresh, harvested, logged, map, space, spec, table};
 use memslot::dirty::{DirtyLog, SoftwareOnly};
 use memslot::{Backing, Gfn, SlotFlags, SlotId, SlotSpec};
 use memslot_vm_memory::{HostMemory, MemoryGuard, Native, SlotLog, Space};
@@ -284,7 +284,6 @@ fn an_empty_address_space_has_no_memory() {
 
 #[test]
 fn writes_mark_the_dirty_log() {
-    let logged = |spec: SlotSpec| SlotSpec { flags: SlotFlags::LOG_DIRTY_PAGES, ..spec };
     let mut table = table(&[]);
     let log = DirtyLog::attach(&mut table).unwrap();
     // SAFETY: the tests' slots are made by `map`, which never unmaps.
@@ -292,12 +291,6 @@ fn writes_mark_the_dirty_log() {
     table.create(logged(fresh(0, 0x100, 16))).unwrap();
     table.create(fresh(1, 0x110, 16)).unwrap();
     let consumer = log.consumer().unwrap();
-    let take = || {
-        let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
-        let runs = harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect::<Vec<_>>();
-        harvest.commit();
-        runs
-    };
     let memory = space.memory();
     let gpa = |gfn: u64, offset: u64| GuestAddress(gfn * PAGE + offset);
     memory.write_obj(1u64, gpa(0x102, 0xffc)).unwrap();
@@ -308,10 +301,10 @@ fn writes_mark_the_dirty_log() {
     let region = memory.find_region(gpa(0x100, 0)).unwrap();
     assert!(region.bitmap().dirty_at(0x2000) && !region.bitmap().dirty_at(0x1fff));
     assert!(region.bitmap().slice_at(0x1000).dirty_at(0x1000));
-    assert_eq!(take(), [(0x102, 2), (0x108, 1), (0x10f, 1)]);
+    assert_eq!(harvested(&consumer), [(0x102, 2), (0x108, 1), (0x10f, 1)]);
     assert!(!region.bitmap().dirty_at(0x2000), "somebody has harvested it");
     assert!(!memory.find_region(gpa(0x110, 0)).unwrap().bitmap().dirty_at(0));
-    assert_eq!(take(), []);
+    assert_eq!(harvested(&consumer), []);
 
     // Slices of the region, and beyond its end.
     let slice = region.get_slice(MemoryRegionAddress(0x3000), 0x2000).unwrap();
@@ -319,33 +312,26 @@ fn writes_mark_the_dirty_log() {
     region.bitmap().mark_dirty(0xf_fff, 1 << 40);
     region.bitmap().mark_dirty(usize::MAX, 1);
     region.bitmap().mark_dirty(0x1000, 0);
-    assert_eq!(take(), [(0x103, 2), (0x10f, 1)]);
+    assert_eq!(harvested(&consumer), [(0x103, 2), (0x10f, 1)]);
 }
 
 #[test]
 fn a_guard_from_before_marks_memory_where_it_is_now() {
-    let logged = |spec: SlotSpec| SlotSpec { flags: SlotFlags::LOG_DIRTY_PAGES, ..spec };
     let mut table = table(&[]);
     let log = DirtyLog::attach(&mut table).unwrap();
     // SAFETY: the tests' slots are made by `map`, which never unmaps.
     let space = unsafe { Native::new(RAM).with_log(&log).attach(&mut table) }.unwrap();
     table.create(fresh(0, 0x100, 16)).unwrap();
     let consumer = log.consumer().unwrap();
-    let take = || {
-        let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
-        let runs = harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect::<Vec<_>>();
-        harvest.commit();
-        runs
-    };
     let old = space.memory();
     let write = |memory: &MemoryGuard<_>, gfn: u64| memory.write_obj(1u8, GuestAddress(gfn * PAGE)).unwrap();
     write(&old, 0x101);
-    assert_eq!(take(), [], "nothing is logged");
+    assert_eq!(harvested(&consumer), [], "nothing is logged");
 
     // Logging begins: the old guard's region was not logged.
     table.set_flags(RAM, SlotId::new(0), SlotFlags::LOG_DIRTY_PAGES).unwrap();
     write(&old, 0x102);
-    assert_eq!(take(), [(0x102, 1)]);
+    assert_eq!(harvested(&consumer), [(0x102, 1)]);
 
     // The slot is split, its second half moves under an id that the old guard never saw.
     let logging = space.memory();
@@ -354,7 +340,7 @@ fn a_guard_from_before_marks_memory_where_it_is_now() {
     for guard in [&old, &logging] {
         write(guard, 0x109);
         write(guard, 0x103);
-        assert_eq!(take(), [(0x103, 1), (0x201, 1)]);
+        assert_eq!(harvested(&consumer), [(0x103, 1), (0x201, 1)]);
     }
     // Somebody else's memory comes to where it was; another change moves something unrelated.
     table.create(logged(fresh(1, 0x108, 8))).unwrap();
@@ -363,15 +349,15 @@ fn a_guard_from_before_marks_memory_where_it_is_now() {
     table.move_to(RAM, SlotId::new(2), Gfn::new(0x400)).unwrap();
     write(&now, 0x108);
     write(&spare, 0x302);
-    assert_eq!(take(), [(0x108, 1), (0x402, 1)]);
+    assert_eq!(harvested(&consumer), [(0x108, 1), (0x402, 1)]);
     drop(table);
     write(&now, 0x10a);
-    assert_eq!(take(), [(0x10a, 1)]);
+    assert_eq!(harvested(&consumer), [(0x10a, 1)]);
     drop(space);
     write(&now, 0x10a);
     drop(log);
     write(&now, 0x10b);
-    assert_eq!(take(), [(0x10a, 2)]);
+    assert_eq!(harvested(&consumer), [(0x10a, 2)]);
 }
 
 #[test]
@@ -407,7 +393,7 @@ fn a_change_that_is_taken_back_is_followed_both_ways() {
         let space = unsafe { Native::new(RAM).with_log(&log).attach(&mut table) }.unwrap();
         known.set(space.clone()).unwrap();
         fails.into_iter().for_each(|fails| table.add_listener(fails).unwrap());
-        let slot = SlotSpec { flags: SlotFlags::LOG_DIRTY_PAGES, ..fresh(0, 0x100, 16) };
+        let slot = logged(fresh(0, 0x100, 16));
         table.create(slot).unwrap();
         let before = space.memory();
         before.write_obj(3u8, GuestAddress(0x100 * PAGE)).unwrap();

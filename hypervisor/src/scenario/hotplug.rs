@@ -13,7 +13,7 @@
 use alloc::format;
 use alloc::string::String;
 
-use memslot::{Backing, Gfn, Gpa, Hva, SlotFlags, SlotId, TransactionError};
+use memslot::{Backing, Gfn, Gpa, SlotFlags, SlotId, TransactionError};
 use memslot_mmu::format::Access;
 
 use super::{Scenario, Turn};
@@ -44,8 +44,8 @@ const END: u64 = PLACE + (64 << 20);
 
 /// See the [module documentation](self).
 pub(crate) struct Hotplug {
-    /// The pool address of the memory that is plugged in.
-    hva: u64,
+    /// The first page of the pool that is plugged in.
+    page: u64,
     changes: u64,
     reads_of_nothing: u64,
     lost_writes: u64,
@@ -54,13 +54,13 @@ pub(crate) struct Hotplug {
 impl Hotplug {
     /// For a guest that has its memory.
     pub(crate) fn new(guest: &Guest) -> Self {
-        let hva = pool::FIRST + ((guest.host.pool().pages() - PLUGGED) << 12);
-        Self { hva, changes: 0, reads_of_nothing: 0, lost_writes: 0 }
+        let page = guest.host.pool().pages() - PLUGGED;
+        Self { page, changes: 0, reads_of_nothing: 0, lost_writes: 0 }
     }
 
     fn change(&self, guest: &mut Guest, what: u64) -> Result<u64, TransactionError> {
         let slot = |id: SlotId, from: u64, to: u64| {
-            let backing = Backing::Host { hva: Hva::new(self.hva + from) };
+            let backing = pool::backing(self.page + (from >> 12));
             spec(id.get(), frames(PLACE + from, PLACE + to), backing, SlotFlags::empty())
         };
         let window = |id: SlotId, from: u64| {

@@ -9,14 +9,13 @@ use alloc::format;
 use alloc::string::String;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use memslot::{Backing, Hva, SlotFlags, SlotId};
+use memslot::{SlotFlags, SlotId};
 use memslot_mmu::Fault;
 
 use super::Turn;
 use crate::console::report;
 use crate::guest::{SPACE, frames, spec};
 use crate::paging::Walker;
-use crate::svm::Segment;
 use crate::vcpu::{Exit, Vcpu};
 use crate::{cpu, physical, pool, processors};
 
@@ -49,10 +48,7 @@ struct Stale {
 /// What went wrong.
 pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
     let guest = &mut *turn.guest;
-    let slot = |id, gpa: u64, page: u64| {
-        let backing = Backing::Host { hva: Hva::new(pool::FIRST + page * 4096) };
-        spec(id, frames(gpa, gpa + 4096), backing, SlotFlags::empty())
-    };
+    let slot = |id, gpa, page| spec(id, frames(gpa, gpa + 4096), pool::backing(page), SlotFlags::empty());
     let slots = guest.table.transaction(|tx| {
         tx.create(slot(0, CODE_AT, 700))?;
         tx.create(slot(1, COUNTER_AT, 701))
@@ -191,12 +187,7 @@ fn second_processor(mut walker: Walker, root: u64) {
             return 1;
         }
         let mut vcpu = Vcpu::new(processors::get(1), root);
-        vcpu.vmcb.save.cr0 = 0x10;
-        vcpu.vmcb.save.rip = CODE_AT;
-        let segment = Segment { selector: 0, attributes: 0x93, limit: 0xffff, base: 0 };
-        let save = &mut vcpu.vmcb.save;
-        (save.ds, save.es, save.ss, save.fs, save.gs) = (segment, segment, segment, segment, segment);
-        save.cs = Segment { attributes: 0x9b, ..segment };
+        vcpu.enter_real_mode(CODE_AT);
         loop {
             let exit = vcpu.run();
             if STOP.load(Ordering::SeqCst) {

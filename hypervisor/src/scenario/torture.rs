@@ -10,7 +10,7 @@ use core::ops::Range;
 
 use memslot::dirty::Consumer;
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Slot, SlotFlags, SlotId, SlotSpec,
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, HvaRange, Slot, SlotFlags, SlotId, SlotSpec,
     TransactionError,
 };
 use memslot_mmu::Config;
@@ -101,8 +101,7 @@ fn homes() -> [SlotSpec; 2] {
 }
 
 fn ram(id: u32, gpas: Range<u64>, page: u64) -> SlotSpec {
-    let backing = Backing::Host { hva: Hva::new(pool::FIRST + (page << 12)) };
-    spec(id, frames(gpas.start, gpas.end), backing, SlotFlags::empty())
+    spec(id, frames(gpas.start, gpas.end), pool::backing(page), SlotFlags::empty())
 }
 
 /// Nested page tables of the second address space. Shadow tables are for all spaces.

@@ -6,7 +6,7 @@
 use alloc::format;
 use alloc::string::String;
 
-use memslot::{Backing, Gfn, Gpa, Hva, SlotFlags};
+use memslot::{Gfn, Gpa, SlotFlags};
 use memslot_mmu::format::Access;
 
 use super::Turn;
@@ -27,10 +27,7 @@ const CODE: [u8; 18] = [
 pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
     let Turn { guest, vcpu } = turn;
     let mut faults = guest.faults()?;
-    let slot = |id, gpa: u64, page: u64, flags| {
-        let backing = Backing::Host { hva: Hva::new(pool::FIRST + page * 4096) };
-        spec(id, frames(gpa, gpa + 4096), backing, flags)
-    };
+    let slot = |id, gpa, page, flags| spec(id, frames(gpa, gpa + 4096), pool::backing(page), flags);
     let slots = guest.table.transaction(|tx| {
         tx.create(slot(0, 0x8000, 700, SlotFlags::empty()))?;
         tx.create(slot(1, 0x3000, 701, SlotFlags::empty()))?;
@@ -39,12 +36,7 @@ pub(crate) fn run(turn: &mut Turn<'_>) -> Result<(), String> {
     });
     slots.map_err(|error| format!("{error}"))?;
     guest.write(0x8000, &CODE)?;
-    vcpu.vmcb.save.cr0 = 0x10;
-    vcpu.vmcb.save.rip = 0x8000;
-    let segment = crate::svm::Segment { selector: 0, attributes: 0x93, limit: 0xffff, base: 0 };
-    let save = &mut vcpu.vmcb.save;
-    (save.ds, save.es, save.ss, save.fs, save.gs) = (segment, segment, segment, segment, segment);
-    save.cs = crate::svm::Segment { attributes: 0x9b, ..segment };
+    vcpu.enter_real_mode(0x8000);
     loop {
         match vcpu.run() {
             Exit::Fault { gpa, access } => {

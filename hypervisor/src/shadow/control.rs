@@ -1,12 +1,12 @@
 //! Instructions of the guest that touch control registers, and what they do.
 
+use memslot_mmu::shadow::guest::GuestPaging;
+
 use super::decode::{Base, Operation, decode};
 use super::{
     CR0_PAGING, CR0_TASK_SWITCHED, CR4_GLOBAL, EFER_LONG_MODE, EFER_LONG_MODE_ACTIVE, EFER_SVM, Event,
     PROTECTION, Paging, raise,
 };
-use memslot_mmu::shadow::guest::GuestPaging;
-
 use crate::svm::Vmcb;
 use crate::vcpu::Vcpu;
 

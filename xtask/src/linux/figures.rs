@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::machine::Ended;
+use crate::summary::seconds;
 
 /// A run, judged.
 pub(crate) struct Run {
@@ -286,11 +287,6 @@ pub(crate) fn spread(ratios: &[(f64, Option<f64>)]) -> String {
 fn word(text: &str) -> String {
     let is_itself = text.parse::<u64>().is_ok() || matches!(text, "true" | "false");
     if is_itself { text.to_owned() } else { quoted(text) }
-}
-
-/// A duration for people.
-pub(crate) fn seconds(time: Duration) -> String {
-    format!("{:.1} s", time.as_secs_f64())
 }
 
 /// A number with its thousands set apart.

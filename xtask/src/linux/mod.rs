@@ -99,6 +99,8 @@ pub(crate) struct Args {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Scenario {
+    /// A guest of five instructions, to see nested paging work at all (no Linux)
+    Trivial,
     /// Linux to user space, processes that fill most of RAM, every page checked
     Boot,
     /// A copy of RAM kept up to date from the dirty log, compared with RAM at the end
@@ -174,9 +176,11 @@ impl Args {
                 self.smp
             );
         }
-        if self.scenario.contains(&Scenario::Shootdown) {
+        let is_nested = |scenario: &&Scenario| matches!(scenario, Scenario::Trivial | Scenario::Shootdown);
+        if let Some(scenario) = self.scenario.iter().find(is_nested) {
             bail!(
-                "--scenario shootdown is about nested tables and has no shadow tables: leave out --paging shadow"
+                "--scenario {} is about nested tables and has no shadow tables: leave out --paging shadow",
+                word(scenario)
             );
         }
         if self.rearm == Rearm::Bits {

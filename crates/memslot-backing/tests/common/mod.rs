@@ -2,7 +2,10 @@
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses a part of it")]
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
+use memslot::{Listener, ListenerError, Update};
 use memslot_backing::Memory;
 
 pub const PAGE: u64 = 4096;
@@ -105,4 +108,27 @@ pub fn signal_of_write(address: u64) -> i32 {
         assert_eq!(libc::waitpid(child, &mut status, 0), child);
         if libc::WIFSIGNALED(status) { libc::WTERMSIG(status) } else { 0 }
     }
+}
+
+/// A listener that refuses on demand: 1 while it prepares, 2 while it commits; 3 is a panic there.
+pub struct Refuser(pub Arc<AtomicU8>);
+
+impl Listener for Refuser {
+    fn name(&self) -> &str {
+        "refuser"
+    }
+
+    fn prepare(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        if self.0.load(Relaxed) == 1 { Err("not now".into()) } else { Ok(()) }
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        match self.0.load(Relaxed) {
+            2 => Err("not now".into()),
+            3 => panic!("a listener's panic"),
+            _ => Ok(()),
+        }
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
 }

@@ -4,10 +4,9 @@
 //! address, each slot in its own band of buckets. A bucket's colour is the share of its pages that were written in
 //! the round. The first round of a slot is not drawn: nobody knows when it began.
 
-use svg::Document;
 use svg::node::element::{Group, Rectangle, Title};
 
-use super::{FAINT, INK, PLOT_WIDTH, RIGHT, RULE, base_name, escape, line, round, text, text_width};
+use super::{FAINT, INK, PLOT_WIDTH, RIGHT, RULE, base_name, document, line, round, text, text_width};
 use crate::dirty::slots::{self, SlotDirty};
 use crate::replay::Replay;
 use crate::units;
@@ -49,16 +48,7 @@ pub(crate) fn draw(name: &str, replay: &Replay) -> String {
         body = axis(body, &mut y, (from, to), replay.span_ns.is_some(), &x_of);
     }
     let height = y + 16.0;
-    let paper = Rectangle::new().set("width", width).set("height", height).set("fill", "#ffffff");
-    let document = Document::new()
-        .set("viewBox", (0, 0, width.ceil(), height.ceil()))
-        .set("width", width.ceil())
-        .set("height", height.ceil())
-        .set("font-family", "DejaVu Sans, Verdana, Helvetica, Arial, sans-serif")
-        .add(Title::new(escape(&title)))
-        .add(paper)
-        .add(body);
-    format!("{document}\n")
+    document(&title, (width, height), body)
 }
 
 fn summary(slots: &[SlotDirty], replay: &Replay, span: u64) -> String {

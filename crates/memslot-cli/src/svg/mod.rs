@@ -85,13 +85,18 @@ pub(crate) fn draw(name: &str, replay: &Replay) -> String {
         body = body.add(text(16.0, y, 13.0, INK, "No slot was ever created."));
     }
     let height = y + 16.0;
+    document(&format!("Guest memory over time: {name}"), (width, height), body)
+}
+
+/// The text of a picture on white paper.
+fn document(title: &str, (width, height): (f64, f64), body: Group) -> String {
     let paper = Rectangle::new().set("width", width).set("height", height).set("fill", "#ffffff");
     let document = Document::new()
         .set("viewBox", (0, 0, width.ceil(), height.ceil()))
         .set("width", width.ceil())
         .set("height", height.ceil())
         .set("font-family", "DejaVu Sans, Verdana, Helvetica, Arial, sans-serif")
-        .add(Title::new(escape(&format!("Guest memory over time: {name}"))))
+        .add(Title::new(escape(title)))
         .add(paper)
         .add(body);
     format!("{document}\n")

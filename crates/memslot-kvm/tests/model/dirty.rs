@@ -25,6 +25,12 @@ pub(crate) fn harvested(rig: &Rig, consumer: &Consumer) -> BTreeSet<u64> {
     pages
 }
 
+/// What was dirty in slots that went: first frames and pages.
+fn removed(consumer: &Consumer) -> Vec<(u64, u64)> {
+    let removed = consumer.take_removed().unwrap();
+    removed.iter().flat_map(|removed| removed.runs()).map(|run| (run.start().get(), run.len())).collect()
+}
+
 /// The bits follow the memory through random changes: a page that was written, is still there and has been logged all
 /// the time is reported; nothing is reported twice without a write.
 #[test]
@@ -141,10 +147,7 @@ fn who_asks_gets_the_pages_of_a_slot_that_went() {
     rig.slots.set_vcpus(Writers::of(&rig.fake, &[15]));
     rig.table.delete(RAM, SlotId::new(0)).unwrap();
     assert_eq!(rig.pauses(), 1, "a write between the last look and the end would be lost");
-    let removed = consumer.take_removed().unwrap();
-    let pages: Vec<_> =
-        removed.iter().flat_map(|removed| removed.runs()).map(|run| (run.start().get(), run.len())).collect();
-    assert_eq!(pages, [(9, 1), (15, 1)]);
+    assert_eq!(removed(&consumer), [(9, 1), (15, 1)]);
 }
 
 /// The kernel drops the bitmap of a slot that moves and is not logged any more; it does both in one call.
@@ -163,10 +166,7 @@ fn who_asks_gets_the_pages_of_a_slot_that_is_not_logged_where_it_went() {
         })
         .unwrap();
     assert_eq!((rig.calls(), rig.pauses()), (vec![("create", 1), ("move", 1)], 1));
-    let removed = consumer.take_removed().unwrap();
-    let pages: Vec<_> =
-        removed.iter().flat_map(|removed| removed.runs()).map(|run| (run.start().get(), run.len())).collect();
-    assert_eq!(pages, [(9, 1), (15, 1)]);
+    assert_eq!(removed(&consumer), [(9, 1), (15, 1)]);
 }
 
 #[test]

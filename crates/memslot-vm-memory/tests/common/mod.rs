@@ -1,6 +1,7 @@
 //! Guest memory for tests: mappings that stay until the process ends, so that every slot's promise holds.
 #![allow(dead_code, reason = "each test uses a part")]
 
+use memslot::dirty::{Consumer, SoftwareOnly};
 use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, Hva, Limits, SlotFlags, SlotId, SlotSpec, SlotTable};
 use memslot_vm_memory::{Native, Space};
 
@@ -40,6 +41,11 @@ pub(crate) fn fresh(id: u32, gfn: u64, pages: u64) -> SlotSpec {
     spec(id, gfn, pages, map(pages))
 }
 
+/// The same with its dirty log on.
+pub(crate) fn logged(spec: SlotSpec) -> SlotSpec {
+    SlotSpec { flags: SlotFlags::LOG_DIRTY_PAGES, ..spec }
+}
+
 pub(crate) fn table(slots: &[SlotSpec]) -> SlotTable {
     let mut table = SlotTable::new(Limits::default()).unwrap();
     for slot in slots {
@@ -51,4 +57,12 @@ pub(crate) fn table(slots: &[SlotSpec]) -> SlotTable {
 pub(crate) fn space(table: &mut SlotTable) -> Space {
     // SAFETY: the tests' slots are made by `map`, which never unmaps.
     unsafe { Native::new(RAM).attach(table) }.unwrap()
+}
+
+/// Takes what was written since the last time: first frames and pages.
+pub(crate) fn harvested(consumer: &Consumer) -> Vec<(u64, u64)> {
+    let harvest = consumer.harvest(&mut SoftwareOnly).unwrap();
+    let runs = harvest.runs().map(|run| (run.gfns.start().get(), run.gfns.len())).collect();
+    harvest.commit();
+    runs
 }
