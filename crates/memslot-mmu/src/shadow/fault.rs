@@ -15,6 +15,7 @@
 
 use memslot::{Gfn, GfnRange, Gpa, HvaRange, Slot, SlotFlags};
 
+use super::fast::descend;
 use super::guest::{Entry, ErrorCode, GuestAccess, Mode, NoPage, Rights, Walk, WalkError, walk};
 use super::page::ShadowPage;
 use super::reserve::Reserve;
@@ -116,8 +117,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let walk = match walk(&Tables { locked: self, space }, paging, va, access) {
             Ok(Ok(walk)) => walk,
             Ok(Err(why)) => {
-                // The processor forgets what it knew of an address that faults.
-                self.sync_path(loaded, va);
+                // The processor forgets what it knew of an address that faults: of one without an entry, nothing.
+                if self.has_entry(loaded, va) {
+                    self.sync_path(loaded, va);
+                }
                 let (counter, fault) = match why {
                     NoPage::Fault(fault) => (Counter::Injected, ShadowFault::Inject(fault)),
                     NoPage::NoTable { entry, fault } => {
@@ -233,6 +236,11 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             page = child;
         }
         Some(page)
+    }
+
+    /// Whether there is anything at the end of the way to an address. Looks at the tables alone.
+    fn has_entry(&self, loaded: &Loaded, va: u64) -> bool {
+        descend(self.shared, loaded, va).is_some_and(|bottom| bottom.entry.load(Ordering::SeqCst) != 0)
     }
 
     /// The entries for an address agree with the guest's, from the root down.
