@@ -13,6 +13,7 @@ use core::ptr;
 
 use memslot::{AddressSpaceId, Gfn, GfnRange, OutOfMemory, Slot, SlotFlags};
 
+use super::ahead::Hints;
 use super::by_slot::Renamed;
 use super::directory::Directory;
 use super::page::ShadowPage;
@@ -86,6 +87,8 @@ pub(super) struct State {
     pub(super) syncs: u64,
     /// Counts searches for what is unsync.
     pub(super) walks: u64,
+    /// What comparisons have found that may be made [ahead](super::ahead).
+    pub(super) hints: Hints,
     /// The next page of the [pass](super::pass) that is under way.
     pub(super) pass: *mut ShadowPage,
     /// Frames whose slot is getting another id.
@@ -134,6 +137,7 @@ impl<H: ShadowHost> Shared<H> {
             nodes: SlotSetCache::default(),
             syncs: counters,
             walks: counters,
+            hints: Hints::default(),
             pass: ptr::null_mut(),
             renamed: Vec::new(),
             broken: None,
