@@ -4,6 +4,9 @@ use core::arch::asm;
 
 /// The register with the bit that turns SVM on, among others.
 pub(crate) const EFER: u32 = 0xc000_0080;
+/// Where the segments FS and GS begin.
+pub(crate) const FS_BASE: u32 = 0xc000_0100;
+pub(crate) const GS_BASE: u32 = 0xc000_0101;
 /// Where VMRUN may keep the host's state.
 pub(crate) const VM_HSAVE_PA: u32 = 0xc001_0117;
 

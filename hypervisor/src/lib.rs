@@ -164,7 +164,7 @@ fn linux(
     info: &StartInfo,
     options: &Options,
     mut guest: Guest,
-    mut vcpu: Vcpu,
+    mut vcpu: Box<Vcpu>,
     copy: u64,
 ) -> Result<(), String> {
     // SAFETY: the module lies in memory that nobody writes.

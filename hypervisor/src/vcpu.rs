@@ -135,7 +135,7 @@ impl Counts {
 /// See the [module documentation](self).
 pub(crate) struct Vcpu {
     pub(crate) vmcb: &'static mut Vmcb,
-    pub(crate) registers: Box<Registers>,
+    pub(crate) registers: Registers,
     pub(crate) counts: Counts,
     processor: &'static Processor,
     host: u64,
@@ -144,6 +144,8 @@ pub(crate) struct Vcpu {
     /// The last request for a flush that was fulfilled.
     flushed: u64,
     has_ticks: bool,
+    /// How many numbers the processor has for address spaces, its own included.
+    asids: u32,
     /// Without nested paging.
     pub(crate) shadow: Option<Box<shadow::Paging>>,
     /// Whether the guest's hidden segments are on the processor.
@@ -154,12 +156,14 @@ pub(crate) struct Vcpu {
 
 /// Whether shadow paging deals with an exit, and nothing else.
 fn is_frequent(code: u64) -> bool {
-    code == exit::PAGE_FAULT || (exit::READ_CONTROL_0..=exit::WRITE_CONTROL_15).contains(&code)
+    matches!(code, exit::PAGE_FAULT | exit::INVLPG)
+        || (exit::READ_CONTROL_0..=exit::WRITE_CONTROL_15).contains(&code)
 }
 
 impl Vcpu {
-    /// A virtual processor on this processor. Its state is all zeros.
-    pub(crate) fn new(processor: &'static Processor, nested_root: u64) -> Self {
+    /// A virtual processor on this processor. Its state is all zeros. In a piece of memory of its own, not spread over the stacks of those who
+    /// run it: each page that is touched for an exit costs a translation.
+    pub(crate) fn new(processor: &'static Processor, nested_root: u64) -> Box<Self> {
         processor.set_apic(crate::apic::id());
         let vmcb = Vmcb::leak();
         // Nothing is intercepted but what is said further down: 12 KiB of ports, 8 KiB of registers.
@@ -169,7 +173,9 @@ impl Vcpu {
         // Two bits for each register, read and write; the third group begins with C001_0000.
         let write_bit = (cpu::VM_HSAVE_PA & 0x1fff) * 2 + 1;
         pages[4].0[cpu::index(u64::from(write_bit / 8))] |= 1 << (write_bit % 8);
-        vmcb.control.asid = 1;
+        // The last one: so the first entry flushes whatever was there before, and begins anew.
+        let asids = svm::asids();
+        vmcb.control.asid = asids - 1;
         vmcb.control.nested_paging = 1;
         vmcb.control.nested_cr3 = nested_root << 12;
         vmcb.control.intercept_3 = intercept::PORTS | intercept::REGISTERS;
@@ -179,19 +185,20 @@ impl Vcpu {
         vmcb.save.dr6 = 0xffff_0ff0;
         vmcb.save.dr7 = 0x400;
         vmcb.save.rflags = 2;
-        Self {
+        Box::new(Self {
             vmcb,
-            registers: Box::new(Registers::new()),
+            registers: Registers::new(),
             counts: Counts::default(),
             processor,
             host: svm::save_host(),
             pending: [0; 4],
             flushed: u64::MAX,
             has_ticks: false,
+            asids,
             shadow: None,
             is_loaded: false,
             left: None,
-        }
+        })
     }
 
     /// Brings a new one into real mode, with all segments at 0, at an instruction.
@@ -263,12 +270,22 @@ impl Vcpu {
         }
     }
 
+    /// Whatever the processor has translated for the guest is not used any more: the guest's address space gets another number. All
+    /// translations are flushed only when there is no other left. (This virtual processor is the only one on its processor.)
+    fn forget_translations(&mut self) {
+        let control = &mut self.vmcb.control;
+        let next = control.asid + 1;
+        (control.asid, control.tlb_control) = if next < self.asids { (next, 0) } else { (1, 1) };
+    }
+
     /// `stays_loaded`: after frequent exits, which need nothing of the host's hidden segments, the guest's are left where they are.
     fn run_once(&mut self, stays_loaded: bool) -> Exit {
         self.make_pending();
         let request = self.processor.enter();
         // Whoever has set the bit, or the requests since the last entry, want a flush.
-        self.vmcb.control.tlb_control |= u32::from(request != self.flushed);
+        if request != self.flushed || self.vmcb.control.tlb_control != 0 {
+            self.forget_translations();
+        }
         self.flushed = request;
         self.vmcb.save.efer |= svm::EFER_SVME;
         let entered = cpu::ticks();

@@ -7,6 +7,7 @@ use super::{
     CR0_PAGING, CR0_TASK_SWITCHED, CR4_GLOBAL, EFER_LONG_MODE, EFER_LONG_MODE_ACTIVE, EFER_SVM, Event,
     PROTECTION, Paging, raise,
 };
+use crate::cpu;
 use crate::svm::Vmcb;
 use crate::vcpu::Vcpu;
 
@@ -55,8 +56,12 @@ impl Paging {
                 true
             }
             (Event::Invalidate, Operation::Invalidate(address)) => {
-                let save = &vcpu.vmcb.save;
-                let base = |segment| if segment == Base::Fs { save.fs.base } else { save.gs.base };
+                // They are still on the processor.
+                let base = |segment| {
+                    let register = if segment == Base::Fs { cpu::FS_BASE } else { cpu::GS_BASE };
+                    // SAFETY: the register exists on every processor that runs 64-bit code.
+                    unsafe { cpu::read_msr(register) }
+                };
                 let va = address.linear(next, |number| vcpu.register(number), base);
                 self.counts.invalidations += 1;
                 self.tables.invlpg(va);

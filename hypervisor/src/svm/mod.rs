@@ -100,6 +100,12 @@ pub(crate) fn enable() -> Result<(), &'static str> {
     Ok(())
 }
 
+/// How many address spaces the processor can tell apart: that of the host, which is number 0, and those of guests.
+pub(crate) fn asids() -> u32 {
+    // One of a guest's there is at least.
+    core::arch::x86_64::__cpuid(0x8000_000a).ebx.max(2)
+}
+
 /// Saves what VMLOAD brings back after the guest: once for each processor.
 pub(crate) fn save_host() -> u64 {
     let page = Page::leak().address();

@@ -50,7 +50,7 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// The next VMRUN flushes all translations of the guest.
+    /// At the next entry the guest has no translations from before.
     pub(crate) fn flush(&mut self) {
         self.tlb_control = 1;
     }

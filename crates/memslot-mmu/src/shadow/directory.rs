@@ -23,9 +23,10 @@ const CHAIN_BITS: u32 = if cfg!(loom) {
     12
 };
 
-fn hash(value: u64) -> usize {
-    // The upper bits of a product by the golden ratio.
-    (value.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 1 >> (63 - CHAIN_BITS)) as usize
+/// Frames side by side have chains side by side: tables often lie so, and one fault looks for several.
+fn hash(frame: u64) -> usize {
+    let folded = frame ^ frame >> CHAIN_BITS ^ frame >> (2 * CHAIN_BITS);
+    (folded & ((1 << CHAIN_BITS) - 1)) as usize
 }
 
 type Chains = Box<[AtomicPtr<ShadowPage>]>;

@@ -51,7 +51,7 @@ pub(super) struct Bottom<'s> {
     pub(super) index: usize,
 }
 
-/// The last entry on the way down to an address, without a lock: the caller is pinned.
+/// The last entry on the way down to an address: the caller is pinned, or has the lock.
 #[inline]
 pub(super) fn descend<'s, H: ShadowHost>(
     shared: &'s Shared<H>,
@@ -62,7 +62,7 @@ pub(super) fn descend<'s, H: ShadowHost>(
     let (mut table, mut level) = (root.table, root.level());
     loop {
         let index = level.index(va >> PAGE_SHIFT);
-        // SAFETY: linked tables are not freed before those inside have left.
+        // SAFETY: linked tables are not freed before those inside have left, nor without the lock.
         let entry = unsafe { &shared.host.reach(table).as_ref().0[index] };
         let seen = entry.load(Ordering::SeqCst);
         if !spte::is_table(seen, level) {

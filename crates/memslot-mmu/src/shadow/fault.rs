@@ -15,6 +15,7 @@
 
 use memslot::{Gfn, GfnRange, Gpa, HvaRange, Slot, SlotFlags};
 
+use super::fast::descend;
 use super::guest::{Entry, ErrorCode, GuestAccess, Mode, NoPage, Rights, Walk, WalkError, walk};
 use super::page::ShadowPage;
 use super::reserve::Reserve;
@@ -117,8 +118,10 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let walk = match walk(&Tables { locked: self, space }, paging, va, access) {
             Ok(Ok(walk)) => walk,
             Ok(Err(why)) => {
-                // The processor forgets what it knew of an address that faults.
-                self.sync_path(loaded, va);
+                // The processor forgets what it knew of an address that faults: of one without an entry, nothing.
+                if self.has_entry(loaded, va) {
+                    self.sync_path(loaded, va);
+                }
                 let (counter, fault) = match why {
                     NoPage::Fault(fault) => (Counter::Injected, ShadowFault::Inject(fault)),
                     NoPage::NoTable { entry, fault } => {
@@ -143,7 +146,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             self.sync_path(loaded, va);
             return Look::Done(ShadowFault::Mmio(gpa));
         };
-        let beside_invalidations = self.shared.invalidations.count() > 0 || !self.state.closed.is_empty();
+        let beside_invalidations = self.is_invalidating();
         if beside_invalidations {
             let one = range(gfn.get(), gfn.get() + 1);
             let is_closed = |(other, gfns): &(_, GfnRange)| *other == space && gfns.overlaps(&one);
@@ -236,6 +239,11 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         Some(page)
     }
 
+    /// Whether there is anything at the end of the way to an address. Looks at the tables alone.
+    fn has_entry(&self, loaded: &Loaded, va: u64) -> bool {
+        descend(self.shared, loaded, va).is_some_and(|bottom| bottom.entry.load(Ordering::SeqCst) != 0)
+    }
+
     /// The entries for an address agree with the guest's, from the root down.
     pub(super) fn sync_path(&mut self, loaded: &Loaded, va: u64) {
         let Some(mut page) = self.root(loaded, va) else { return };
@@ -309,17 +317,21 @@ pub(super) fn ask<H: ShadowHost>(
     if largest == Level::K4 && found.walk.page.len() > 1 && !found.beside_invalidations {
         find_direct_neighbours(found);
     }
-    for place in &mut found.neighbours {
-        let Some(neighbour) = place else { continue };
-        let rmap = found.slots.rmap_at(neighbour.slot.address_space(), neighbour.gfn);
-        let has_room = rmap.is_some_and(|rmap| rmap.reserve(Level::K4, neighbour.gfn).is_ok());
-        // Whether it can be had is its own fault's matter.
-        neighbour.frame = match shared.host.frame(&neighbour.slot, neighbour.gfn, Access::READ) {
-            Ok(Answer::Frame(frame)) if has_room => Some(frame),
-            _ => None,
-        };
+    for neighbour in found.neighbours.iter_mut().flatten() {
+        ask_for_neighbour(shared, &found.slots, neighbour);
     }
     Ok(Asked::Frame(frame))
+}
+
+/// Asks the host for the frame of an entry that is made ahead of its fault; makes room for it. Whether it can be had is its own fault's
+/// matter.
+pub(super) fn ask_for_neighbour<H: ShadowHost>(shared: &Shared<H>, slots: &Slots, neighbour: &mut Neighbour) {
+    let rmap = slots.rmap_at(neighbour.slot.address_space(), neighbour.gfn);
+    let has_room = rmap.is_some_and(|rmap| rmap.reserve(Level::K4, neighbour.gfn).is_ok());
+    neighbour.frame = match shared.host.frame(&neighbour.slot, neighbour.gfn, Access::READ) {
+        Ok(Answer::Frame(frame)) if has_room => Some(frame),
+        _ => None,
+    };
 }
 
 /// The pages of 4 KiB beside the one that has faulted, of a larger page of the guest.

@@ -125,7 +125,7 @@ impl<H: ShadowHost> Follower<H> {
                 locked.state.changes.add(change.space, change.gfns);
                 change.borders().for_each(|border| _ = locked.cut(change.space, border, usize::MAX));
             }
-            let old = core::mem::replace(&mut locked.state.slots, next);
+            let old = locked.replace_slots(next);
             let comes_again = locked.count_version();
             locked.state.closed.clear();
             locked.state.has_left = changes(update, forwards).any(|change| change.zaps());

@@ -2,7 +2,7 @@
 
 use memslot::{AddressSpaceId, Gfn, SlotFlags};
 
-use super::fault::{Found, Way, block, largest_untracked};
+use super::fault::{Found, Neighbour, Way, block, largest_untracked};
 use super::guest::{Entry, Mode, Rights};
 use super::page::ShadowPage;
 use super::reserve::Reserve;
@@ -176,44 +176,52 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             return;
         }
         for neighbour in found.neighbours.iter().flatten() {
-            let &super::fault::Neighbour { index, gpte, gfn, slot, frame: Some(frame) } = neighbour else {
-                continue;
-            };
-            let space: AddressSpaceId = slot.address_space();
-            if page.is_direct() != (gpte == 0)
-                || page.is_direct() && page.leaf_gfn(index, 0) != Some(gfn)
-                || spte::is_present(self.load(page, index))
-                || self.state.changes.since(found.change, space, block(Level::K4, gfn))
-            {
-                continue;
-            }
-            let mut rights = page.key.role.rights;
-            if !page.is_direct() {
-                let now = self.read_guest(space, page.key.gfn, |table| page.guest_entry(table, index));
-                if now != Some(gpte) {
-                    continue;
-                }
-                rights &= page.paging.rights_of(gpte);
-                if gpte & spte::DIRTY == 0 {
-                    rights -= Rights::WRITE;
-                }
-            }
-            let host_writable =
-                frame.access.contains(Access::WRITE) && !slot.flags().contains(SlotFlags::READONLY);
-            let may_write = host_writable && rights.contains(Rights::WRITE);
-            let leaf = Leaf {
-                pfn: frame.pfn,
-                level: Level::K4,
-                rights,
-                memory: frame.memory,
-                executable: frame.access.contains(Access::EXECUTE),
-                host_writable,
-                untracked: may_write && matches!(self.may_write(gfn, false), track::Verdict::Yes),
-                write: !self.shared.is_logged(&slot),
-            };
-            if self.map(reserve, page, index, gpte, (&slot, gfn), leaf.entry()).is_err() {
+            self.install_neighbour(reserve, page, neighbour, found.change);
+        }
+    }
+
+    /// One of them, or one that was found otherwise: after the change with this number.
+    pub(super) fn install_neighbour(
+        &mut self,
+        reserve: &mut Reserve,
+        page: &'g ShadowPage,
+        neighbour: &Neighbour,
+        change: u64,
+    ) {
+        let &Neighbour { index, gpte, gfn, slot, frame: Some(frame) } = neighbour else { return };
+        let space: AddressSpaceId = slot.address_space();
+        if page.is_direct() != (gpte == 0)
+            || page.is_direct() && page.leaf_gfn(index, 0) != Some(gfn)
+            || spte::is_present(self.load(page, index))
+            || self.state.changes.since(change, space, block(Level::K4, gfn))
+        {
+            return;
+        }
+        let mut rights = page.key.role.rights;
+        if !page.is_direct() {
+            let now = self.read_guest(space, page.key.gfn, |table| page.guest_entry(table, index));
+            if now != Some(gpte) {
                 return;
             }
+            rights &= page.paging.rights_of(gpte);
+            if gpte & spte::DIRTY == 0 {
+                rights -= Rights::WRITE;
+            }
+        }
+        let host_writable =
+            frame.access.contains(Access::WRITE) && !slot.flags().contains(SlotFlags::READONLY);
+        let may_write = host_writable && rights.contains(Rights::WRITE);
+        let leaf = Leaf {
+            pfn: frame.pfn,
+            level: Level::K4,
+            rights,
+            memory: frame.memory,
+            executable: frame.access.contains(Access::EXECUTE),
+            host_writable,
+            untracked: may_write && matches!(self.may_write(gfn, false), track::Verdict::Yes),
+            write: !self.shared.is_logged(&slot),
+        };
+        if self.map(reserve, page, index, gpte, (&slot, gfn), leaf.entry()).is_ok() {
             self.count(Counter::Prefetched);
         }
     }

@@ -27,7 +27,7 @@
 //! * Each page also has the [set of slots](slot_set) that its leaves are of.
 //! * **Write tracking** (`track`): frames with a shadowed table are write-protected, or the shadow page is *unsync*.
 //! * **Unsync** (`sync`): a table that the guest is writing is left alone until the guest flushes.
-//! * **The fault path** (`fault`, `install`, `fast`; `mmio` where there is no memory), and what takes away (`zap`, `find`).
+//! * **The fault path** (`fault`, `install`, `fast`; `mmio` where there is no memory; `ahead` of it), and what takes away (`zap`, `find`).
 //! * **Slots that change** (`follow`): entries whose frames keep their memory stay, whatever slot these are of; `collapse` lets large pages
 //!   be made again when logging stops.
 //! * [`check`](Shadow::check): what holds between two operations.
@@ -130,6 +130,7 @@
 
 pub mod guest;
 
+mod ahead;
 mod by_slot;
 mod check;
 mod collapse;

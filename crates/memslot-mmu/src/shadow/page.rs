@@ -20,6 +20,10 @@ use crate::sync::{AtomicPtr, AtomicU64, AtomicUsize, Mutex, Ordering};
 /// See the [module documentation](self).
 ///
 /// Everything that changes while it can be found is atomic, and changed with the lock held; what is read without the lock says so.
+///
+/// In this order in memory: whoever is on the way down reads of each page a little of what stands first, and one of the guest's
+/// entries. So both mostly lie in one page of memory.
+#[repr(C)]
 pub(super) struct ShadowPage {
     pub(super) key: Key,
     /// The table.
@@ -30,11 +34,6 @@ pub(super) struct ShadowPage {
     pub(super) generation: u64,
     /// The entries that lead here.
     pub(super) parents: Parents<SpteRef>,
-    /// Of each entry that is present, the guest's entry that it was made of; else 0. What an unsync table is compared
-    /// with. Read by the fast path without the lock.
-    pub(super) gptes: [AtomicU64; ENTRIES],
-    /// Of each entry that is present, where it is filed in the reverse map; else 0.
-    pub(super) filed: [AtomicU64; ENTRIES],
     /// Counts entries that were filed. Read by the fast path without the lock.
     pub(super) version: AtomicU64,
     /// Whether it was given up. Read by virtual processors whose root it is.
@@ -56,6 +55,11 @@ pub(super) struct ShadowPage {
     /// The slots that its leaves are of.
     pub(super) slots: Mutex<SlotSet>,
     pub(super) links: Links,
+    /// Of each entry that is present, the guest's entry that it was made of; else 0. What an unsync table is compared
+    /// with. Read by the fast path without the lock.
+    pub(super) gptes: [AtomicU64; ENTRIES],
+    /// Of each entry that is present, where it is filed in the reverse map; else 0.
+    pub(super) filed: [AtomicU64; ENTRIES],
 }
 
 /// Where it is found.

@@ -8,10 +8,12 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::cell::Cell;
 use core::ptr;
 
 use memslot::{AddressSpaceId, Gfn, GfnRange, OutOfMemory, Slot, SlotFlags};
 
+use super::ahead::Hints;
 use super::by_slot::Renamed;
 use super::directory::Directory;
 use super::page::ShadowPage;
@@ -62,6 +64,8 @@ pub(super) struct Shared<H: ShadowHost> {
 /// What the lock protects.
 pub(super) struct State {
     pub(super) slots: Counted<Slots>,
+    /// The slot that was looked up last, of [`slots`](Self::slots): mostly the next one, too.
+    last_slot: Cell<Option<(AddressSpaceId, Slot)>>,
     pub(super) writer: Writer<SpteRef>,
     pub(super) changes: Changes,
     pub(super) cells: Cells,
@@ -90,6 +94,8 @@ pub(super) struct State {
     pub(super) syncs: u64,
     /// Counts searches for what is unsync.
     pub(super) walks: u64,
+    /// What comparisons have found that may be made [ahead](super::ahead).
+    pub(super) hints: Hints,
     /// The next page of the [pass](super::pass) that is under way.
     pub(super) pass: *mut ShadowPage,
     /// Frames whose slot is getting another id.
@@ -124,6 +130,7 @@ impl<H: ShadowHost> Shared<H> {
         };
         let state = State {
             slots,
+            last_slot: Cell::new(None),
             writer,
             changes: Changes::starting_at(counters),
             cells: Cells::new(),
@@ -139,6 +146,7 @@ impl<H: ShadowHost> Shared<H> {
             nodes: SlotSetCache::default(),
             syncs: counters,
             walks: counters,
+            hints: Hints::default(),
             pass: ptr::null_mut(),
             renamed: Vec::new(),
             broken: None,
@@ -227,7 +235,7 @@ pub(super) struct Locked<'g, H: ShadowHost> {
 }
 
 /// A count of entries, and of what costs as much as looking at one.
-pub(super) type Work = core::cell::Cell<usize>;
+pub(super) type Work = Cell<usize>;
 
 impl<'g, H: ShadowHost> Locked<'g, H> {
     /// So many entries were looked at.
@@ -286,8 +294,24 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         unsafe { self.shared.host.reach(page.table).as_ref() }
     }
 
+    /// The slot that has this frame.
+    #[inline]
     pub(super) fn slot_at(&self, space: AddressSpaceId, gfn: Gfn) -> Option<Slot> {
-        self.state.slots.slot_at(space, gfn).copied()
+        if let Some((its_space, slot)) = self.state.last_slot.get() {
+            if its_space == space && slot.gfns().contains(gfn) {
+                debug_assert_eq!(self.state.slots.slot_at(space, gfn), Some(&slot));
+                return Some(slot);
+            }
+        }
+        let slot = self.state.slots.slot_at(space, gfn).copied()?;
+        self.state.last_slot.set(Some((space, slot)));
+        Some(slot)
+    }
+
+    /// From now on the slots are these. Returns what they were.
+    pub(super) fn replace_slots(&mut self, slots: Counted<Slots>) -> Counted<Slots> {
+        self.state.last_slot.set(None);
+        core::mem::replace(&mut self.state.slots, slots)
     }
 
     /// Files an entry in one of the reverse map's lists.

@@ -28,6 +28,8 @@
 //! that patches its code through a page table of its own, as Linux does, loads CR3 twice for each time it writes there.)
 
 use super::ShadowHost;
+use super::ahead::Hints;
+use super::fault::GROUP;
 use super::guest::{Entry, Rights};
 use super::page::ShadowPage;
 use super::shared::Locked;
@@ -81,6 +83,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
 
     /// A flush of the guest's begins: what was written before is seen when it ends. Returns its number.
     pub(super) fn begin_sync(&mut self) -> u64 {
+        self.forget_hints();
         self.state.syncs = self.state.syncs.wrapping_add(1);
         self.state.syncs
     }
@@ -200,21 +203,36 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
         let slot = self.slot_at(space, gfn);
         let shared = self.shared;
         let mut changed = 0;
+        // What the guest has and we have not: the first of them, and how many.
+        let (mut others, mut count) = ([(0, 0); GROUP], 0);
+        let has_leaves = page.level() == Level::K4;
         let compared = slot.and_then(|slot| {
             shared.host.with_page(&slot, gfn, |table| {
                 for index in 0..ENTRIES {
                     let seen = page.gptes[index].load(Ordering::Relaxed);
-                    if seen == 0 {
-                        continue;
-                    }
                     let now = page.guest_entry(table, index);
-                    if now != seen {
+                    if seen != 0 {
+                        if now == seen {
+                            continue;
+                        }
                         self.sync_entry(page, index, now);
                         changed += 1;
+                        if page.gptes[index].load(Ordering::Relaxed) != 0 {
+                            continue;
+                        }
+                    }
+                    if has_leaves && Hints::is_one(now) {
+                        if let Some(place) = others.get_mut(count) {
+                            *place = (index, now);
+                        }
+                        count += 1;
                     }
                 }
             })
         });
+        if let Some(others) = others.get(..count) {
+            self.state.hints.note(page, others);
+        }
         if compared.is_none() {
             // There is no memory any more: nothing is present.
             for index in 0..ENTRIES {

@@ -165,7 +165,7 @@ impl<H: ShadowHost> ShadowVcpu<H> {
         }
         let old = self.loaded.take();
         let reserve = &mut self.reserve;
-        let (loaded, sync, mut is_done) = shared.with(|locked| {
+        let (loaded, sync, mut done) = shared.with(|locked| {
             locked.count(Counter::Loads);
             let sync = locked.begin_sync();
             locked.make_room(super::reserve::PAGES);
@@ -180,11 +180,19 @@ impl<H: ShadowHost> ShadowVcpu<H> {
             if let Some(old) = old {
                 locked.remove_roots(&old);
             }
-            let is_done = locked.sync_roots(&loaded, Level::K4, sync);
-            (loaded, sync, is_done)
+            let done = locked.sync_roots(&loaded, Level::K4, sync).then(|| locked.has_hints());
+            (loaded, sync, done)
         });
-        while !is_done {
-            is_done = shared.with_in_turn(|locked| locked.sync_roots(&loaded, Level::K4, sync));
+        let has_hints = loop {
+            if let Some(has_hints) = done {
+                break has_hints;
+            }
+            done = shared.with_in_turn(|locked| {
+                locked.sync_roots(&loaded, Level::K4, sync).then(|| locked.has_hints())
+            });
+        };
+        if has_hints {
+            super::ahead::make(shared, &mut self.reserve);
         }
         if let Some(pae) = self.pae {
             // SAFETY: allocated by this processor, which frees it when it is dropped.

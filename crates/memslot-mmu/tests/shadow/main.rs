@@ -2,6 +2,7 @@
 #![cfg(not(loom))]
 #![allow(missing_docs, unreachable_pub, reason = "a test program")]
 
+mod ahead;
 mod collapse;
 mod debts;
 mod holds;
