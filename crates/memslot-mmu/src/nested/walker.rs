@@ -125,14 +125,36 @@ impl<F: Format, H: Host> Walker<F, H> {
             let (gfn, end) = (Gfn::new(wish.gfn), Gfn::new(Shared::<F, H>::END));
             return Err(FaultError::BeyondTables { gfn, end });
         }
+        let attempt = {
+            let pin = self.mmu.shared.pin(&self.cell);
+            pin.attempt(&mut self.cache, &mut self.last_slot, wish)?
+        };
+        match attempt {
+            Some(Attempt::Done(fault, pages)) => Ok((fault, pages)),
+            Some(Attempt::Tables(needed)) => self.resolve_again(wish, needed),
+            None => self.resolve_again(wish, 0),
+        }
+    }
+
+    /// After an attempt that was overtaken, or had too few tables. Apart, so that a fault that finds its table keeps nothing
+    /// for a second attempt.
+    #[inline(never)]
+    fn resolve_again(
+        &mut self,
+        wish: &Wish,
+        mut needed: usize,
+    ) -> Result<(Fault, u64), FaultError<H::Error>> {
         loop {
+            if needed > self.cache.len() {
+                self.cache.top_up(&self.mmu.shared, needed)?;
+            }
             let attempt = {
                 let pin = self.mmu.shared.pin(&self.cell);
                 pin.fault(&mut self.cache, &mut self.last_slot, wish)?
             };
             match attempt {
                 Attempt::Done(fault, pages) => return Ok((fault, pages)),
-                Attempt::Tables(needed) => self.cache.top_up(&self.mmu.shared, needed)?,
+                Attempt::Tables(tables) => needed = tables,
             }
         }
     }
