@@ -30,16 +30,23 @@ pub(crate) struct Inner {
     pub(crate) processor: loom::sync::Mutex<()>,
     /// What is in the guest's page.
     pub(crate) contents: AtomicUsize,
+    keeps: bool,
 }
 
 impl LoomHost {
     pub(crate) fn new(user: UserHost, home: Home) -> Self {
+        Self::keeping(user, home, false)
+    }
+
+    /// Whether tables that are freed stay in memory: for models in which somebody is inside, which loom is to notice.
+    pub(crate) fn keeping(user: UserHost, home: Home, keeps: bool) -> Self {
         Self(Arc::new(Inner {
             user,
             home,
             offset: AtomicUsize::new(0),
             processor: loom::sync::Mutex::new(()),
             contents: AtomicUsize::new(0),
+            keeps,
         }))
     }
 }
@@ -51,6 +58,11 @@ unsafe impl TableMemory for LoomHost {
     }
 
     unsafe fn free(&self, first: Pfn, tables: usize) {
+        if self.0.keeps {
+            // SAFETY: it is never freed; whoever uses it still makes loom panic.
+            let table = unsafe { &mut *self.reach(first).as_ptr() };
+            return table.0.iter_mut().for_each(|entry| entry.with_mut(|_| ()));
+        }
         // SAFETY: passed on.
         unsafe { self.0.user.free(first, tables) }
     }

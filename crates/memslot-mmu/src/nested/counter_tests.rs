@@ -82,7 +82,7 @@ impl<F: Format> Guest<F> {
         let log = DirtyLog::attach(&mut table).unwrap();
         let dirty = if F::DIRTY == 0 { DirtyMode::WriteProtect } else { DirtyMode::Hardware };
         let config = Config { log: Some(log.clone()), dirty, largest: Level::M2, ..Config::default() };
-        let mmu = Mmu::starting_at(&mut table, Hooked::default(), config, counters).unwrap();
+        let mmu = Mmu::starting_at(&mut table, Hooked::default(), config, None, counters).unwrap();
         let vcpu = mmu.walker().unwrap();
         let mut guest = Self { table: Arc::new(Mutex::new(table)), log, mmu, vcpu };
         guest.create(0, 0, 64);

@@ -76,7 +76,7 @@ pub(crate) struct LastSlot {
 impl LastSlot {
     pub(crate) const NONE: Self = Self { serial: 0, slot: None };
 
-    #[inline]
+    #[inline(always)]
     fn find<F: Format, H: Host>(
         &mut self,
         shared: &Shared<F, H>,
@@ -85,10 +85,18 @@ impl LastSlot {
     ) -> Option<&Slot> {
         let hit = self.serial == published.serial
             && self.slot.as_ref().is_some_and(|slot| gfn.wrapping_sub(slot.base_gfn().get()) < slot.pages());
-        if !hit {
-            self.slot = Some(*published.view.slot_at(shared.space(), Gfn::new(gfn))?);
-            self.serial = published.serial;
-        }
+        if hit { self.slot.as_ref() } else { self.look_up(shared, published, gfn) }
+    }
+
+    #[inline(never)]
+    fn look_up<F: Format, H: Host>(
+        &mut self,
+        shared: &Shared<F, H>,
+        published: &Published,
+        gfn: u64,
+    ) -> Option<&Slot> {
+        self.slot = Some(*published.view.slot_at(shared.space(), Gfn::new(gfn))?);
+        self.serial = published.serial;
         self.slot.as_ref()
     }
 }
@@ -121,7 +129,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
     }
 
     /// Resolves a fault, or says what is missing for it. `wish.gfn` is below [`Shared::END`].
-    #[inline]
+    #[inline(never)]
     pub(crate) fn fault(
         &self,
         cache: &mut Cache,
@@ -136,9 +144,9 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         Ok(Attempt::Done(Fault::Retry, 0))
     }
 
-    /// `None` where somebody was quicker.
-    #[inline]
-    fn attempt(
+    /// The same once; `None` where somebody was quicker.
+    #[inline(always)]
+    pub(super) fn attempt(
         &self,
         cache: &mut Cache,
         last_slot: &mut LastSlot,
@@ -218,7 +226,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
     }
 
     /// Puts a page, or a path to it, into an empty entry.
-    #[inline]
+    #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "all of what a fault has found")]
     fn install(
         &self,
@@ -364,7 +372,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
     }
 
     /// Write access to `gfns` was granted, according to this version of the slots.
-    #[inline]
+    #[inline(always)]
     fn granted(&self, published: &Published, mark: bool, gfns: GfnRange) {
         if mark {
             self.shared.mark(gfns);

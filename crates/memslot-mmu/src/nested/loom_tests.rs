@@ -5,9 +5,9 @@
 
 use loom::sync::atomic::Ordering;
 use loom::thread;
-use memslot::dirty::{Consumer, DirtyLog};
+use memslot::dirty::{Consumer, DirtyLog, HeavyFence};
 use memslot::{
-    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, Slot, SlotFlags, SlotId, SlotSpec,
+    AddressSpaceId, Backing, Gfn, GfnRange, Gpa, Hva, HvaRange, Limits, SlotFlags, SlotId, SlotSpec,
     SlotTable,
 };
 
@@ -16,7 +16,7 @@ use super::fault::Fault;
 use super::{Config, DirtyMode, Mmu, Walker};
 use crate::format::{Access, Format, Npt};
 use crate::level::Level;
-use crate::loom_host::LoomHost;
+use crate::loom_host::{Home, LoomHost};
 use crate::user::UserHost;
 
 pub(super) type Tables = Mmu<Npt<2>, LoomHost>;
@@ -24,6 +24,7 @@ pub(super) type Vcpu = Walker<Npt<2>, LoomHost>;
 
 const RAM: AddressSpaceId = AddressSpaceId::NORMAL;
 const HVA: u64 = 0x7000_0000;
+const HOME: Home = |slot, gfn| (slot.hva_of(gfn).map_or(0, Hva::get) >> 12, slot.gfns());
 
 pub(super) struct Guest {
     table: SlotTable,
@@ -40,12 +41,22 @@ impl Guest {
     pub(super) fn noticing(dirty: DirtyMode, has_log: bool, largest: Level, flags: SlotFlags) -> Self {
         let mut table = SlotTable::new(Limits::default()).unwrap();
         let log = has_log.then(|| DirtyLog::attach(&mut table).unwrap());
-        let home = |slot: &Slot, gfn| (slot.hva_of(gfn).map_or(0, Hva::get) >> 12, slot.gfns());
-        let host = LoomHost::new(UserHost::default(), home);
+        let host = LoomHost::new(UserHost::default(), HOME);
         let config = Config { log: log.clone(), largest, dirty, ..Config::default() };
         let mmu = Mmu::attach(&mut table, host.clone(), config).unwrap();
         let mut guest = Self { table, log, mmu, host };
         guest.create(flags);
+        guest
+    }
+
+    /// Pages of 4 KiB, with this fence; `keeps` as for the host.
+    pub(super) fn with_fence(fence: Box<dyn HeavyFence>, keeps: bool) -> Self {
+        let mut table = SlotTable::new(Limits::default()).unwrap();
+        let host = LoomHost::keeping(UserHost::default(), HOME, keeps);
+        let config = Config { largest: Level::K4, ..Config::default() };
+        let mmu = Mmu::attach_with_fence(&mut table, host.clone(), config, fence).unwrap();
+        let mut guest = Self { table, log: None, mmu, host };
+        guest.create(SlotFlags::empty());
         guest
     }
 
@@ -68,7 +79,7 @@ impl Guest {
         vcpu
     }
 
-    fn pfn(&self, gfn: u64) -> Option<u64> {
+    pub(super) fn pfn(&self, gfn: u64) -> Option<u64> {
         self.mmu.walker().unwrap().translate(gpa(gfn)).map(|mapping| mapping.pfn.get())
     }
 }

@@ -33,7 +33,8 @@
 //! whatever the table holds. A processor may go on through it until it is flushed; a fault may even install something
 //! in it meanwhile, which is gone with the flush. After the flush the table waits until every walker that was inside
 //! has left ([epochs](crate)), and only then is it freed, with all that is below it. No walker reads a freed table,
-//! and none waits.
+//! and none waits. That a walker is inside must be visible before it looks, which is much of what a fault costs; a heavy
+//! fence takes that over to whoever frees ([`Mmu::attach_with_fence`]).
 //!
 //! **5. What one owes, others pay.** Between an operation's change and its flush, processors use what the tables no
 //! longer say. Another operation that finds its range empty already must not believe that nobody uses it: if a flush
@@ -72,11 +73,15 @@ pub(crate) mod zap;
 #[cfg(all(test, not(loom)))]
 mod counter_tests;
 #[cfg(all(test, loom))]
+mod loom_light;
+#[cfg(all(test, loom))]
 mod loom_steps;
 #[cfg(all(test, loom))]
 mod loom_tests;
 
-use memslot::dirty::DirtyLog;
+use alloc::boxed::Box;
+
+use memslot::dirty::{DirtyLog, HeavyFence};
 use memslot::{AddressSpaceId, OutOfMemory, PageSize, SlotTable};
 
 use self::follow::Follower;
@@ -230,7 +235,49 @@ impl<F: Format, H: Host + Send + Sync + 'static> Mmu<F, H> {
     /// # Errors
     /// [`AttachError`].
     pub fn attach(table: &mut SlotTable, host: H, config: Config) -> Result<Self, AttachError> {
-        Self::starting_at(table, host, config, 0)
+        Self::starting_at(table, host, config, None, 0)
+    }
+
+    /// The same, with a fence that makes every fault cheaper, and each freeing of tables and each change of slots dearer by
+    /// its price.
+    ///
+    /// A walker announces itself before it looks at the tables, so that none is freed under it; without this by an atomic
+    /// exchange. The fence must reach every thread that has a [`Walker`] or a [`DirtyRearm`](crate::DirtyRearm). It is called
+    /// with the tables' lock held. For as long as it is refused, no table is freed that has been in use, and faults go on.
+    ///
+    /// On Linux, with the feature `membarrier` of the `memslot` crate, that is its `Membarrier`. A hypervisor sends an interrupt to
+    /// the processors that run such threads, and waits until all have taken it.
+    ///
+    /// ```
+    /// use memslot::dirty::{FenceRefused, HeavyFence};
+    /// use memslot::{Limits, SlotTable};
+    /// use memslot_mmu::{Config, Mmu, format::Npt, user::UserHost};
+    ///
+    /// /// A system of one processor: every interrupt, and so every change of threads, is a barrier.
+    /// struct OneProcessor;
+    ///
+    /// impl HeavyFence for OneProcessor {
+    ///     fn fence(&self) -> Result<(), FenceRefused> {
+    ///         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    ///         Ok(())
+    ///     }
+    /// }
+    ///
+    /// let mut table = SlotTable::new(Limits::default())?;
+    /// let (host, config, fence) = (UserHost::default(), Config::default(), Box::new(OneProcessor));
+    /// let mmu = Mmu::<Npt, _>::attach_with_fence(&mut table, host, config, fence)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`AttachError`].
+    pub fn attach_with_fence(
+        table: &mut SlotTable,
+        host: H,
+        config: Config,
+        fence: Box<dyn HeavyFence>,
+    ) -> Result<Self, AttachError> {
+        Self::starting_at(table, host, config, Some(fence), 0)
     }
 
     /// With all counters at a value of the caller's choice, so that tests can go through the wrap.
@@ -238,6 +285,7 @@ impl<F: Format, H: Host + Send + Sync + 'static> Mmu<F, H> {
         table: &mut SlotTable,
         host: H,
         config: Config,
+        heavy: Option<Box<dyn HeavyFence>>,
         counters: u64,
     ) -> Result<Self, AttachError> {
         let page = table.view().page_size();
@@ -247,7 +295,7 @@ impl<F: Format, H: Host + Send + Sync + 'static> Mmu<F, H> {
         if config.dirty == DirtyMode::Hardware && F::DIRTY == 0 {
             return Err(AttachError::NoDirtyBit { format: F::NAME });
         }
-        let shared = Shared::starting_at(host, config, table.snapshot(), counters)?;
+        let shared = Shared::starting_at(host, config, table.snapshot(), heavy, counters)?;
         let shared = Counted::new(shared).map_err(TableError::from)?;
         let mmu = Self { shared };
         let follower = try_box(Follower::new(mmu.clone())).map_err(TableError::from)?;

@@ -186,8 +186,7 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
         }
         if self.task == Task::Protect(Take::Writing) && self.copies > 0 && self.spare.cache.len() == 0 {
             // Without tables it works, too.
-            let tables =
-                usize::try_from((self.end - self.at).div_ceil(Level::M2.pages())).unwrap_or(usize::MAX);
+            let tables = self.copies_ahead();
             let _ = self.spare.cache.fill(&self.mmu.shared, 0, tables);
             self.copies = if self.spare.cache.len() == 0 {
                 0
@@ -216,6 +215,15 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
             owed.gfns = Some(hull(owed.gfns, gfns));
         }
         !is_done
+    }
+
+    /// How many tables there are to copy, if what comes next is like all of the rest.
+    fn copies_ahead(&self) -> usize {
+        let mut locked = self.mmu.shared.lock();
+        let (pin, _) = locked.pin();
+        let next = pin.place_down_to(self.at, Level::M2);
+        let level = if F::is_table(next.seen, next.level) { next.level } else { next.level.up() };
+        usize::try_from((self.end - self.at).div_ceil(level.pages())).unwrap_or(usize::MAX)
     }
 
     /// Does all that is left.

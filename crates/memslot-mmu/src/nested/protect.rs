@@ -145,10 +145,12 @@ impl<F: Format, H: Host> ProtectByCopy<'_, F, H> {
     fn copy(&self, table: &Table, level: Level, frame: Pfn) -> bool {
         let copy = self.cache.table(self.shared, frame);
         if level == Level::K4 {
-            for (from, to) in table.0.iter().zip(&copy.0) {
-                let entry = from.load(Ordering::SeqCst);
-                let taken = if F::is_present(entry) { F::WRITE } else { 0 };
-                to.store(entry & !taken, Ordering::Relaxed);
+            // Pieces of so many entries are copied without a loop.
+            const PIECE: usize = if ENTRIES < 8 { ENTRIES } else { 8 };
+            for (from, to) in table.0.chunks_exact(PIECE).zip(copy.0.chunks_exact(PIECE)) {
+                for (from, to) in from.iter().zip(to) {
+                    to.store(protected::<F>(from.load(Ordering::SeqCst)), Ordering::Relaxed);
+                }
             }
             return true;
         }
@@ -157,11 +159,17 @@ impl<F: Format, H: Host> ProtectByCopy<'_, F, H> {
             if F::is_table(entry, level) {
                 return false;
             }
-            let taken = if F::is_present(entry) { F::WRITE } else { 0 };
-            to.store(entry & !taken, Ordering::Relaxed);
+            to.store(protected::<F>(entry), Ordering::Relaxed);
         }
         true
     }
+}
+
+/// An entry without write access.
+#[inline]
+fn protected<F: Format>(entry: u64) -> u64 {
+    let protected = entry & !F::WRITE;
+    if F::is_present(entry) { protected } else { entry }
 }
 
 impl<F: Format, H: Host> Visit for ProtectByCopy<'_, F, H> {

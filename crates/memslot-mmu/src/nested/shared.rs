@@ -4,6 +4,7 @@ use alloc::boxed::Box;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 
+use memslot::dirty::HeavyFence;
 use memslot::{AddressSpaceId, GfnRange, OutOfMemory, Slot, SlotFlags, Snapshot, View};
 
 use super::epoch::{Cell, Cells, Epoch};
@@ -36,6 +37,8 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) host: H,
     pub(crate) config: Config,
     pub(crate) root: Pfn,
+    /// What lets walkers announce themselves with a plain store.
+    heavy: Option<Box<dyn HeavyFence>>,
     /// Replaced with the lock held, read under a pin or the lock.
     published: AtomicPtr<Published>,
     epoch: Epoch,
@@ -84,6 +87,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         host: H,
         config: Config,
         view: Snapshot,
+        heavy: Option<Box<dyn HeavyFence>>,
         counters: u64,
     ) -> Result<Self, AttachError> {
         let limit = config.tables;
@@ -107,6 +111,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             host,
             config,
             root,
+            heavy,
             published: AtomicPtr::new(Box::into_raw(published)),
             epoch: Epoch::starting_at(counters),
             invalidations: Invalidations::starting_at(counters),
@@ -250,7 +255,7 @@ impl<F: Format, H: Host> Shared<F, H> {
     /// Announces the walker of `cell`. It is not inside yet.
     #[inline]
     pub(crate) fn pin<'a>(&'a self, cell: &'a Cell) -> Pin<'a, F, H> {
-        self.epoch.enter(cell);
+        self.epoch.enter(cell, self.heavy.is_some());
         Pin { shared: self, cell: Some(cell) }
     }
 
@@ -396,10 +401,11 @@ impl<'a, F: Format, H: Host, G: DerefMut<Target = State>> Locked<'a, F, H, G> {
     /// Lets go of versions that no walker looks at any more.
     pub(crate) fn drop_replaced(&mut self) {
         let state = &mut *self.state;
+        let (cells, heavy) = (&mut state.cells, self.shared.heavy.as_deref());
         // All behind one that can go are older.
         let mut kept = 0;
         let mut next = state.replaced.as_deref();
-        while let Some(published) = next.filter(|published| !state.cells.have_passed(published.stamp)) {
+        while let Some(published) = next.filter(|published| !cells.have_passed(published.stamp, heavy)) {
             kept += 1;
             next = published.next.as_deref();
         }
@@ -431,7 +437,7 @@ impl<'a, F: Format, H: Host, G: DerefMut<Target = State>> Locked<'a, F, H, G> {
     /// Frees up to `budget` tables that no walker is inside of any more.
     pub(crate) fn reclaim(&mut self, mut budget: usize) {
         while let Some(&Grave { stamp: Some(stamp), .. }) = self.state.graves.first(&self.state.limbo) {
-            if budget == 0 || !self.state.cells.have_passed(stamp) {
+            if budget == 0 || !self.state.cells.have_passed(stamp, self.shared.heavy.as_deref()) {
                 return;
             }
             // All with this stamp, without looking at the cells again.

@@ -73,7 +73,18 @@ impl<F: Format, H: Host> Walker<F, H> {
     pub fn fault(&mut self, gpa: Gpa, access: Access) -> Result<Fault, FaultError<H::Error>> {
         let gfn = gpa.get() >> PAGE_SHIFT;
         let wish = Wish { gfn, access, end: gfn + 1, prefault: false };
-        self.resolve(&wish).map(|(fault, _)| fault)
+        // The first attempt stands alone: a fault that finds its table keeps nothing for a second one.
+        let needed = if gfn < Shared::<F, H>::END {
+            let pin = self.mmu.shared.pin(&self.cell);
+            match pin.attempt(&mut self.cache, &mut self.last_slot, &wish)? {
+                Some(Attempt::Done(fault, _)) => return Ok(fault),
+                Some(Attempt::Tables(needed)) => needed,
+                None => 0,
+            }
+        } else {
+            0
+        };
+        self.resolve(&wish, needed).map(|(fault, _)| fault)
     }
 
     /// Maps frames before they are used, as a read would, until all are mapped or `budget` tries were made. A page
@@ -104,7 +115,7 @@ impl<F: Format, H: Host> Walker<F, H> {
                 break;
             }
             let wish = Wish { gfn, access: Access::READ, end, prefault: true };
-            let (fault, pages) = self.resolve(&wish)?;
+            let (fault, pages) = self.resolve(&wish, 0)?;
             last = fault;
             if !matches!(fault, Fault::Mapped(_) | Fault::AlreadyMapped) {
                 break;
@@ -119,20 +130,24 @@ impl<F: Format, H: Host> Walker<F, H> {
         self.cache.top_up(&self.mmu.shared, 1).expect("there is memory");
     }
 
-    #[inline]
-    fn resolve(&mut self, wish: &Wish) -> Result<(Fault, u64), FaultError<H::Error>> {
+    /// Resolves a fault, with so many tables to begin with.
+    #[inline(never)]
+    fn resolve(&mut self, wish: &Wish, mut needed: usize) -> Result<(Fault, u64), FaultError<H::Error>> {
         if wish.gfn >= Shared::<F, H>::END {
             let (gfn, end) = (Gfn::new(wish.gfn), Gfn::new(Shared::<F, H>::END));
             return Err(FaultError::BeyondTables { gfn, end });
         }
         loop {
+            if needed > self.cache.len() {
+                self.cache.top_up(&self.mmu.shared, needed)?;
+            }
             let attempt = {
                 let pin = self.mmu.shared.pin(&self.cell);
                 pin.fault(&mut self.cache, &mut self.last_slot, wish)?
             };
             match attempt {
                 Attempt::Done(fault, pages) => return Ok((fault, pages)),
-                Attempt::Tables(needed) => self.cache.top_up(&self.mmu.shared, needed)?,
+                Attempt::Tables(tables) => needed = tables,
             }
         }
     }

@@ -130,7 +130,7 @@ impl Pool {
         let central = &mut *central;
         for _ in 0..rounds {
             if !self.waiting.is_empty() {
-                if !central.cells.have_passed(self.stamp) {
+                if !central.cells.have_passed(self.stamp, None) {
                     return;
                 }
                 while let Some(number) = self.waiting.few.pop() {

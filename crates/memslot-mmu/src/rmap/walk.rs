@@ -29,7 +29,7 @@ impl<E: RmapEntry> Walker<E> {
     /// that were taken out since are not used again before it is dropped.
     #[inline]
     pub fn enter(&mut self) -> Inside<'_, E> {
-        self.shared.epoch.enter(&self.cell);
+        self.shared.epoch.enter(&self.cell, false);
         Inside { cell: &self.cell, entries: PhantomData }
     }
 }

@@ -83,7 +83,7 @@ pub(super) fn fast_fault<H: ShadowHost>(
     if !access.contains(GuestAccess::WRITE) || loaded.is_stale(shared) {
         return None;
     }
-    shared.epoch.enter(cell);
+    shared.epoch.enter(cell, false);
     let _pinned = Pinned(cell);
     let Bottom { table, level, entry, index } = descend(shared, loaded, va)?;
     if !spte::is_present(entry.load(Ordering::SeqCst)) {

@@ -90,7 +90,7 @@ pub(super) fn remembered<H: ShadowHost>(
         return None;
     }
     let version = shared.serial.load(Ordering::SeqCst);
-    shared.epoch.enter(cell);
+    shared.epoch.enter(cell, false);
     let _pinned = Pinned(cell);
     let place = descend(shared, loaded, va)?;
     // SAFETY: pinned.

@@ -55,7 +55,7 @@ impl<H: ShadowHost> Outside<H> {
                 shared.with(|locked| (locked.state.slots.clone(), shared_serial(locked.shared)));
             (self.slots, self.serial) = (slots, serial);
         }
-        shared.epoch.enter(&self.cell);
+        shared.epoch.enter(&self.cell, false);
         let inside = self.walker.enter();
         for level in LEVELS {
             for rmap in self.slots.rmaps_in(space, gfns) {

@@ -409,7 +409,7 @@ impl<'g, H: ShadowHost> Locked<'g, H> {
             // SAFETY: null or a page that waits.
             let Some(page) = (unsafe { self.state.limbo.0.as_ref() }) else { return };
             self.worked(1);
-            if !self.state.cells.have_passed(page.links.stamp.load(Ordering::Relaxed)) {
+            if !self.state.cells.have_passed(page.links.stamp.load(Ordering::Relaxed), None) {
                 return;
             }
             let first = self.state.limbo.0;
