@@ -135,7 +135,7 @@ fn code_runs_where_the_host_allows<F: Format>(dirty: DirtyMode) {
     assert_eq!(guest.write(0), Fault::Mapped(Level::K4));
     assert_eq!(guest.vcpu.translate(Gpa::new(0)).unwrap().access, Access::READ | Access::WRITE);
     // What was asked for and is missing is named: not writing, where only code was to run, or where writing is allowed.
-    guest.host.set_no_execute(HVA + 0x2000);
+    guest.host.set_no_execute(HVA + 0x2000, true);
     guest.host.set_read_only(HVA + 0x2000, true);
     assert_eq!(guest.fault(2, Access::EXECUTE), Fault::NotExecutable);
     assert_eq!(guest.fault(0, Access::WRITE | Access::EXECUTE), Fault::NotExecutable);
