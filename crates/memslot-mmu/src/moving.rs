@@ -6,7 +6,7 @@
 
 use alloc::vec::Vec;
 
-use memslot::{AddressSpaceId, GfnRange, OutOfMemory, PieceKind, Slot, SlotFlags, Update};
+use memslot::{AddressSpaceId, Backing, GfnRange, HvaRange, OutOfMemory, PieceKind, Slot, SlotFlags, Update};
 
 use crate::invalidate::{ends, moved_by, range};
 use crate::level::PAGE_SHIFT;
@@ -33,9 +33,10 @@ impl Moving {
 
     /// Before anybody hears of the change.
     pub(crate) fn begin(&self, update: &Update<'_>) -> Result<(), OutOfMemory> {
-        let mut all = Vec::new();
-        all.try_reserve_exact(moves(update).count()).map_err(|_| OutOfMemory)?;
-        all.extend(moves(update));
+        let (mut count, mut all) = (0, Vec::new());
+        for_each_move(update, |_| count += 1);
+        all.try_reserve_exact(count).map_err(|_| OutOfMemory)?;
+        for_each_move(update, |moving| all.push(moving));
         let mut moves = self.moves.lock();
         self.count.store(all.len(), Ordering::SeqCst);
         *moves = all;
@@ -74,33 +75,53 @@ impl Moving {
     }
 }
 
-fn moves(update: &Update<'_>) -> impl Iterator<Item = Move> {
+fn for_each_move(update: &Update<'_>, mut found: impl FnMut(Move)) {
     let is_logged = |slot: &Slot| slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES);
-    let left = update.pieces.iter().filter_map(move |piece| match piece.kind {
-        PieceKind::Removed { old } if is_logged(&old) => Some((piece.address_space, piece.gfns, old)),
-        _ => None,
-    });
-    left.flat_map(move |(space, gfns, old)| {
-        let new = update.slots.iter().filter_map(|slot| slot.new);
-        let new = new.filter(move |new| new.address_space() == space && is_logged(new));
-        new.filter_map(move |new| {
-            let further = further(&old, &new).filter(|further| *further != 0)?;
-            let (start, end) = ends(new.gfns());
-            let from = range(start.wrapping_sub(further), end.wrapping_sub(further));
-            let gfns = gfns.intersect(&from).filter(|gfns| !gfns.is_empty())?;
-            Some(Move { space, gfns, further })
-        })
-    })
+    for piece in update.pieces {
+        let PieceKind::Removed { old } = piece.kind else { continue };
+        if !is_logged(&old) {
+            continue;
+        }
+        let (space, gfns) = (piece.address_space, piece.gfns);
+        let look = |new: &Slot| {
+            // A slot that is what it was is an alias: nothing moves there.
+            if is_logged(new) && update.before.slot(space, new.id()) != Some(new) {
+                moved(&old, gfns, new).map(|(gfns, further)| Move { space, gfns, further })
+            } else {
+                None
+            }
+        };
+        let hvas = old.hva_of(gfns.start()).and_then(|hva| HvaRange::with_len(hva, gfns.len() << PAGE_SHIFT));
+        match hvas {
+            Some(hvas) => {
+                update.after.slots_at_hva(space, hvas).filter_map(|hit| look(hit.slot)).for_each(&mut found);
+            }
+            None => {
+                let new = update.slots.iter().filter_map(|slot| slot.new);
+                new.filter(|new| new.address_space() == space)
+                    .filter_map(|new| look(&new))
+                    .for_each(&mut found);
+            }
+        }
+    }
 }
 
-/// How much further a page of the old slot's memory is in the new one, if that has it.
-fn further(old: &Slot, new: &Slot) -> Option<u64> {
-    let bases = new.base_gfn().get().wrapping_sub(old.base_gfn().get());
-    match (old.hva(), new.hva()) {
-        (Some(before), Some(after)) => {
-            let pages = (before.get() >> PAGE_SHIFT).wrapping_sub(after.get() >> PAGE_SHIFT);
-            Some(bases.wrapping_add(pages))
-        }
-        _ => (old.backing() == new.backing()).then_some(bases),
+/// The part of `gfns`, frames of the old slot, whose memory is in the new one at other frames; and how much further.
+fn moved(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, u64)> {
+    let place = |slot: &Slot| match slot.backing() {
+        Backing::Device { token } => Some((false, token)),
+        other => other.hva().map(|hva| (true, hva.get())),
+    };
+    let ((is_host, before), (is_still_host, after)) = (place(old)?, place(new)?);
+    // Tokens need not be aligned: pages that overlap in part are not the same.
+    let page = 1 << PAGE_SHIFT;
+    if is_host != is_still_host || before % page != after % page {
+        return None;
     }
+    let pages = (before / page).wrapping_sub(after / page);
+    let further = pages.wrapping_add(new.base_gfn().get()).wrapping_sub(old.base_gfn().get());
+    let (start, end) = ends(new.gfns());
+    let from = range(start.wrapping_sub(further), end.wrapping_sub(further));
+    let gfns = gfns.intersect(&from).filter(|gfns| !gfns.is_empty() && further != 0)?;
+    Some((gfns, further))
 }
