@@ -10,7 +10,7 @@ mod common;
 use common::*;
 use memslot::{Gfn, Gpa, SlotFlags, SlotId};
 use memslot_mmu::format::{Access, Format};
-use memslot_mmu::{DirtyMode, Fault, Level};
+use memslot_mmu::{DirtyMode, Fault, Level, Work};
 
 for_every_format! {
     what_a_fault_emptied_is_flushed_by_who_finds_it
@@ -26,6 +26,8 @@ for_every_format! {
     a_path_that_was_not_linked_leaves_its_tables_as_they_were
     a_page_that_was_written_and_emptied_is_harvested
     a_page_that_was_written_and_emptied_is_protected_for_good
+    a_page_that_was_written_and_mapped_anew_is_harvested
+    an_operation_that_ends_early_pays_for_what_it_has_passed
 }
 
 fn what_a_fault_emptied_is_flushed_by_who_finds_it<F: Format>(dirty: DirtyMode) {
@@ -326,4 +328,42 @@ fn a_page_that_was_written_and_emptied_is_protected_for_good<F: Format>(dirty: D
     let mut guest = with_a_written_page::<F>(dirty, NONE);
     guest.table.transaction(|tx| tx.set_read_only(RAM, SlotId::new(0), true)).unwrap();
     assert_eq!(guest.host.stale(&guest.mmu, range(5, 1)), []);
+}
+
+fn a_page_that_was_written_and_mapped_anew_is_harvested<F: Format>(dirty: DirtyMode) {
+    let mut guest = Guest::<F>::new(dirty);
+    guest.create(0, 0, 64, HVA, LOG);
+    guest.host.set_no_execute(HVA + 0x5000, true);
+    let _ = guest.read(5);
+    let _ = guest.write(5);
+    assert!(guest.processor_writes(5));
+    guest.host.touch(&guest.mmu, 5);
+    // The host allows more now: the page is mapped anew, and the processor goes on writing as before.
+    guest.host.set_no_execute(HVA + 0x5000, false);
+    assert_eq!(guest.fault(5, Access::EXECUTE), Fault::Mapped(Level::K4));
+    guest.host.take_flushes();
+    assert_eq!(guest.harvest(), [5]);
+    assert_eq!(guest.host.take_flushes().len(), 1, "the next write is noticed");
+    assert_eq!(guest.host.stale(&guest.mmu, range(5, 1)), []);
+}
+
+fn an_operation_that_ends_early_pays_for_what_it_has_passed<F: Format>(dirty: DirtyMode) {
+    let mut guest = Guest::<F>::new(dirty);
+    guest.create(0, 0, 2048, HVA, NONE);
+    for gfn in [3, 1030] {
+        let _ = guest.write(gfn);
+        guest.host.touch(&guest.mmu, gfn);
+    }
+    let mmu = guest.mmu.clone();
+    let first = mmu.zap(range(0, 1024));
+    let mut second = mmu.begin(Work::Zap, range(3, 2045));
+    assert!(second.step(1) && second.rest().start() > Gfn::new(3));
+    let passed = range(3, second.rest().start().get() - 3);
+    second.finish().discharge();
+    assert_eq!(guest.host.stale(&guest.mmu, passed), []);
+    first.discharge();
+    // Nothing was done, and nothing is owed.
+    let third = mmu.zap(range(1024, 1024));
+    assert_eq!(mmu.begin(Work::Zap, range(1024, 1024)).finish().gfns(), None);
+    third.discharge();
 }

@@ -242,7 +242,10 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         let is_logged = shared.is_logged(slot);
         let is_write = wish.access.contains(Access::WRITE);
         let may_write = frame.access.contains(Access::WRITE) && !slot.flags().contains(SlotFlags::READONLY);
-        let writable = may_write && (is_write || !is_logged || shared.uses_dirty_bits());
+        // What a fault has emptied processors may write still, without a fault and without another dirty bit: so it is
+        // writable, and counts as written, until somebody takes that away and flushes.
+        let is_written = is_write || place.seen & F::STALE != 0;
+        let writable = may_write && (is_written || !is_logged || shared.uses_dirty_bits());
 
         let mut level = limit.level.min(place.level);
         if level > Level::K4 {
@@ -268,7 +271,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         if !wish.prefault {
             leaf |= F::ACCESSED;
         }
-        if is_write && writable {
+        if is_written && writable {
             leaf |= F::DIRTY;
         }
         let pages = if tables == 0 {
@@ -280,7 +283,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         let Some(pages) = pages else { return Ok(None) };
         if writable {
             let first = wish.gfn - within;
-            self.granted(published, is_logged && is_write, range(first, first + within + pages));
+            self.granted(published, is_logged && is_written, range(first, first + within + pages));
         }
         Ok(Some(Attempt::Done(Fault::Mapped(level), pages)))
     }

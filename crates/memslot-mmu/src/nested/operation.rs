@@ -204,17 +204,23 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
             owed.gfns = Some(hull(owed.gfns, gfns));
         }
         let is_done = self.at >= self.end;
-        let gfns = range(self.start, self.end);
-        if is_done
-            && state.is_owed_beside(owed.count, gfns)
+        if is_done {
+            self.pay_for_others(state);
+        }
+        !is_done
+    }
+
+    /// Owes a flush of all that it has passed, if somebody else has changed entries there, and processors use them still.
+    fn pay_for_others(&mut self, state: &mut State) {
+        let gfns = range(self.start, self.at.min(self.end));
+        let owed = &mut self.flush.owed;
+        if state.is_owed_beside(owed.count, gfns)
             && owed.gfns.is_none_or(|owed| !owed.contains_range(&gfns))
         {
-            // Somebody else has changed entries here, and processors use them still.
             state.owe(gfns, owed.count == 0);
             owed.count = 1;
             owed.gfns = Some(hull(owed.gfns, gfns));
         }
-        !is_done
     }
 
     /// How many tables there are to copy, if what comes next is like all of the rest.
@@ -233,7 +239,11 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
     }
 
     /// What the steps until now owe.
-    pub fn finish(self) -> Flush<'m, F, H> {
+    pub fn finish(mut self) -> Flush<'m, F, H> {
+        if self.start < self.at && self.at < self.end {
+            let shared = &self.mmu.shared;
+            self.pay_for_others(&mut shared.lock());
+        }
         self.flush
     }
 
