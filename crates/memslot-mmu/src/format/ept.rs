@@ -32,8 +32,9 @@ const TYPE_SHIFT: u32 = 3;
 const LARGE: u64 = 1 << 7;
 const ACCESSED: u64 = 1 << 8;
 const DIRTY: u64 = 1 << 9;
-/// Software bit of empty entries.
+/// Software bits of empty entries.
 const STALE: u64 = 1 << 11;
+const STALE_WRITABLE: u64 = 1 << 10;
 /// Software bit of leaves.
 const MAY_WRITE: u64 = 1 << 52;
 const ADDRESS: u64 = (1 << 52) - (1 << PAGE_SHIFT);
@@ -56,6 +57,7 @@ impl<const LEVELS: u8, const AD: bool> Format for Ept<LEVELS, AD> {
     const DIRTY: u64 = if AD { DIRTY } else { 0 };
     const MAY_WRITE: u64 = MAY_WRITE;
     const STALE: u64 = STALE;
+    const STALE_WRITABLE: u64 = STALE_WRITABLE;
 
     #[inline]
     fn table(table: Pfn) -> u64 {

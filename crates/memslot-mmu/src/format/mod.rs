@@ -94,6 +94,10 @@ pub trait Format: Copy + Send + Sync + 'static {
     const MAY_WRITE: u64;
     /// In an empty entry, ours: a processor may still have the translation that was here.
     const STALE: u64;
+    /// In an empty entry beside [`STALE`](Self::STALE), ours: with that translation it may write.
+    const STALE_WRITABLE: u64;
+    /// All that an empty entry says besides its nonce.
+    const STALE_BITS: u64 = Self::STALE | Self::STALE_WRITABLE;
 
     /// An entry that leads to a table, allowing everything.
     fn table(table: Pfn) -> u64;

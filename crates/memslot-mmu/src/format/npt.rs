@@ -32,8 +32,9 @@ const CACHE_DISABLE: u64 = 1 << 4;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
-/// Software bit of empty entries.
+/// Software bits of empty entries.
 const STALE: u64 = 1 << 11;
+const STALE_WRITABLE: u64 = 1 << 10;
 /// Software bit of leaves.
 const MAY_WRITE: u64 = 1 << 52;
 const NO_EXECUTE: u64 = 1 << 63;
@@ -48,6 +49,7 @@ impl<const LEVELS: u8> Format for Npt<LEVELS> {
     const DIRTY: u64 = DIRTY;
     const MAY_WRITE: u64 = MAY_WRITE;
     const STALE: u64 = STALE;
+    const STALE_WRITABLE: u64 = STALE_WRITABLE;
 
     #[inline]
     fn table(table: Pfn) -> u64 {

@@ -32,8 +32,9 @@ const ACCESSED: u64 = 1 << 6;
 const DIRTY: u64 = 1 << 7;
 /// Software bit of leaves.
 const MAY_WRITE: u64 = 1 << 8;
-/// Software bit of empty entries.
+/// Software bits of empty entries.
 const STALE: u64 = 1 << 9;
+const STALE_WRITABLE: u64 = 1 << 8;
 const FRAME_SHIFT: u32 = 10;
 const FRAME: u64 = (1 << 54) - (1 << FRAME_SHIFT);
 const TYPE: u64 = 3 << 61;
@@ -51,6 +52,7 @@ impl<const AD: bool> Format for Sv48x4<AD> {
     const DIRTY: u64 = if AD { DIRTY } else { 0 };
     const MAY_WRITE: u64 = MAY_WRITE;
     const STALE: u64 = STALE;
+    const STALE_WRITABLE: u64 = STALE_WRITABLE;
 
     #[inline]
     fn table(table: Pfn) -> u64 {

@@ -33,7 +33,7 @@ fn check_the_rest<F: Format>() {
     assert_eq!(F::empty(0), 0);
     let mut seen = std::collections::BTreeSet::new();
     for nonce in (0..50).map(|bit| 1 << bit).chain([0, 3, (1 << 50) - 1]) {
-        for entry in [F::empty(nonce), F::empty(nonce) | F::STALE] {
+        for entry in [0, F::STALE, F::STALE_BITS].map(|stale| F::empty(nonce) | stale) {
             assert!(!F::is_present(entry) && !F::is_leaf(entry, Level::K4) && !F::is_table(entry, Level::M2));
             assert!(seen.insert(entry), "{entry:#x} twice");
         }
@@ -41,7 +41,7 @@ fn check_the_rest<F: Format>() {
     // The nonce wraps without ever becoming present.
     for nonce in [u64::MAX, 1 << 50, 1 << 51, 1 << 52, 1 << 63] {
         assert!(!F::is_present(F::empty(nonce)));
-        assert_eq!(F::empty(nonce) & F::STALE, 0);
+        assert_eq!(F::empty(nonce) & F::STALE_BITS, 0);
     }
 }
 

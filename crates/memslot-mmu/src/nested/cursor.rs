@@ -29,12 +29,12 @@ impl At<'_> {
         self.base + self.level.pages()
     }
 
-    /// What to put into an empty entry so that it changes, whatever it was. Not [`Format::STALE`].
+    /// What to put into an empty entry so that it changes, whatever it was. Without [`Format::STALE_BITS`].
     #[inline]
     pub(crate) fn emptied<F: Format>(&self, nonce: u64) -> u64 {
         let new = F::empty(nonce);
         // It was emptied as many operations ago as entries have nonces.
-        if new == self.seen & !F::STALE { F::empty(nonce ^ HALF_OF_THE_NONCES) } else { new }
+        if new == self.seen & !F::STALE_BITS { F::empty(nonce ^ HALF_OF_THE_NONCES) } else { new }
     }
 
     /// Replaces the entry, if it is what it was.

@@ -189,7 +189,8 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
             if shared.uses_dirty_bits() && place.seen & F::DIRTY != 0 {
                 shared.mark_logged(&published.view, block(place.level, wish.gfn));
             }
-            place.replace(F::empty(shared.nonce()) | F::STALE);
+            let stale = if place.seen & F::WRITE != 0 { F::STALE_BITS } else { F::STALE };
+            place.replace(F::empty(shared.nonce()) | stale);
             return Ok(None);
         }
         self.install(cache, published, slot, &place, wish, &frame, limit)
@@ -242,9 +243,9 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         let is_logged = shared.is_logged(slot);
         let is_write = wish.access.contains(Access::WRITE);
         let may_write = frame.access.contains(Access::WRITE) && !slot.flags().contains(SlotFlags::READONLY);
-        // What a fault has emptied processors may write still, without a fault and without another dirty bit: so it is
-        // writable, and counts as written, until somebody takes that away and flushes.
-        let is_written = is_write || place.seen & F::STALE != 0;
+        // What was writable when a fault emptied it processors may write still, without a fault and without another dirty bit: so it
+        // is writable, and counts as written, until somebody takes that away and flushes.
+        let is_written = is_write || place.seen & F::STALE_WRITABLE != 0;
         let writable = may_write && (is_written || !is_logged || shared.uses_dirty_bits());
 
         let mut level = limit.level.min(place.level);

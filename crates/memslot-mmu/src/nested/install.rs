@@ -57,7 +57,7 @@ impl Path {
             let frame = cache.peek(usize::from(level.get() - leaves.level.get()));
             let table = cache.table(shared, frame);
             if seen & F::STALE != 0 {
-                fill_stale::<F>(table);
+                fill_stale(table, seen & F::STALE_BITS);
             }
             if level == leaves.level {
                 leaves.write::<F>(table);
@@ -132,8 +132,8 @@ impl Leaves {
 
 /// Fills a table that nobody else sees with empty entries whose translations a processor may have.
 #[cold]
-fn fill_stale<F: Format>(table: &Table) {
-    table.0.iter().for_each(|entry| entry.store(F::STALE, Ordering::Relaxed));
+fn fill_stale(table: &Table, stale: u64) {
+    table.0.iter().for_each(|entry| entry.store(stale, Ordering::Relaxed));
 }
 
 /// Fills a table that nobody else sees with the pages that a large one is split into.

@@ -73,7 +73,7 @@ impl<F: Format> Protect<F, false> {
             let mut seen = entry.load(Ordering::SeqCst);
             let is_changed = loop {
                 if !F::is_present(seen) {
-                    break seen & F::STALE != 0;
+                    break seen & F::STALE_WRITABLE != 0;
                 }
                 if seen & mask == 0 {
                     break false;
@@ -99,10 +99,10 @@ impl<F: Format, const FOR_GOOD: bool> Visit for Protect<F, FOR_GOOD> {
 
     #[inline]
     fn empty(&mut self, at: &At<'_>) -> Next {
-        if FOR_GOOD && !at.replace(at.emptied::<F>(self.nonce) | at.seen & F::STALE) {
+        if FOR_GOOD && !at.replace(at.emptied::<F>(self.nonce) | at.seen & F::STALE_BITS) {
             return Next::Again;
         }
-        if at.seen & F::STALE != 0 {
+        if at.seen & F::STALE_WRITABLE != 0 {
             // A page that a fault has emptied is write-protected nowhere but in processors.
             self.changed = Some(hull(self.changed, range(at.base, at.end())));
         }

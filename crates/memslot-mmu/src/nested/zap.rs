@@ -64,7 +64,7 @@ impl<F: Format, H: Host> Visit for Zap<'_, F, H> {
         if at.seen & F::STALE != 0 {
             // Of what a fault has emptied, processors may use all; this operation flushes its own range.
             if !at.whole {
-                new |= F::STALE;
+                new |= at.seen & F::STALE_BITS;
             }
             self.changed = Some(hull(self.changed, range(at.base, at.end())));
         }
