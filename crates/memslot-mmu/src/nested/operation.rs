@@ -214,8 +214,7 @@ impl<'m, F: Format, H: Host> Operation<'m, F, H> {
     fn pay_for_others(&mut self, state: &mut State) {
         let gfns = range(self.start, self.at.min(self.end));
         let owed = &mut self.flush.owed;
-        if state.is_owed_beside(owed.count, gfns)
-            && owed.gfns.is_none_or(|owed| !owed.contains_range(&gfns))
+        if state.is_owed_beside(owed.count, gfns) && owed.gfns.is_none_or(|owed| !owed.contains_range(&gfns))
         {
             state.owe(gfns, owed.count == 0);
             owed.count = 1;
