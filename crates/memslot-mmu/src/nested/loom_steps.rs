@@ -6,7 +6,7 @@
 use loom::sync::atomic::Ordering;
 use loom::thread;
 use memslot::dirty::Rearm;
-use memslot::{AddressSpaceId, Gfn, GfnRange, SlotFlags};
+use memslot::{AddressSpaceId, Gfn, GfnRange, SlotFlags, SlotId};
 
 use super::loom_tests::{Guest, Vcpu, gpa, processor_writes, range, write};
 use super::operation::Work;
@@ -187,5 +187,28 @@ fn loom_write_protection_beside_a_harvest() {
         let _ = processor.join().unwrap();
         assert_eq!(found, guest.host.0.contents.load(Ordering::Relaxed), "nobody writes any more");
         harvest.join().unwrap();
+    });
+}
+
+/// A fault grants write access, and marks behind that. Who writes in between is in the log, also where the memory moves and the
+/// tables have followed before the mark.
+#[test]
+fn loom_a_page_that_was_just_granted_moves() {
+    loom::model(|| {
+        let guest = Guest::new(true, Level::K4, SlotFlags::LOG_DIRTY_PAGES);
+        let (host, log) = (guest.host.clone(), guest.log.clone());
+        let (mut a, mut b) = (guest.vcpu(), guest.vcpu());
+        let _ = a.fault(gpa(0), Access::READ).unwrap();
+        let mut table = guest.table;
+        let fault = thread::spawn(move || _ = write(&mut a, 0));
+        let changes = thread::spawn(move || {
+            let was_written = processor_may_write(&mut b, &host);
+            table.move_to(AddressSpaceId::NORMAL, SlotId::new(0), Gfn::new(2)).unwrap();
+            (was_written, table)
+        });
+        fault.join().unwrap();
+        let (was_written, _table) = changes.join().unwrap();
+        let is_marked = log.unwrap().is_marked(AddressSpaceId::NORMAL, Gfn::new(2));
+        assert!(!was_written || is_marked);
     });
 }
