@@ -6,7 +6,9 @@
 
 use alloc::vec::Vec;
 
-use memslot::{AddressSpaceId, Backing, GfnRange, HvaRange, OutOfMemory, PieceKind, Slot, SlotFlags, Update};
+use memslot::{
+    AddressSpaceId, Backing, GfnRange, HvaRange, OutOfMemory, PieceKind, Slot, SlotFlags, Update, View,
+};
 
 use crate::invalidate::{ends, moved_by, range};
 use crate::level::PAGE_SHIFT;
@@ -76,7 +78,6 @@ impl Moving {
 }
 
 fn for_each_move(update: &Update<'_>, mut found: impl FnMut(Move)) {
-    let is_logged = |slot: &Slot| slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES);
     for piece in update.pieces {
         let PieceKind::Removed { old } = piece.kind else { continue };
         if !is_logged(&old) {
@@ -91,8 +92,7 @@ fn for_each_move(update: &Update<'_>, mut found: impl FnMut(Move)) {
                 None
             }
         };
-        let hvas = old.hva_of(gfns.start()).and_then(|hva| HvaRange::with_len(hva, gfns.len() << PAGE_SHIFT));
-        match hvas {
+        match hvas(&old, gfns) {
             Some(hvas) => {
                 update.after.slots_at_hva(space, hvas).filter_map(|hit| look(hit.slot)).for_each(&mut found);
             }
@@ -104,6 +104,28 @@ fn for_each_move(update: &Update<'_>, mut found: impl FnMut(Move)) {
             }
         }
     }
+}
+
+/// Calls `found` with the frames of logged slots that have memory of `gfns`, frames of a slot of another version, elsewhere now.
+pub(crate) fn for_each_home(old: &Slot, gfns: GfnRange, now: &View, found: impl FnMut(GfnRange)) {
+    let space = old.address_space();
+    let home = |new: &Slot| {
+        let moved = if is_logged(new) { moved(old, gfns, new) } else { None };
+        moved.map(|(gfns, further)| moved_by(gfns, further))
+    };
+    match hvas(old, gfns) {
+        Some(hvas) => now.slots_at_hva(space, hvas).filter_map(|hit| home(hit.slot)).for_each(found),
+        None => now.slots(space).filter_map(home).for_each(found),
+    }
+}
+
+fn is_logged(slot: &Slot) -> bool {
+    slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES)
+}
+
+/// The host memory of some frames of the slot, if it has any.
+fn hvas(slot: &Slot, gfns: GfnRange) -> Option<HvaRange> {
+    slot.hva_of(gfns.start()).and_then(|hva| HvaRange::with_len(hva, gfns.len() << PAGE_SHIFT))
 }
 
 /// The part of `gfns`, frames of the old slot, whose memory is in the new one at other frames; and how much further.

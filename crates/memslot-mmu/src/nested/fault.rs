@@ -10,6 +10,7 @@ use crate::format::{Access, Format};
 use crate::host::{Answer, Frame, Host, Pfn};
 use crate::invalidate::{ends, range};
 use crate::level::{Level, PAGE_SHIFT};
+use crate::moving::for_each_home;
 use crate::sync::{AtomicU64, Ordering};
 
 /// What became of a fault.
@@ -284,7 +285,8 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
         let Some(pages) = pages else { return Ok(None) };
         if writable {
             let first = wish.gfn - within;
-            self.granted(published, is_logged && is_written, range(first, first + within + pages));
+            let mark = (is_logged && is_written).then_some(slot);
+            self.granted(published, mark, range(first, first + within + pages));
         }
         Ok(Some(Attempt::Done(Fault::Mapped(level), pages)))
     }
@@ -335,7 +337,7 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
             if !place.replace(place.seen | granted) {
                 return Ok(None);
             }
-            self.granted(published, is_logged, gfns);
+            self.granted(published, is_logged.then_some(slot), gfns);
             let rest = ends(gfns).1 - wish.gfn;
             return Ok(Some(Attempt::Done(Fault::Mapped(place.level), rest)));
         }
@@ -371,24 +373,36 @@ impl<F: Format, H: Host> Pin<'_, F, H> {
             return Ok(None);
         }
         cache.take(tables);
-        self.granted(published, is_logged, range(wish.gfn, wish.gfn + 1));
+        self.granted(published, is_logged.then_some(slot), range(wish.gfn, wish.gfn + 1));
         Ok(Some(Attempt::Done(Fault::Mapped(Level::K4), 1)))
     }
 
-    /// Write access to `gfns` was granted, according to this version of the slots.
+    /// Write access to `gfns` was granted, according to this version of the slots; if that is to be marked, in this slot.
     #[inline(always)]
-    fn granted(&self, published: &Published, mark: bool, gfns: GfnRange) {
-        if mark {
+    fn granted(&self, published: &Published, mark: Option<&Slot>, gfns: GfnRange) {
+        if mark.is_some() {
             self.shared.mark(gfns);
         }
         if !self.shared.is_current(published) {
-            self.mark_what_is_logged_now(gfns);
+            self.mark_what_is_logged_now(mark, gfns);
         }
     }
 
+    /// The slots have changed. Somebody may have written before the mark, and the tables may have followed before it, too: so
+    /// memory that has moved is marked where it is now.
     #[cold]
-    fn mark_what_is_logged_now(&self, gfns: GfnRange) {
-        self.shared.mark_logged(&self.published().view, gfns);
+    fn mark_what_is_logged_now(&self, marked: Option<&Slot>, gfns: GfnRange) {
+        let mut published = self.published();
+        loop {
+            self.shared.mark_logged(&published.view, gfns);
+            if let Some(slot) = marked {
+                for_each_home(slot, gfns, &published.view, |home| self.shared.mark(home));
+            }
+            if marked.is_none() || self.shared.is_current(published) {
+                return;
+            }
+            published = self.published();
+        }
     }
 }
 

@@ -5,7 +5,8 @@
 
 use loom::sync::atomic::Ordering;
 use loom::thread;
-use memslot::{Gfn, GfnRange, SlotFlags};
+use memslot::dirty::Rearm;
+use memslot::{AddressSpaceId, Gfn, GfnRange, SlotFlags, SlotId};
 
 use super::loom_tests::{Guest, Vcpu, gpa, processor_writes, range, write};
 use super::operation::Work;
@@ -13,6 +14,7 @@ use super::{DirtyMode, Mmu};
 use crate::format::{Access, Format};
 use crate::host::Host;
 use crate::level::Level;
+use crate::loom_host::LoomHost;
 
 /// Pages 0 and 1 are mapped and writable, in one table. With dirty bits, no table is copied: each page is a step.
 fn guest() -> (Guest, Vcpu) {
@@ -152,5 +154,61 @@ fn loom_a_write_beside_a_harvest_that_copies_its_table() {
         other.join().unwrap();
         let second = copy();
         assert_eq!(second.or(first), Some(2), "first {first:?}, second {second:?}");
+    });
+}
+
+/// Whether a processor may write page 0, and writes.
+fn processor_may_write(vcpu: &mut Vcpu, host: &LoomHost) -> bool {
+    let _uses_translation = host.0.processor.lock().unwrap();
+    let mapping = vcpu.translate(gpa(0));
+    let may_write = mapping.is_some_and(|mapping| mapping.access.contains(Access::WRITE));
+    if may_write {
+        host.0.contents.store(1, Ordering::Relaxed);
+    }
+    may_write
+}
+
+/// A harvest takes write access away, and flushes later: who protects the same page meanwhile finds nothing to take, and pays.
+#[test]
+fn loom_write_protection_beside_a_harvest() {
+    loom::model(|| {
+        let guest = Guest::new(true, Level::K4, SlotFlags::LOG_DIRTY_PAGES);
+        let mut vcpu = guest.vcpu();
+        let _ = write(&mut vcpu, 0);
+        let mut rearm = guest.mmu.dirty_rearm().unwrap();
+        let harvest = thread::spawn(move || {
+            rearm.rearm(AddressSpaceId::NORMAL, range(0, 1)).unwrap();
+            rearm.flush().unwrap();
+        });
+        let host = guest.host.clone();
+        let processor = thread::spawn(move || processor_may_write(&mut vcpu, &host));
+        guest.mmu.write_protect(range(0, 1)).discharge();
+        let found = guest.host.0.contents.load(Ordering::Relaxed);
+        let _ = processor.join().unwrap();
+        assert_eq!(found, guest.host.0.contents.load(Ordering::Relaxed), "nobody writes any more");
+        harvest.join().unwrap();
+    });
+}
+
+/// A fault grants write access, and marks behind that. Who writes in between is in the log, also where the memory moves and the
+/// tables have followed before the mark.
+#[test]
+fn loom_a_page_that_was_just_granted_moves() {
+    loom::model(|| {
+        let guest = Guest::new(true, Level::K4, SlotFlags::LOG_DIRTY_PAGES);
+        let (host, log) = (guest.host.clone(), guest.log.clone());
+        let (mut a, mut b) = (guest.vcpu(), guest.vcpu());
+        let _ = a.fault(gpa(0), Access::READ).unwrap();
+        let mut table = guest.table;
+        let fault = thread::spawn(move || _ = write(&mut a, 0));
+        let changes = thread::spawn(move || {
+            let was_written = processor_may_write(&mut b, &host);
+            table.move_to(AddressSpaceId::NORMAL, SlotId::new(0), Gfn::new(2)).unwrap();
+            (was_written, table)
+        });
+        fault.join().unwrap();
+        let (was_written, _table) = changes.join().unwrap();
+        let is_marked = log.unwrap().is_marked(AddressSpaceId::NORMAL, Gfn::new(2));
+        assert!(!was_written || is_marked);
     });
 }

@@ -27,7 +27,7 @@ const HVA: u64 = 0x7000_0000;
 const HOME: Home = |slot, gfn| (slot.hva_of(gfn).map_or(0, Hva::get) >> 12, slot.gfns());
 
 pub(super) struct Guest {
-    table: SlotTable,
+    pub(super) table: SlotTable,
     pub(super) log: Option<DirtyLog>,
     pub(super) mmu: Tables,
     pub(super) host: LoomHost,

@@ -57,9 +57,11 @@ pub struct DirtyRearm<F: Format, H: Host> {
     copied: Owed,
     /// What was re-armed since the last flush.
     armed: Option<GfnRange>,
-    /// What of it processors must hear of. As long as there is any, a flush is owed, for all that operations know: if
-    /// a harvest fails before it asks for its flush, others pay.
+    /// What of it processors must hear of.
     changed: Option<GfnRange>,
+    /// Whether operations know that a flush is owed. They do from before the first entry changes: who finds one changed
+    /// already must pay, also if the harvest fails before it asks for its flush.
+    owes: bool,
 }
 
 impl<F: Format, H: Host> Mmu<F, H> {
@@ -69,7 +71,14 @@ impl<F: Format, H: Host> Mmu<F, H> {
     /// [`OutOfMemory`].
     pub fn dirty_rearm(&self) -> Result<DirtyRearm<F, H>, OutOfMemory> {
         let cell = self.shared.add_cell()?;
-        Ok(DirtyRearm { mmu: self.clone(), cell, copied: Owed::NOTHING, armed: None, changed: None })
+        Ok(DirtyRearm {
+            mmu: self.clone(),
+            cell,
+            copied: Owed::NOTHING,
+            armed: None,
+            changed: None,
+            owes: false,
+        })
     }
 }
 
@@ -155,6 +164,11 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
                 at = whole;
                 continue;
             }
+            if !self.owes {
+                // Once a harvest: of all frames, as it is not known which there will be.
+                shared.lock().owe(range(0, Shared::<F, H>::END), true);
+                self.owes = true;
+            }
             let pin = shared.pin(&self.cell);
             let stop = end.min(Level::M2.align_down(at) + Level::M2.pages());
             match pin.leaf_table(at) {
@@ -167,10 +181,6 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
         }
         self.armed = Some(hull(self.armed, gfns));
         if let Some(gfns) = protect.changed {
-            if self.changed.is_none() {
-                // Once a harvest: of all frames, as it is not known what else there will be.
-                shared.lock().owe(range(0, Shared::<F, H>::END), true);
-            }
             self.changed = Some(hull(self.changed, gfns));
         }
         Ok(())
@@ -181,14 +191,21 @@ impl<F: Format, H: Host> Rearm for DirtyRearm<F, H> {
         let Some(armed) = self.armed.take() else { return Ok(()) };
         let mut changed = self.changed.take();
         let mut owed = core::mem::replace(&mut self.copied, Owed::NOTHING);
-        owed.count += usize::from(changed.is_some());
+        owed.count += usize::from(core::mem::take(&mut self.owes));
         let own = owed.count;
         // Whoever has protected or zapped such a page before may not have flushed yet.
-        if shared.lock().is_owed_beside(own, armed) {
+        let mut locked = shared.lock();
+        if locked.is_owed_beside(own, armed) {
             changed = Some(hull(changed, armed));
         }
+        owed.gfns = changed.map(|gfns| hull(owed.gfns, gfns)).or(owed.gfns);
+        if owed.gfns.is_none() {
+            // Nothing has changed, and others have been told of a flush for nothing.
+            locked.discharged(own);
+            return Ok(());
+        }
+        drop(locked);
         if own > 0 {
-            owed.gfns = changed.map(|gfns| hull(owed.gfns, gfns)).or(owed.gfns);
             Flush::of(&self.mmu, owed).discharge();
         } else if let Some(gfns) = changed {
             shared.flush(gfns);
