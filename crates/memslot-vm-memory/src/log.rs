@@ -19,7 +19,8 @@
 //! consistent: if the log does not see the mark, the writer sees the note. It may be early: noted and
 //! not published yet. Then the newest version the writer finds is still the old one, and its mark is older than
 //! the publication, so that the log sees it. A region is known to be in place *as of the generation in which it
-//! was found there*, so that an early note is looked at again.
+//! was found there*, so that an early note is looked at again. A change that is taken back settles its marks *before* the
+//! version of before is published again: whoever finds the version that goes marks everything.
 //!
 //! The start of logging goes the same way: write, *fence*, look whether anything is logged, on the one side; note it,
 //! publish, *fence*, copy the memory for the first time on the other.
@@ -30,7 +31,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use memslot::dirty::DirtyLog;
 use memslot::{
-    AddressSpaceId, Gfn, GfnRange, Gpa, Handle, HvaRange, PieceKind, Slot, SlotFlags, Update, View,
+    AddressSpaceId, Gfn, GfnRange, Gpa, Handle, HvaRange, PieceKind, Slot, SlotFlags, Snapshot, Update, View,
 };
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
@@ -45,6 +46,8 @@ pub(crate) struct Marks {
     space: AddressSpaceId,
     /// The last generation, published or about to be, that took memory away from frames.
     moved_at: AtomicU64,
+    /// The generation that was taken back last, or is about to be; no generation at first.
+    withdrawn: AtomicU64,
     /// Whether any slot of the address space is logged, or is about to be.
     logging: AtomicBool,
 }
@@ -53,7 +56,8 @@ impl Marks {
     pub(crate) fn new(log: DirtyLog, handle: Handle, space: AddressSpaceId, view: &View) -> Self {
         let moved_at = AtomicU64::new(view.generation());
         let logging = AtomicBool::new(view.slots(space).any(is_logged));
-        Self { log, handle, space, moved_at, logging }
+        let withdrawn = AtomicU64::new(u64::MAX);
+        Self { log, handle, space, moved_at, withdrawn, logging }
     }
 
     fn mark(&self, place: &Place, offset: usize, len: usize) {
@@ -82,7 +86,9 @@ impl Marks {
     fn follow(&self, place: &Place, offset: u64, len: u64) {
         let mut marked_by = None;
         loop {
-            let Ok(now) = self.handle.snapshot() else {
+            // Where a version is being taken back, the log may have looked for marks through it already.
+            let is_to_stay = |now: &Snapshot| now.generation() != self.withdrawn.load(Ordering::SeqCst);
+            let Some(now) = self.handle.snapshot().ok().filter(is_to_stay) else {
                 // Too much, never too little.
                 let all = GfnRange::new(Gfn::new(0), Gfn::new(GFN_END));
                 return all.into_iter().for_each(|all| self.log.mark_range(self.space, all));
@@ -174,6 +180,7 @@ impl MarksFollower {
         self.logged = self.counted(update, true);
         let was_published = update.snapshot().is_some();
         if was_published {
+            self.marks.withdrawn.store(update.after.generation(), Ordering::SeqCst);
             // What was before is published again, as the next generation.
             let again = update.after.generation().wrapping_add(1);
             self.marks.moved_at.store(again, Ordering::SeqCst);

@@ -417,6 +417,46 @@ fn a_change_that_is_taken_back_is_followed_both_ways() {
     }
 }
 
+/// Writes through the version that is being taken back, when the log has taken it back already; or refuses it.
+struct Between {
+    space: Arc<OnceLock<Space<SlotLog>>>,
+    refuses: bool,
+}
+
+impl memslot::Listener for Between {
+    fn name(&self) -> &str {
+        "between"
+    }
+
+    fn commit(&mut self, update: &memslot::Update<'_>) -> Result<(), memslot::ListenerError> {
+        let is_moved = update.after.slot_at(RAM, Gfn::new(0x200)).is_some();
+        if self.refuses && is_moved { Err("no".into()) } else { Ok(()) }
+    }
+
+    fn undo(&mut self, _: &memslot::Update<'_>) {
+        let memory = self.space.get().unwrap().memory();
+        memory.write_obj(4u8, GuestAddress(0x205 * PAGE)).unwrap();
+    }
+}
+
+#[test]
+fn a_write_through_a_version_that_is_being_taken_back_is_not_lost() {
+    let mut table = table(&[logged(fresh(0, 0x100, 16))]);
+    let known = Arc::new(OnceLock::new());
+    table.add_listener(Box::new(Between { space: known.clone(), refuses: false })).unwrap();
+    let log = DirtyLog::attach(&mut table).unwrap();
+    // SAFETY: the tests' slots are made by `map`, which never unmaps.
+    let space = unsafe { Native::new(RAM).with_log(&log).attach(&mut table) }.unwrap();
+    known.set(space.clone()).unwrap();
+    table.add_listener(Box::new(Between { space: known, refuses: true })).unwrap();
+    let consumer = log.consumer().unwrap();
+    table.move_to(RAM, SlotId::new(0), Gfn::new(0x200)).unwrap_err();
+    // Which page it is cannot be told any more.
+    assert_eq!(harvested(&consumer), [(0x100, 16)]);
+    space.memory().write_obj(4u8, GuestAddress(0x105 * PAGE)).unwrap();
+    assert_eq!(harvested(&consumer), [(0x105, 1)]);
+}
+
 #[test]
 fn the_end_of_the_address_space() {
     // KVM lets no slot have the very last page.

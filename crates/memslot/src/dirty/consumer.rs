@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use super::bitmap::Bitmap;
 use super::harvest::Harvest;
 use super::log::{
-    ALL, BitmapError, DirtyLog, RemovedSet, Shared, State, check_length, each_home, logged, runs_of,
+    ALL, BitmapError, DirtyLog, Kept, RemovedSet, Shared, State, check_length, each_home, logged, runs_of,
     spread_everything,
 };
 use super::place::Held;
@@ -195,7 +195,8 @@ impl Consumer {
     }
 
     /// The bits of slots that were deleted since the last call, for a consumer that
-    /// [keeps them](DirtyLog::consumer_keeping_removed). One entry for every range of frames that went; in order.
+    /// [keeps them](DirtyLog::consumer_keeping_removed). One entry for every range of frames that went; in order. Pages
+    /// that were in a harvest meanwhile, and put back since, are in an entry of their own.
     ///
     /// Whoever asks while a change is under way may get entries of that change, and a listener may refuse it yet: then
     /// the slot is back, and the same pages are dirty there. Or more pages of the same frames come later, in another entry.
@@ -217,20 +218,27 @@ impl Consumer {
     }
 
     /// Puts bits back that were taken from the slots of `then`. Memory that has moved since is dirty where it is now;
-    /// what is gone, or not logged any more, is nobody's.
+    /// what is gone is handed over, if the consumer keeps that; what is not logged any more is nobody's.
     pub(super) fn keep(&self, sets: &mut [Set; MAX_ADDRESS_SPACES], then: &Snapshot) {
         let shared = &*self.log.shared;
         let mut state = shared.state.lock();
         let state = &mut *state;
         let Some(kept) = &mut state.consumers[self.number] else { return };
         let is_same = then.generation() == state.current.generation();
+        state.put_back |= !is_same && !state.unsettled.is_empty();
+        let Kept { sets: kept, keeps_removed, removed } = kept;
         for ((bitmap, kept), (space, set)) in
-            shared.spaces.iter().zip(&mut kept.sets).zip(then.address_spaces().zip(sets))
+            shared.spaces.iter().zip(kept).zip(then.address_spaces().zip(sets))
         {
             if !is_same {
                 for slot in logged(then, space) {
+                    let mut gone = keeps_removed.then(Set::default);
                     for (from, to) in set.runs(slot.base_gfn().get(), slot.gfns().end().get()) {
-                        keep_moved(bitmap, kept, then, &state.current, slot, from, to);
+                        keep_moved(bitmap, kept, gone.as_mut(), (then, &state.current), slot, (from, to));
+                    }
+                    if let Some(gone) = gone {
+                        // SAFETY: we have the lock.
+                        unsafe { hand_over(bitmap, removed, &state.current, slot, gone) };
                     }
                 }
             }
@@ -486,16 +494,54 @@ unsafe fn take_word(
     }
 }
 
-/// Adds the pages `[from, to)` of a slot that was logged, wherever their memory is logged now. The caller has the
-/// lock.
-fn keep_moved(bitmap: &Bitmap, kept: &mut Set, then: &View, now: &View, slot: &Slot, from: u64, to: u64) {
+/// Adds the pages `[from, to)` of a slot that was logged, wherever their memory is logged now; those that are gone to
+/// `gone`. The caller has the lock.
+fn keep_moved(
+    bitmap: &Bitmap,
+    kept: &mut Set,
+    mut gone: Option<&mut Set>,
+    (then, now): (&View, &View),
+    slot: &Slot,
+    (from, to): (u64, u64),
+) {
     let Some(gfns) = GfnRange::new(Gfn::new(from), Gfn::new(to)) else { return };
-    each_home(then, slot, gfns, now, |new, home| {
-        if new.flags().contains(SlotFlags::LOG_DIRTY_PAGES) {
+    if let Some(gone) = &mut gone {
+        // SAFETY: the caller has the lock.
+        unsafe { gone.add_range(bitmap, from, to) };
+    }
+    each_home(then, slot, gfns, now, |new, was, home| {
+        let is_logged = new.flags().contains(SlotFlags::LOG_DIRTY_PAGES);
+        if is_logged {
             // SAFETY: the caller has the lock.
             unsafe { kept.add_range(bitmap, home.start().get(), home.end().get()) };
         }
+        if let Some(gone) = gone.as_mut().filter(|_| is_logged || was == home) {
+            let mut here = Set::default();
+            // Without memory they are handed over besides.
+            // SAFETY: the caller has the lock.
+            unsafe {
+                _ = gone.take(bitmap, was.start().get(), was.end().get(), &mut here.chunks);
+                here.clear(bitmap);
+            }
+        }
     });
+}
+
+/// Hands over pages of a slot that has gone, or of a part of it.
+///
+/// # Safety
+/// The caller has the lock.
+unsafe fn hand_over(bitmap: &Bitmap, removed: &mut Vec<RemovedSet>, now: &View, slot: &Slot, mut gone: Set) {
+    let runs = || gone.runs(slot.base_gfn().get(), slot.gfns().end().get());
+    let gfns = runs().next().zip(runs().last());
+    let gfns = gfns.and_then(|((first, _), (_, end))| GfnRange::new(Gfn::new(first), Gfn::new(end)));
+    match gfns {
+        Some(gfns) if removed.try_reserve(1).is_ok() => {
+            removed.push(RemovedSet { generation: now.generation(), slot: *slot, gfns, set: gone });
+        }
+        // SAFETY: passed on.
+        _ => unsafe { gone.clear(bitmap) },
+    }
 }
 
 fn rearm_word<R: Rearm>(rearm: &mut R, space: AddressSpaceId, first: u64, bits: u64) -> Result<(), R::Error> {

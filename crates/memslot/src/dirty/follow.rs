@@ -17,15 +17,17 @@
 //! is logged there now, and counts for both if something is; but what comes last, only if nothing is. (Later still, [`DirtyLog::mark_through`](super::DirtyLog::mark_through) finds the
 //! slot's new place by itself.)
 //!
-//! What was taken is kept until the next change, so that a change that is taken back finds it again. Memory that was
-//! not logged in between is dirty as a whole then: nobody had to mark it. Pages that it had set initially stay dirty, where they are logged by another slot: a late mark may be among them.
+//! What was taken is brought to where its memory is, or handed over, when all listeners have followed. Until then a change
+//! that is taken back finds it as it was, and what was marked at the new place apart from it. Memory that
+//! was not logged in between is dirty as a whole then: nobody had to mark it. Pages that it had set initially stay dirty, where
+//! they are logged by another slot: a late mark may be among them.
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use super::bitmap::Bitmap;
-use super::log::{RemovedSet, Shared, State, moved_to, spread_everything};
+use super::log::{RemovedSet, Shared, State, same_memory, spread_everything};
 use super::place::Held;
 use super::runs::Runs;
 use super::set::Set;
@@ -75,8 +77,13 @@ impl Follower {
     fn try_prepare(&mut self, update: &Update<'_>) -> Result<(), OutOfMemory> {
         let shared = &*self.shared;
         let mut state = shared.state.lock();
+        if !self.taken.is_empty() {
+            // A listener panicked where nothing is taken back any more: nobody has brought these to where they belong.
+            shared.spaces.iter().for_each(Bitmap::mark_everything);
+            self.taken.drain(..).for_each(|taken| taken.bits.forget(shared));
+        }
         spread_everything(shared, &state.current);
-        state.unsettled.clear();
+        state.settle();
         state.unsettled.try_reserve(update.pieces.len()).map_err(|_| OutOfMemory)?;
         let open = update.pieces.iter().filter(|piece| lost(&piece.kind).is_some() || gained(&piece.kind));
         state.unsettled.extend(open.map(|piece| (piece.address_space, piece.gfns)));
@@ -123,9 +130,9 @@ impl Follower {
 impl Follower {
     /// A change that was published is taken back: what was marked where memory had moved goes to where it is again.
     ///
-    /// Where the log had not heard of the change, marks of late writers of the version before are among them: those count
-    /// for the slot that it logs there, too. (Otherwise they have been taken as such already.)
-    fn bring_back(&self, shared: &Shared, state: &mut State, update: &Update<'_>, had_heard: bool) {
+    /// Among these are marks of the version before: of late writers, and of listeners that find out what was written to a
+    /// slot while they unmap it. So they count for the slot that is logged there again, too.
+    fn bring_back(&self, shared: &Shared, state: &mut State, update: &Update<'_>) {
         // Whoever marks through that version later finds out by itself: see `mark_through`.
         shared.withdrawn.store(update.after.generation(), Ordering::SeqCst);
         fence(Ordering::SeqCst);
@@ -134,7 +141,7 @@ impl Follower {
         for taken in &self.taken {
             let is_unlogged = |slot: &Slot| slot.address_space() == taken.bits.space && !logs(slot);
             let now = update.slots.iter().filter_map(|change| change.new).filter(is_unlogged);
-            let moved = now.filter_map(|slot| moved_to(&taken.old, taken.bits.gfns, &slot));
+            let moved = now.filter_map(|slot| same_memory(&taken.old, taken.bits.gfns, &slot));
             moved.for_each(|(from, _)| taken.bits.bitmap(shared).mark_range(from));
             if !taken.removed {
                 taken.bits.bitmap(shared).mark_range(taken.bits.gfns);
@@ -159,7 +166,7 @@ impl Follower {
         for (from, bits) in back {
             bits.copy(shared, state, bits.gfns, from);
             let before = update.before.slots_in(bits.space, bits.gfns);
-            for piece in before.filter(|piece| !had_heard && logs(piece.slot)) {
+            for piece in before.filter(|piece| logs(piece.slot)) {
                 bits.copy(shared, state, piece.gfns, piece.gfns);
             }
             bits.forget(shared);
@@ -190,9 +197,8 @@ impl Listener for Follower {
         for taken in &mut self.taken {
             taken.is_incomplete = taken.bits.take_late(shared, &mut state).is_err();
         }
-        for taken in self.taken.iter_mut().filter(|taken| taken.removed) {
-            taken.settle(shared, &mut state, update);
-        }
+        // What was taken is brought to where its memory is when nothing is taken back any more: until then what is marked
+        // there is of this change alone.
         if shared.initially_set.load(Ordering::SeqCst) {
             for piece in update.pieces.iter().filter(|piece| gained(&piece.kind)) {
                 let bitmap = &shared.spaces[usize::from(piece.address_space.get())];
@@ -219,14 +225,17 @@ impl Listener for Follower {
                 }
             }
         }
-        self.bring_back(shared, &mut state, update, true);
+        self.bring_back(shared, &mut state, update);
+        if state.put_back {
+            shared.spaces.iter().for_each(Bitmap::mark_everything);
+        }
         if let Some(previous) = self.previous.take() {
             state.current = previous;
         }
         for taken in self.taken.drain(..) {
             taken.bits.restore(shared, &mut state);
         }
-        state.unsettled.clear();
+        state.settle();
     }
 
     fn settled(&mut self, update: &Update<'_>) {
@@ -235,23 +244,24 @@ impl Listener for Follower {
         let mut state = self.shared.state.lock();
         for mut taken in self.taken.drain(..) {
             if taken.removed {
+                taken.settle(&self.shared, &mut state, update);
                 taken.settle_late(&self.shared, &mut state, update);
             }
             taken.bits.forget(&self.shared);
         }
-        state.unsettled.clear();
+        state.settle();
     }
 
     fn abort(&mut self, update: &Update<'_>) {
         let mut state = self.shared.state.lock();
         // Another listener may have failed to commit: readers have seen the new version all the same.
         if update.snapshot().is_some() {
-            self.bring_back(&self.shared, &mut state, update, false);
+            self.bring_back(&self.shared, &mut state, update);
         }
         for taken in self.taken.drain(..) {
             taken.bits.restore(&self.shared, &mut state);
         }
-        state.unsettled.clear();
+        state.settle();
     }
 }
 
@@ -265,11 +275,12 @@ impl Drop for Follower {
 }
 
 impl Taken {
-    /// Where parts of the frames' memory are after the update: from, to.
+    /// Where parts of the frames' memory are after the update: from, to. These may be the same frames, where a slot has
+    /// become one of another kind.
     fn moves<'a>(&'a self, update: &'a Update<'_>) -> impl Iterator<Item = (GfnRange, GfnRange)> + 'a {
         let new = update.slots.iter().filter_map(|change| change.new);
         let new = new.filter(move |slot| slot.address_space() == self.bits.space && logs(slot));
-        new.filter_map(|slot| moved_to(&self.old, self.gfns, &slot))
+        new.filter_map(|slot| same_memory(&self.old, self.gfns, &slot))
     }
 
     fn prepare_handing_over(&mut self, state: &State) -> Result<(), OutOfMemory> {
@@ -291,8 +302,8 @@ impl Taken {
         self.handed_over = rooms;
     }
 
-    /// Hands over what listeners behind this one have marked, of frames that are not logged now. (Of others it cannot be
-    /// told from what is the new slot's.)
+    /// Brings what listeners behind this one have marked to where the memory is now, or hands it over; of frames that are
+    /// not logged now. (Of others it cannot be told from what is the new slot's.)
     fn settle_late(&mut self, shared: &Shared, state: &mut State, update: &Update<'_>) {
         let mut rooms = core::mem::take(&mut self.handed_over);
         let (current, space) = (state.current.clone(), self.bits.space);
@@ -300,15 +311,24 @@ impl Taken {
         // One after the other, as taking changes what is asked.
         while let Some(gone) = {
             let logged = || current.slots_in(space, self.gfns).filter(|piece| logs(piece.slot));
-            let kept = || self.moves(update).map(|(from, _)| from).chain(logged().map(|piece| piece.gfns));
-            GfnRange::new(at, self.gfns.end()).and_then(|rest| gaps(rest, kept).next())
+            let logged = || logged().map(|piece| piece.gfns);
+            GfnRange::new(at, self.gfns.end()).and_then(|rest| gaps(rest, logged).next())
         } {
             at = gone.end();
             self.bits.empty(shared);
             self.bits.gfns = gone;
-            let result = self.bits.take(&shared.spaces[usize::from(space.get())], state);
+            let bitmap = &shared.spaces[usize::from(space.get())];
+            let result = self.bits.take(bitmap, state).inspect_err(|_| bitmap.mark_everything());
             self.is_incomplete = result.is_err();
-            self.hand_over(shared, state, &mut rooms, update, gone);
+            for (from, to) in self.moves(update) {
+                let Some(part) = from.intersect(&gone) else { continue };
+                let skipped = part.start().get() - from.start().get();
+                let there = to.start().checked_add(skipped).and_then(|to| GfnRange::with_len(to, part.len()));
+                there.into_iter().for_each(|to| self.bits.copy(shared, state, part, to));
+            }
+            for gone in gaps(gone, || self.moves(update).map(|(from, _)| from)) {
+                self.hand_over(shared, state, &mut rooms, update, gone);
+            }
         }
     }
 

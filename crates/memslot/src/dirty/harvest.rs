@@ -125,10 +125,14 @@ impl<'c> Harvest<'c> {
         let Some(set) = self.sets.get(usize::from(space.get())) else { return Ok(0) };
         let start = gfns.start().get();
         let mut pages = 0;
-        for (from, to) in set.runs(start, gfns.end().get()) {
-            pages += to - from;
-            for (word, bits) in super::chunk::words_of(from - start, to - start) {
-                words[word] |= bits.to_le();
+        // A chunk may have bits of frames that no logged slot has.
+        let pieces = self.snapshot.slots_in(space, gfns);
+        for piece in pieces.filter(|piece| piece.slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES)) {
+            for (from, to) in set.runs(piece.gfns.start().get(), piece.gfns.end().get()) {
+                pages += to - from;
+                for (word, bits) in super::chunk::words_of(from - start, to - start) {
+                    words[word] |= bits.to_le();
+                }
             }
         }
         Ok(pages)

@@ -50,8 +50,19 @@ pub(super) struct State {
     /// Frames of a change that is published or about to be, and not followed yet: whose their bits are is open, so
     /// they are left alone until it is.
     pub(super) unsettled: Vec<(AddressSpaceId, GfnRange)>,
+    /// A harvest of an older version was put back meanwhile. What it had of slots that the change deletes is gone, so
+    /// nobody knows of it should the change be taken back.
+    pub(super) put_back: bool,
     /// Places are reused; a consumer keeps its number.
     pub(super) consumers: Vec<Option<Kept>>,
+}
+
+impl State {
+    /// No change is under way, or another one.
+    pub(super) fn settle(&mut self) {
+        self.unsettled.clear();
+        self.put_back = false;
+    }
 }
 
 /// What a consumer has not taken yet, apart from what is in the bitmaps.
@@ -134,7 +145,8 @@ impl DirtyLog {
                 bitmap.reserve(slot.gfns())?;
             }
         }
-        let state = Mutex::new(State { current, unsettled: Vec::new(), consumers: Vec::new() });
+        let state =
+            Mutex::new(State { current, unsettled: Vec::new(), put_back: false, consumers: Vec::new() });
         let withdrawn = AtomicU64::new(u64::MAX);
         let initially_set = AtomicBool::new(false);
         let shared = Arc::new(Shared { spaces, initially_set, withdrawn, fence, state });
@@ -215,7 +227,7 @@ impl DirtyLog {
     /// Marks pages of the version `then` where their memory is in the version `now`.
     fn mark_in(&self, now: &View, then: &View, space: AddressSpaceId, gfns: GfnRange) {
         for SlotPiece { slot, gfns } in then.slots_in(space, gfns) {
-            each_home(then, slot, gfns, now, |_, home| self.mark_range(space, home));
+            each_home(then, slot, gfns, now, |_, _, home| self.mark_range(space, home));
         }
     }
 
@@ -369,15 +381,10 @@ pub(super) fn logged(view: &View, space: AddressSpaceId) -> impl Iterator<Item =
     view.slots(space).filter(|slot| slot.flags().contains(SlotFlags::LOG_DIRTY_PAGES))
 }
 
-/// The part of `gfns`, frames of `old`, whose memory is in `new` at other frames; with the frames there.
-pub(super) fn moved_to(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, GfnRange)> {
-    same_memory(old, gfns, new).filter(|(from, to)| from != to)
-}
-
 /// The part of `gfns`, frames of `old`, whose memory is in `new`; with the frames there.
 ///
 /// Memory is told by its host address, a device by its token.
-fn same_memory(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, GfnRange)> {
+pub(super) fn same_memory(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, GfnRange)> {
     let page = old.page_size();
     // Tokens need not be aligned: pages that overlap in part are not the same.
     let is_apart = !page.divides(old.address().wrapping_sub(new.address()));
@@ -397,7 +404,7 @@ fn same_memory(old: &Slot, gfns: GfnRange, new: &Slot) -> Option<(GfnRange, GfnR
 }
 
 /// Finds where the memory of `gfns`, frames of the slot `old` in the version `then`, is in the version `now`; also at
-/// the same frames, since it may have been elsewhere in between.
+/// the same frames, since it may have been elsewhere in between. `found` gets the slot, the frames then and now.
 ///
 /// Elsewhere, a slot that is what it was is an alias, and none of its pages was written.
 pub(super) fn each_home(
@@ -405,14 +412,14 @@ pub(super) fn each_home(
     old: &Slot,
     gfns: GfnRange,
     now: &View,
-    mut found: impl FnMut(&Slot, GfnRange),
+    mut found: impl FnMut(&Slot, GfnRange, GfnRange),
 ) {
     let space = old.address_space();
     let mut look = |new: &Slot| {
         let home = same_memory(old, gfns, new);
-        if let Some((_, to)) = home.filter(|(from, to)| from == to || then.slot(space, new.id()) != Some(new))
-        {
-            found(new, to);
+        let is_moved = |from, to| from == to || then.slot(space, new.id()) != Some(new);
+        if let Some((from, to)) = home.filter(|&(from, to)| is_moved(from, to)) {
+            found(new, from, to);
         }
     };
     let hvas = old.hva_of(gfns.start()).zip(old.page_size().bytes_of(gfns.len()));

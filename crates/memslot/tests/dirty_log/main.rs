@@ -4,6 +4,7 @@
 mod fence;
 mod late;
 mod rules;
+mod windows;
 
 use memslot::dirty::{Consumer, Harvest, SoftwareOnly};
 use memslot::{AddressSpaceId, Backing, Gfn, GfnRange, Hva, SlotFlags, SlotId, SlotSpec};
