@@ -14,7 +14,7 @@
 //! ```
 //!
 //! A listener that panics has failed, as with an error: the others hear the same, the table publishes what it had before,
-//! and then the panic goes on. Only a panic in `settled` takes nothing back. (One while the others are told, in `abort` or
+//! and then the panic goes on. Only a panic in `settled` takes nothing back; the others hear `settled` all the same. (One while the others are told, in `abort` or
 //! `undo`, is a second panic, and ends the process.)
 //!
 //! What it hears is an [`Update`]: the version before and the one after, the slots that changed, and the same

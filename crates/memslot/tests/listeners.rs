@@ -307,7 +307,10 @@ fn a_panic_is_taken_back_like_an_error() {
     // All have followed: the change stays.
     let (mut table, calls) = recorded_until("b", "settled", true);
     catch_unwind(AssertUnwindSafe(|| table.delete(RAM, SlotId::new(0)))).unwrap_err();
-    assert_eq!(said(&calls), format!("{prepared}commit a, commit b, commit c, settled a, settled b"));
+    assert_eq!(
+        said(&calls),
+        format!("{prepared}commit a, commit b, commit c, settled a, settled b, settled c")
+    );
     assert!(table.view().is_empty());
 }
 

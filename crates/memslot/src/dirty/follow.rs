@@ -77,11 +77,6 @@ impl Follower {
     fn try_prepare(&mut self, update: &Update<'_>) -> Result<(), OutOfMemory> {
         let shared = &*self.shared;
         let mut state = shared.state.lock();
-        if !self.taken.is_empty() {
-            // A listener panicked where nothing is taken back any more: nobody has brought these to where they belong.
-            shared.spaces.iter().for_each(Bitmap::mark_everything);
-            self.taken.drain(..).for_each(|taken| taken.bits.forget(shared));
-        }
         spread_everything(shared, &state.current);
         state.settle();
         state.unsettled.try_reserve(update.pieces.len()).map_err(|_| OutOfMemory)?;

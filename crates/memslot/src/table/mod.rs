@@ -519,8 +519,28 @@ impl Following<'_> {
             *reached += 1;
         }
         *followed = true;
-        listeners.iter_mut().for_each(|listener| listener.settled(&update));
+        Settling { waiting: listeners.iter_mut(), update: &update }.run();
         Ok(())
+    }
+}
+
+/// Listeners that have not heard yet that all have followed. They do, also when one of them panics.
+struct Settling<'u> {
+    waiting: core::slice::IterMut<'u, Box<dyn Listener + Send>>,
+    update: &'u Update<'u>,
+}
+
+impl Settling<'_> {
+    fn run(&mut self) {
+        for listener in &mut self.waiting {
+            listener.settled(self.update);
+        }
+    }
+}
+
+impl Drop for Settling<'_> {
+    fn drop(&mut self) {
+        self.run();
     }
 }
 

@@ -164,3 +164,36 @@ fn a_harvest_that_is_put_back_after_its_slot_is_removed() {
     removed.sort_by_key(|gfns| gfns.start());
     assert_eq!(removed, [gfns(0x103, 1), gfns(0x105, 1)]);
 }
+
+/// Panics when nothing is taken back any more.
+struct Panics;
+
+impl Listener for Panics {
+    fn name(&self) -> &str {
+        "panics"
+    }
+
+    fn commit(&mut self, _: &Update<'_>) -> Result<(), ListenerError> {
+        Ok(())
+    }
+
+    fn undo(&mut self, _: &Update<'_>) {}
+
+    fn settled(&mut self, update: &Update<'_>) {
+        assert!(update.after.slot_at(RAM, Gfn::new(0x9000)).is_none(), "this listener panics");
+    }
+}
+
+/// A listener panics when it hears that a change has settled; the log behind it hears so all the same.
+#[test]
+fn a_panic_when_a_change_has_settled_loses_nothing() {
+    let mut table = SlotTable::new(Limits::default()).unwrap();
+    table.add_listener(Box::new(Panics)).unwrap();
+    let log = DirtyLog::attach(&mut table).unwrap();
+    table.create(slot(0, 0x100, 64)).unwrap();
+    let consumer = log.consumer().unwrap();
+    log.mark(RAM, Gfn::new(0x103));
+    let moving = std::panic::AssertUnwindSafe(|| table.move_to(RAM, SlotId::new(0), Gfn::new(0x9000)));
+    assert!(std::panic::catch_unwind(moving).is_err());
+    assert_eq!(take(&consumer), [(0x9003, 1)]);
+}
